@@ -1,0 +1,81 @@
+"""One notebook in one fresh kernel of this interpreter, over papermill."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import papermill
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
+
+import diffseg
+from diffseg.errors import DiffsegError
+
+
+def environment() -> dict[str, str]:
+    """Return what a kernel gets besides this process's environment variables."""
+    here = str(Path(diffseg.__file__).parents[1])  # the kernel imports this very package
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger's warning at every start
+        "TQDM_NCOLS": str(shutil.get_terminal_size().columns),
+        "TQDM_MININTERVAL": os.environ.get("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "30"),
+    }
+
+
+class Kernel(AsyncKernelManager):
+    """A kernel of this interpreter; a kernelspec `python3` in the user's home may name another one."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        specification = get_kernel_dict()  # ipykernel's own, with sys.executable
+        quiet = "--IPKernelApp.log_level=50"  # a message at each shutdown; errors of cells come another way
+        return KernelSpec(**specification | {"argv": [*specification["argv"], quiet], "env": environment()})
+
+
+class Live:
+    """A stream for papermill that shows progress bars in place on a terminal and line by line in a log."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        self.stream.write(text if self.stream.isatty() else text.replace("\r", "\n"))
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: Path) -> None:
+    """Run a notebook with `folder` as working directory and write it, with its outputs, to `executed`.
+
+    What its cells print is shown live. A cell that fails or a kernel that dies raises DiffsegError: one
+    sentence with the notebook's name, the cell's error and the path of the executed notebook.
+    """
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    # papermill takes braces in a path for parameters
+    source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed))
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters,
+            kernel_name="python3",
+            kernel_manager_class=Kernel,
+            progress_bar=False,
+            stdout_file=Live(sys.stdout),
+            stderr_file=Live(sys.stderr),
+            start_timeout=300,
+            cwd=folder,
+        )
+        return
+    except papermill.PapermillExecutionError as error:
+        reason = error.evalue if error.ename == "DiffsegError" else f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        reason = "its kernel died, most likely for want of memory"
+    sentence = " ".join(reason.split())[:500].rstrip(". ")
+    raise DiffsegError(f"{notebook.stem} failed: {sentence} (executed notebook: {executed}).")
