@@ -1,0 +1,373 @@
+"""From a word table to prompts: class words replaced by synonyms and hyponyms, each with its place in the
+text.
+
+Whatever word a prompt uses, its row says which class it stands for and at which characters, so that the
+attention of "poodle" can be read as the attention of the class dog.
+"""
+
+import csv
+import math
+import os
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffseg.errors import DiffsegError
+from diffseg.files import atomic_path
+from diffseg.seeds import derive_seed
+from diffseg.words import Word
+
+_COLUMNS = ("index", "prompt", "classes", "words", "spans", "relations", "depths", "negative", "seed")
+
+# English spelling, as far as names of things need it.
+_IRREGULAR = {
+    "person": "people", "child": "children", "grandchild": "grandchildren", "goose": "geese", "ox": "oxen",
+    "mouse": "mice", "foot": "feet", "tooth": "teeth", "calf": "calves", "wolf": "wolves", "knife": "knives",
+    "loaf": "loaves", "leaf": "leaves", "shelf": "shelves", "housewife": "housewives", "midwife": "midwives",
+    "scarf": "scarves", "buffalo": "buffaloes", "mosquito": "mosquitoes",
+}  # fmt: skip
+_SAME_IN_PLURAL = (
+    "sheep",
+    "fish",
+    "aircraft",
+    "cattle",
+    "deer",
+    "bison",
+    "moose",
+    "grouse",
+    "swine",
+    "people",
+)
+_MAN_BUT_NOT_MEN = ("human", "german", "roman", "ottoman", "talisman", "caiman")
+_S_BUT_SINGULAR = ("ss", "us", "is", "os", "as", "lens", "flandres", "series", "species")
+
+
+@dataclass(frozen=True)
+class Match:
+    """A class's word found in a caption at characters start..end (end excluded), possibly in the plural."""
+
+    start: int
+    end: int
+    word: Word
+    plural: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of prompts.csv. The tuples have one entry per class word, in the order of the text.
+
+    A class that a caption names twice occurs twice. spans: characters (start, end), end excluded, so that
+    prompt[start:end] is the word. relations: plain, synonym or hyponym. seed: 63 bits, of the image.
+    """
+
+    index: int
+    prompt: str
+    classes: tuple[str, ...]
+    words: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    relations: tuple[str, ...]
+    depths: tuple[int, ...]
+    negative: str
+    seed: int
+
+
+def with_article(word: str) -> str:
+    """Return "an owl", "a unicycle", "an hourglass", "an SUV"; plurals and "cattle" get no article."""
+    last = word.split()[-1].lower()
+    if last in ("cattle", "people") or (last.endswith("s") and not last.endswith(_S_BUT_SINGULAR)):
+        return word
+    first = re.split(r"[ '’-]", word)[0]
+    if len(first) > 1 and first.isupper() or len(first) == 1:  # letters that are spelled out
+        vowel = first[0] in "AEFHILMNORSXaefhilmnorsx"
+    else:
+        sounds_like_you = re.match(r"(uni(?!n)|use|usu|ut[ei]|uku|ura|uri|eu|ewe|one$|once)", first.lower())
+        vowel = first[0].lower() in "aeiouáàâäåéèêëíïóöøúü" and not sounds_like_you
+        vowel = vowel or bool(re.match(r"(hour|heir|honest|honou?r)", first.lower()))
+    return f"{'an' if vowel else 'a'} {word}"
+
+
+def plural(word: str) -> str:
+    """Return the plural of a noun or compound: "dining tables", "geese", "policemen", "sheep"."""
+    head, last = word[: word.rfind(" ") + 1], word[word.rfind(" ") + 1 :]
+    low = last.lower()
+    if low in _IRREGULAR:
+        return head + last[0] + _IRREGULAR[low][1:]
+    if low.endswith(_SAME_IN_PLURAL) or (low.endswith("s") and not low.endswith(_S_BUT_SINGULAR)):
+        return word
+    if low.endswith("man") and not low.endswith(_MAN_BUT_NOT_MEN):
+        return word[:-2] + "en"
+    if re.search(r"[^aeiou]y$", low):
+        return word[:-1] + "ies"
+    return word + ("es" if re.search(r"(s|x|z|ch|sh)$", low) else "s")
+
+
+def read_captions(path: str | os.PathLike) -> list[str]:
+    """Return the non-empty lines of a UTF-8 text file. Raises DiffsegError when there is none."""
+    if not Path(path).is_file():
+        raise DiffsegError(
+            f"The caption file {path} does not exist: give a text file with one caption a line."
+        )
+    captions = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
+    if not captions:
+        raise DiffsegError(f"The caption file {path} is empty: write one caption a line.")
+    return captions
+
+
+def _tokens(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[^\W_]+", text.lower()))
+
+
+def _forms(words: Sequence[Word]) -> dict[tuple[str, ...], tuple[Word, bool]]:
+    """Return singular and plural forms, as lower-case tokens -> (row, is plural); the singular wins."""
+    used = [word for word in words if word.keep or word.relation == "other"]
+    forms = {_tokens(plural(word.word)): (word, True) for word in used}
+    return forms | {_tokens(word.word): (word, False) for word in used}
+
+
+def find_words(caption: str, words: Sequence[Word]) -> list[Match]:
+    """Return the class words in a caption, left to right: kept words, singular or plural, whatever the case.
+
+    The longest word wins ("police car", not "car"); compounds of the table's relation "other" ("hot dog") and
+    parts of hyphenated words ("dog-friendly") are no match.
+    """
+    return _find(caption, _forms(words))
+
+
+def _find(caption: str, forms: dict[tuple[str, ...], tuple[Word, bool]]) -> list[Match]:
+    longest = max(map(len, forms), default=0)
+    tokens = list(re.finditer(r"[^\W_]+", caption))
+    low = [token[0].lower() for token in tokens]
+    matches, i = [], 0
+    while i < len(tokens):
+        for n in range(min(longest, len(tokens) - i), 0, -1):
+            start, end = tokens[i].start(), tokens[i + n - 1].end()
+            together = all(
+                caption[a.end() : b.start()] in (" ", "-", "'", "’")
+                for a, b in zip(tokens[i : i + n], tokens[i + 1 : i + n], strict=False)
+            )
+            part_of_longer = caption[end : end + 1] == "-" or caption[max(start - 1, 0) : start] == "-"
+            if tuple(low[i : i + n]) in forms and together and not part_of_longer:
+                word, is_plural = forms[tuple(low[i : i + n])]
+                if word.relation != "other":
+                    matches.append(Match(start, end, word, is_plural))
+                i += n
+                break
+        else:
+            i += 1
+    return matches
+
+
+def _deal(items: Sequence, rng: random.Random) -> Iterator:
+    """Yield the items for ever in shuffled rounds: at any time all have come equally often, within one."""
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+class _Chooser:
+    """Which word stands for a class this time.
+
+    In every class the share of plain words is exact within one, and the other words take turns.
+    """
+
+    def __init__(self, words: Sequence[Word], plain_share: float, rng: random.Random):
+        self.share = plain_share
+        self.plain = {word.class_name: word for word in words if word.relation == "plain"}
+        self.others = {
+            name: [
+                w for w in words if w.class_name == name and w.keep and w.relation in ("synonym", "hyponym")
+            ]
+            for name in self.plain
+        }
+        self.turns = {name: _deal(others, rng) for name, others in self.others.items()}
+        self.asked = {
+            name: rng.random() for name in self.plain
+        }  # a random phase, so that classes do not step together
+
+    def choose(self, name: str) -> Word:
+        before = self.asked[name]
+        self.asked[name] += 1
+        stays = math.floor((before + 1) * self.share) > math.floor(before * self.share)
+        return self.plain[name] if stays or not self.others[name] else next(self.turns[name])
+
+
+def augment(
+    words: Sequence[Word],
+    images: int,
+    *,
+    templates: Sequence[str] = ("a photo of {}",),
+    places: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    plain_share: float = 0.5,
+    classes_per_prompt: int = 1,
+    balance: bool = True,
+    negative_prompt: str = "",
+    seed: int = 0,
+) -> list[Prompt]:
+    """Return exactly `images` prompts; the same arguments give the same list on every machine.
+
+    words: a word table (see diffseg.words). templates: `{}` is the object phrase ("a poodle and a taxi"), an
+    optional `{place}` one of `places`. captions: when given, they take the templates' place, and their class
+    words are replaced; captions without a class word are left out. plain_share: share in 0..1 of class words
+    that stay plain (in captions: stay as written). classes_per_prompt: classes in a template's prompt; a
+    caption has the classes that it names. balance: every class equally often (within one; with captions: a
+    caption is drawn for each class in turn); otherwise every word of the table (every caption) equally often,
+    so that a class with 190 hyponyms comes more often than one with four. Raises DiffsegError for values out
+    of range.
+    """
+    rng = random.Random(derive_seed(seed, "prompts"))
+    chooser = _Chooser(words, plain_share, rng)
+    classes = list(chooser.plain)
+    if not classes:
+        raise DiffsegError(
+            "The word table holds no class: give a benchmark, or a class list that is not empty."
+        )
+    if images < 1:
+        raise DiffsegError(f"images = {images}: ask for at least one prompt.")
+    if not 0 <= plain_share <= 1:
+        raise DiffsegError(f"plain_share = {plain_share}: give a share between 0 and 1.")
+    if not captions and not 1 <= classes_per_prompt <= len(classes):
+        raise DiffsegError(
+            f"classes_per_prompt = {classes_per_prompt}: give 1 to {len(classes)}, the list's classes."
+        )
+    if captions:
+        texts = _captioned(captions, words, classes, chooser, balance, rng)
+    else:
+        texts = _templated(templates, places, words, classes, chooser, classes_per_prompt, balance, rng)
+    prompts = []
+    for index in range(images):
+        text, uses = next(texts)
+        names = tuple(word.class_name for word, _ in uses)
+        spans = tuple(span for _, span in uses)
+        prompts.append(
+            Prompt(
+                index=index,
+                prompt=text,
+                classes=names,
+                words=tuple(text[start:end] for start, end in spans),
+                spans=spans,
+                relations=tuple(word.relation for word, _ in uses),
+                depths=tuple(word.depth for word, _ in uses),
+                negative=negative_prompt,
+                seed=derive_seed(seed, ";".join(names), index),
+            )
+        )
+    return prompts
+
+
+def _templated(templates, places, words, classes, chooser, classes_per_prompt, balance, rng):
+    """Yield (prompt, [(word, span), ...]) for ever, made from templates."""
+    for template in templates:
+        if template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", "").replace("{place}", "")):
+            raise DiffsegError(
+                f"The template {template!r} must hold one {{}} and no braces besides {{place}}."
+            )
+    if not templates:
+        raise DiffsegError("templates is empty: give at least one, such as 'a photo of {}'.")
+    weighted = (
+        classes
+        if balance
+        else [word.class_name for word in words if word.keep and word.class_name in classes]
+    )
+    deck: list[str] = []
+    while True:
+        chosen: list[str] = []
+        while len(chosen) < classes_per_prompt:
+            name = next((name for name in deck if name not in chosen), None)
+            if name is None:
+                deck += rng.sample(weighted, len(weighted))
+                continue
+            deck.remove(name)
+            chosen.append(name)
+        place = rng.choice(places) if places else ""
+        head, tail = rng.choice(templates).replace("{place}", place).split("{}")
+        text, uses = head.lstrip(), []
+        for k, name in enumerate(chosen):
+            word = chooser.choose(name)
+            phrase = with_article(word.word)
+            text += (" and " if k else "") + phrase
+            uses.append((word, (len(text) - len(word.word), len(text))))
+        yield (text + tail).rstrip(), uses
+
+
+def _captioned(captions, words, classes, chooser, balance, rng):
+    """Yield (prompt, [(word, span), ...]) for ever, made from captions that name a class."""
+    forms = _forms(words)
+    found = [(caption, matches) for caption in captions if (matches := _find(caption, forms))]
+    if not found:
+        raise DiffsegError(
+            f"None of the {len(captions)} captions names a class: give captions with the classes' words."
+        )
+    if balance:
+        naming = {
+            name: [c for c in found if any(m.word.class_name == name for m in c[1])] for name in classes
+        }
+        decks = {name: _deal(group, rng) for name, group in naming.items() if group}
+        drawn = (next(decks[name]) for name in _deal(list(decks), rng))
+    else:
+        drawn = _deal(found, rng)
+    for caption, matches in drawn:
+        text, done, uses = "", 0, []
+        for match in matches:
+            word, before = chooser.choose(match.word.class_name), caption[done : match.start]
+            written = caption[match.start : match.end]
+            if word.relation == "plain":  # the caption's own word stays
+                word = match.word
+            else:
+                new = plural(word.word) if match.plural else word.word
+                article = re.search(r"(?<!\w)an?\s+$", before, re.IGNORECASE)
+                if article and not match.plural:
+                    phrase = with_article(new)
+                    phrase = phrase[0].upper() + phrase[1:] if article[0][0].isupper() else phrase
+                    before, new = before[: article.start()] + phrase[: -len(new)], phrase[-len(new) :]
+                elif written[0].isupper() and match.start == 0:
+                    new = new[0].upper() + new[1:]
+                written = new
+            text += before
+            uses.append((word, (len(text), len(text) + len(written))))
+            text += written
+            done = match.end
+        yield text + caption[done:], uses
+
+
+def write_prompts(path: str | os.PathLike, prompts: Sequence[Prompt]) -> None:
+    """Write prompts.csv (UTF-8): one row a prompt, lists joined by `;`, spans as `start:end`."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for p in prompts:
+            row = (
+                p.index,
+                p.prompt,
+                ";".join(p.classes),
+                ";".join(p.words),
+                ";".join(f"{start}:{end}" for start, end in p.spans),
+                ";".join(p.relations),
+                ";".join(map(str, p.depths)),
+                p.negative,
+                p.seed,
+            )
+            writer.writerow(row)
+
+
+def read_prompts(path: str | os.PathLike) -> list[Prompt]:
+    """Read prompts.csv as `write_prompts` writes it. Raises DiffsegError for another file."""
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise DiffsegError(f"{path} is no prompts.csv: its columns must be {', '.join(_COLUMNS)}.")
+        return [
+            Prompt(
+                index=int(row["index"]),
+                prompt=row["prompt"],
+                classes=tuple(row["classes"].split(";")),
+                words=tuple(row["words"].split(";")),
+                spans=tuple(tuple(map(int, span.split(":"))) for span in row["spans"].split(";")),
+                relations=tuple(row["relations"].split(";")),
+                depths=tuple(map(int, row["depths"].split(";"))),
+                negative=row["negative"],
+                seed=int(row["seed"]),
+            )
+            for row in reader
+        ]

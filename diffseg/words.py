@@ -1,0 +1,304 @@
+"""The words that stand for a class: the plain word, its synonyms and its hyponyms, each kept or dropped for a
+reason.
+
+For the three benchmarks they come from curated tables in `diffseg/data` (made by
+`diffseg/data/build_words.py`); for a list of one's own they are read from WordNet with the same rules, but no
+hand has gone over them.
+"""
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from diffseg.errors import DiffsegError
+from diffseg.files import atomic_path
+
+DATA = Path(__file__).parent / "data"
+NO_SYNSET = "none"  # in a class list: this class has its plain word only, WordNet is not asked
+_COLUMNS = ("class", "synset", "word", "relation", "depth", "keep", "reason", "frequency", "parent")
+
+
+@dataclass(frozen=True)
+class Word:
+    """One row of a word table.
+
+    class_name: the benchmark's name of the class. synset: WordNet's name such as "poodle.n.01", or "".
+    relation: "plain" (the word that stands for the class when nothing is replaced), "synonym", "hyponym", or
+    "other": a compound that contains a class's word and means another thing ("hot dog"), never kept and only
+    used to read captions. depth: steps below the class's synset, 0 for plain and synonyms. reason: why it is
+    dropped, or why a hand kept it. frequency: how often WordNet's sense-tagged texts use the word in this
+    sense (0 for most words). parent: the synset above, "" for the class's own and for words added by hand.
+    """
+
+    class_name: str
+    synset: str
+    word: str
+    relation: str
+    depth: int = 0
+    keep: bool = True
+    reason: str = ""
+    frequency: int = 0
+    parent: str = ""
+
+
+def load_words(benchmark: str) -> list[Word]:
+    """Return the curated table of "voc", "imagenet-s-50", "imagenet-s-300", "imagenet-s-919" or "cityscapes".
+
+    Rows stand in the order of the benchmark's classes. The classes of ImageNet-S are called by their tags
+    (n01443537). Raises DiffsegError for another name.
+    """
+    size = re.fullmatch(r"imagenet-s-(50|300|919)", benchmark)
+    if not size and benchmark not in ("voc", "cityscapes"):
+        raise DiffsegError(
+            f"No word table for the benchmark {benchmark!r}: choose voc, imagenet-s-50, imagenet-s-300, "
+            "imagenet-s-919 or cityscapes, or give a class list of your own."
+        )
+    if not size:
+        return read_words(DATA / f"words_{benchmark}.csv")
+    tags = set((DATA / f"imagenet_s_{size[1]}.txt").read_text("utf-8").split())
+    return [word for word in read_words(DATA / "words_imagenet_s.csv") if word.class_name in tags]
+
+
+def read_words(path: str | os.PathLike) -> list[Word]:
+    """Read a word table (CSV, UTF-8) as `write_words` writes it."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return [
+            Word(row["class"], row["synset"], row["word"], row["relation"], int(row["depth"]),
+                 row["keep"] == "yes", row["reason"], int(row["frequency"]), row["parent"])
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def write_words(path: str | os.PathLike, words: Iterable[Word]) -> None:
+    """Write a word table as CSV, UTF-8, one row a word; `keep` is yes or no."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for word in words:
+            writer.writerow(
+                "yes" if value is True else "no" if value is False else value
+                for value in asdict(word).values()
+            )
+
+
+def load_class_list(path: str | os.PathLike) -> list[Word]:
+    """Return the word table of one's own class list, read from WordNet where a class has a synset there.
+
+    Text: one class a line, "fox", "fox, red_fox.n.01" or "fox, none"; `#` starts a comment. YAML (.yaml,
+    .yml): a list of words, or a mapping from word to synset. Without a synset WordNet's first noun sense is
+    taken; `none` keeps the plain word alone and needs no WordNet. Raises DiffsegError for an empty list, a
+    duplicate, a word that has no synset, and missing WordNet data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DiffsegError(
+            f"The class list {path} does not exist: give a text or YAML file with one class a line."
+        )
+    text = path.read_text("utf-8-sig")
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            content = yaml.safe_load(text) or []
+        except yaml.YAMLError as error:
+            raise DiffsegError(
+                f"The class list {path} is not YAML: {' '.join(str(error).split())}."
+            ) from error
+        if not isinstance(content, list | dict):
+            raise DiffsegError(
+                f"The class list {path} must be a YAML list of words or a mapping from word to synset."
+            )
+        pairs = list(content.items()) if isinstance(content, dict) else [(word, "") for word in content]
+        pairs = [(str(word).strip(), str(synset or "").strip()) for word, synset in pairs]
+    else:
+        lines = (line.split("#")[0].strip() for line in text.splitlines())
+        pairs = [tuple(part.strip() for part in f"{line},".split(",")[:2]) for line in lines if line]
+    if not pairs:
+        raise DiffsegError(f"The class list {path} is empty: write one class a line.")
+    counts = Counter(word.lower() for word, _ in pairs)
+    for word, _ in pairs:
+        if counts[word.lower()] > 1 or not word or ";" in word:
+            why = "is empty" if not word else "holds a semicolon" if ";" in word else "is there twice"
+            raise DiffsegError(f"The class {word!r} in {path} {why}: give every class a word of its own.")
+    asked = {word: (word, [synset] if synset else []) for word, synset in pairs if synset != NO_SYNSET}
+    found = wordnet_words(asked) if asked else []
+    plain = [Word(word, "", word, "plain") for word, synset in pairs if synset == NO_SYNSET]
+    return drop_shared([row for word, _ in pairs for row in found + plain if row.class_name == word])
+
+
+def open_wordnet():
+    """Return NLTK's WordNet reader. Raises DiffsegError when NLTK or its WordNet data is missing."""
+    try:
+        from nltk.corpus import wordnet
+    except ImportError as error:
+        raise DiffsegError(
+            "WordNet is read by NLTK, which is not installed: pip install 'diffseg[wordnet]', or write "
+            "'none' behind the classes of your list to use their plain words."
+        ) from error
+    try:
+        wordnet.ensure_loaded()
+    except (LookupError, OSError) as error:
+        raise DiffsegError(
+            "NLTK has no WordNet data: run `python -m nltk.downloader wordnet` once (needs the internet), or "
+            "write 'none' behind the classes of your list to use their plain words."
+        ) from error
+    return wordnet
+
+
+def wordnet_words(classes: Mapping[str, tuple[str, Sequence[str]]]) -> list[Word]:
+    """Return all synonyms and hyponyms of the classes, with automatic reasons for those that are dropped.
+
+    classes: class name -> (plain word, synset names); no synset name means the word's first noun sense. The
+    rules (our choice): a word is dropped when it is a Latin name, no ordinary word, below another class of
+    the list, or when the first (commonest) sense of it lies outside its class: "boxer" draws a man.
+    """
+    wordnet = open_wordnet()
+    trees = {name: _tree(wordnet, plain, synsets) for name, (plain, synsets) in classes.items()}
+    roots = {
+        synset: name for name, tree in trees.items() for synset, (depth, _) in tree.items() if depth == 0
+    }
+    words = []
+    for name, (plain, _) in classes.items():
+        tree = trees[name]
+        # what hangs below another class's synset is that class's: a rider is not drawn for the class person
+        others = {
+            synset: roots[root]
+            for root in tree
+            if roots.get(root, name) != name
+            for synset in trees[roots[root]]
+        }
+        root = next(iter(tree))
+        natural = root.lexname() in ("noun.animal", "noun.plant")  # WordNet has some kinds twice
+        count = sum(lemma.count() for lemma in root.lemmas() if _spoken(lemma.name()) == plain)
+        words.append(Word(name, root.name(), plain, "plain", frequency=count))
+        seen = {plain.lower()}
+        for synset, (depth, parent) in tree.items():
+            for lemma in synset.lemmas():
+                word = _spoken(lemma.name())
+                if word.lower() in seen:
+                    continue
+                seen.add(word.lower())
+                first = wordnet.synsets(lemma.name(), "n")[0]
+                if is_latin(wordnet, lemma.name()):
+                    reason = "Latin name"
+                elif not re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", word.replace("'s ", " ")):
+                    reason = "no ordinary word"
+                elif synset in others:
+                    reason = f"belongs to the class {others[synset]}"
+                elif first not in tree and not (first.lexname() == synset.lexname() and natural):
+                    reason = f"first sense is another thing ({first.name()})"
+                else:
+                    reason = ""
+                relation = "hyponym" if depth else "synonym"
+                row = Word(
+                    name, synset.name(), word, relation, depth, not reason, reason, lemma.count(), parent
+                )
+                words.append(row)
+    return words
+
+
+def _tree(wordnet, plain: str, names: Sequence[str]) -> dict:
+    """Return every synset at or below the named ones -> (smallest depth, parent's name), breadth first."""
+    senses = wordnet.synsets(plain.replace(" ", "_"), "n")
+    if not names and not senses:
+        raise DiffsegError(
+            f"WordNet has no noun {plain!r}: write a synset behind it, such as '{plain}, fox.n.01', or "
+            f"'{plain}, {NO_SYNSET}' to use the plain word alone."
+        )
+    from nltk.corpus.reader.wordnet import WordNetError
+
+    try:
+        roots = [wordnet.synset(name) for name in names] or senses[:1]
+    except (WordNetError, ValueError) as error:
+        raise DiffsegError(
+            f"WordNet has no synset {', '.join(names)!r} for the class {plain!r}: write one of "
+            f"{', '.join(s.name() for s in senses) or 'its synsets (form: fox.n.01)'}, or '{NO_SYNSET}'."
+        ) from error
+    tree = dict.fromkeys(roots, (0, ""))
+    queue = list(roots)
+    for synset in queue:  # grows while it is read: breadth first
+        children = sorted(synset.hyponyms(), key=lambda s: s.offset())  # NLTK's order changes from run to run
+        for child in children:
+            if child not in tree:
+                tree[child] = (tree[synset][0] + 1, synset.name())
+                queue.append(child)
+    return tree
+
+
+def is_latin(wordnet, lemma: str) -> bool:
+    """Return whether a lemma is a species' or larger group's Latin name: "Felis_catus", "Accipitriformes"."""
+    genus = lemma.split("_")[0]
+    known = any(wordnet.synsets(f"{rank}_{genus}", "n") for rank in ("genus", "family", "order"))
+    return lemma[0].isupper() and known
+
+
+def _spoken(lemma: str) -> str:
+    return lemma.replace("_", " ")
+
+
+def drop_shared(words: Sequence[Word]) -> list[Word]:
+    """Drop every kept word that two classes share; a class keeps its own plain word."""
+    plain = {row.word.lower(): row.class_name for row in words if row.relation == "plain"}
+    owners: dict[str, set[str]] = {}
+    for row in words:
+        if row.keep:
+            owners.setdefault(row.word.lower(), set()).add(row.class_name)
+    result = []
+    for row in words:
+        others = owners.get(row.word.lower(), set()) - {row.class_name}
+        mine = plain.get(row.word.lower()) == row.class_name
+        if row.keep and others and not mine:
+            row = replace(row, keep=False, reason=f"also a word of the class {', '.join(sorted(others))}")
+        result.append(row)
+    return result
+
+
+def known_words(words: Iterable[str], tokenizer) -> set[str]:
+    """Return those of `words` of which a transformers tokenizer knows every token (none is its unknown one).
+
+    A byte-level vocabulary such as Stable Diffusion's knows every word; a small one may not.
+    """
+    words = list(words)
+    if not words:
+        return set()
+    tokens = tokenizer(words, add_special_tokens=False)["input_ids"]
+    return {
+        word for word, ids in zip(words, tokens, strict=True) if ids and tokenizer.unk_token_id not in ids
+    }
+
+
+def select_words(
+    words: Sequence[Word],
+    tokenizer=None,
+    hyponym_depth: int | None = None,
+    minimum_frequency: int = 0,
+) -> list[Word]:
+    """Return the table with more words dropped: unknown to the generator, too deep below the class, too rare.
+
+    tokenizer: the generator's (None: every word is known). hyponym_depth: largest depth kept; 0 leaves
+    synonyms only. minimum_frequency: smallest WordNet frequency of a synonym or hyponym. Plain words always
+    stay; raises DiffsegError when the generator does not know one, because the class could then not be drawn
+    at all.
+    """
+    known = known_words({row.word for row in words}, tokenizer) if tokenizer else {row.word for row in words}
+    missing = [row.word for row in words if row.relation == "plain" and row.word not in known]
+    if missing:
+        raise DiffsegError(
+            f"The generator's tokenizer does not know the class word {', '.join(map(repr, missing))}: choose "
+            "another generator, or a class list whose words it knows."
+        )
+    result = []
+    for row in words:
+        reason = ""
+        if row.word not in known:
+            reason = "unknown to the generator's tokenizer"
+        elif hyponym_depth is not None and row.depth > hyponym_depth:
+            reason = f"deeper than hyponym_depth = {hyponym_depth}"
+        elif row.frequency < minimum_frequency and row.relation != "plain":
+            reason = f"rarer than minimum_frequency = {minimum_frequency}"
+        result.append(replace(row, keep=False, reason=reason) if row.keep and reason else row)
+    return result
