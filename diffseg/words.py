@@ -50,8 +50,8 @@ class Word:
 def load_words(benchmark: str) -> list[Word]:
     """Return the curated table of "voc", "imagenet-s-50", "imagenet-s-300", "imagenet-s-919" or "cityscapes".
 
-    Rows stand in the order of the benchmark's classes. The classes of ImageNet-S are called by their tags
-    (n01443537). Raises DiffsegError for another name.
+    Rows stand in the order of the benchmark's classes, of which Cityscapes has its eight things here. The
+    classes of ImageNet-S are called by their tags (n01443537). Raises DiffsegError for another name.
     """
     size = re.fullmatch(r"imagenet-s-(50|300|919)", benchmark)
     if not size and benchmark not in ("voc", "cityscapes"):
@@ -265,7 +265,7 @@ def known_words(words: Iterable[str], tokenizer) -> set[str]:
     words = list(words)
     if not words:
         return set()
-    tokens = tokenizer(words, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
     return {
         word for word, ids in zip(words, tokens, strict=True) if ids and tokenizer.unk_token_id not in ids
     }
@@ -287,8 +287,11 @@ def select_words(
     known = known_words({row.word for row in words}, tokenizer) if tokenizer else {row.word for row in words}
     missing = [row.word for row in words if row.relation == "plain" and row.word not in known]
     if missing:
+        some = ", ".join(map(repr, missing[:5])) + (
+            f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        )
         raise DiffsegError(
-            f"The generator's tokenizer does not know the class word {', '.join(map(repr, missing))}: choose "
+            f"The generator's tokenizer does not know the class word {some}: choose "
             "another generator, or a class list whose words it knows."
         )
     result = []

@@ -48,7 +48,10 @@ def check(prompts: list[P.Prompt], words: list[W.Word]) -> None:
 def test_a_table_has_every_class_of_its_benchmark_once_and_in_order(name):
     words = W.load_words(name)
     plain = [word for word in words if word.relation == "plain"]
-    assert [word.class_name for word in plain] == [c for c in BENCHMARKS[name].classes if c != "background"]
+    classes = [c for c in BENCHMARKS[name].classes if c != "background"]
+    if name == "cityscapes":  # its things: a prompt for a sky draws no street
+        classes = ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+    assert [word.class_name for word in plain] == classes
     assert all(word.keep for word in plain)
     assert len({word.word.lower() for word in plain}) == len(plain)
 

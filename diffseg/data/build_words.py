@@ -25,6 +25,7 @@ MERGED = {
 }  # fmt: skip
 HERE = Path(__file__).parent
 BY_HAND = "added by hand"
+KEPT = "kept by hand"
 _LEXNAMES = (
     "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "
     "noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location "
@@ -61,7 +62,21 @@ def curated(rules: dict[str, dict], against: dict[str, list[str]]) -> list[Word]
     for name, rule in rules.items():
         rows = [row for row in found if row.class_name == name] or [Word(name, "", rule["word"], "plain")]
         table += curated_class(rows, rule, against.get(name, []))
-    return drop_shared(table)
+    return drop_compounds(drop_shared(table))
+
+
+def drop_compounds(table: list[Word]) -> list[Word]:
+    """Drop kept compounds that contain a word of another class: "guard dog" may draw a guard too."""
+    owner = {row.word.lower(): row.class_name for row in table if row.keep}
+    result = []
+    for row in table:
+        parts = row.word.lower().replace("-", " ").split()
+        runs = [" ".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+        others = sorted({owner[run] for run in runs if run in owner} - {row.class_name})
+        if row.keep and others and row.relation != "plain" and not row.reason.startswith(KEPT):
+            row = replace(row, keep=False, reason=f"contains a word of the class {', '.join(others)}")
+        result.append(row)
+    return result
 
 
 def curated_class(rows: list[Word], rule: dict, against: list[str]) -> list[Word]:
@@ -83,7 +98,7 @@ def curated_class(rows: list[Word], rule: dict, against: list[str]) -> list[Word
         elif word in drops:
             row = replace(row, keep=False, reason=drops[word])
         elif word in keeps:
-            row = replace(row, keep=True, reason=f"kept by hand: {keeps[word]}")
+            row = replace(row, keep=True, reason=f"{KEPT}: {keeps[word]}")
         elif row.keep and row.synset in below:
             row = replace(row, keep=False, reason=below[row.synset])
         elif row.keep and only and row.relation == "hyponym" and word not in only:
