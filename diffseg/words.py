@@ -154,7 +154,8 @@ def wordnet_words(classes: Mapping[str, tuple[str, Sequence[str]]]) -> list[Word
 
     classes: class name -> (plain word, synset names); no synset name means the word's first noun sense. The
     rules (our choice): a word is dropped when it is a Latin name, no ordinary word, below another class of
-    the list, or when the first (commonest) sense of it lies outside its class: "boxer" draws a man.
+    the list, or when the first (commonest) sense of it lies outside its class: "boxer" draws a man. Words
+    that WordNet itself marks as slurs or obscene do not even get a row.
     """
     wordnet = open_wordnet()
     trees = {name: _tree(wordnet, plain, synsets) for name, (plain, synsets) in classes.items()}
@@ -172,14 +173,13 @@ def wordnet_words(classes: Mapping[str, tuple[str, Sequence[str]]]) -> list[Word
             for synset in trees[roots[root]]
         }
         root = next(iter(tree))
-        natural = root.lexname() in ("noun.animal", "noun.plant")  # WordNet has some kinds twice
         count = sum(lemma.count() for lemma in root.lemmas() if _spoken(lemma.name()) == plain)
         words.append(Word(name, root.name(), plain, "plain", frequency=count))
         seen = {plain.lower()}
         for synset, (depth, parent) in tree.items():
             for lemma in synset.lemmas():
                 word = _spoken(lemma.name())
-                if word.lower() in seen:
+                if word.lower() in seen or _offensive(lemma):
                     continue
                 seen.add(word.lower())
                 first = wordnet.synsets(lemma.name(), "n")[0]
@@ -189,8 +189,8 @@ def wordnet_words(classes: Mapping[str, tuple[str, Sequence[str]]]) -> list[Word
                     reason = "no ordinary word"
                 elif synset in others:
                     reason = f"belongs to the class {others[synset]}"
-                elif first not in tree and not (first.lexname() == synset.lexname() and natural):
-                    reason = f"first sense is another thing ({first.name()})"
+                elif first not in tree and not _same_animal(first, synset):
+                    reason = f"first sense is another thing ({first.lexname().split('.')[1]})"
                 else:
                     reason = ""
                 relation = "hyponym" if depth else "synonym"
@@ -234,6 +234,22 @@ def is_latin(wordnet, lemma: str) -> bool:
     genus = lemma.split("_")[0]
     known = any(wordnet.synsets(f"{rank}_{genus}", "n") for rank in ("genus", "family", "order"))
     return lemma[0].isupper() and known
+
+
+def _same_animal(a, b) -> bool:
+    """Return whether two senses are close kinds: WordNet lists some animals twice (tarantula, robin)."""
+    common = a.lowest_common_hypernyms(b) if a.lexname() == b.lexname() == "noun.animal" else []
+    return any(synset.min_depth() >= 9 for synset in common)  # mammal, bird, insect stand 9 below entity
+
+
+def _offensive(lemma) -> bool:
+    usage = {domain.name() for domain in lemma.synset().usage_domains() + lemma.usage_domains()}
+    marked = re.search(
+        r"offensive|slur|derogatory|disparag|obscen|vulgar|contempt|insult", lemma.synset().definition()
+    )
+    return bool(
+        marked or usage & {"ethnic_slur.n.01", "disparagement.n.01", "obscenity.n.02", "vulgarism.n.01"}
+    )
 
 
 def _spoken(lemma: str) -> str:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from diffseg import prompts as P
 from diffseg import words as W
 from diffseg.benchmarks import BENCHMARKS
+from diffseg.english import plural, with_article
 from diffseg.errors import DiffsegError
 from diffseg.seeds import derive_seed
 
@@ -255,7 +256,8 @@ def test_missing_wordnet_data_is_one_sentence_with_the_remedy(tmp_path):
     code = (
         "import nltk; nltk.data.path[:] = []\n"
         "from diffseg.words import load_class_list\n"
-        "from diffseg.errors import DiffsegError\n"
+        "from diffseg.english import plural, with_article
+from diffseg.errors import DiffsegError\n"
         "try: load_class_list('list.txt')\n"
         "except DiffsegError as error: print(error)"
     )
@@ -282,7 +284,7 @@ def test_missing_wordnet_data_is_one_sentence_with_the_remedy(tmp_path):
      "a one-armed bandit", "an onion", "a sheep", "an école"],
 )  # fmt: skip
 def test_articles(phrase):
-    assert P.with_article(phrase.removeprefix("an ").removeprefix("a ")) == phrase
+    assert with_article(phrase.removeprefix("an ").removeprefix("a ")) == phrase
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_articles(phrase):
      ("Child", "Children"), ("aircraft", "aircraft"), ("sunglasses", "sunglasses"), ("SUV", "SUVs")],
 )  # fmt: skip
 def test_plurals(one, many):
-    assert P.plural(one) == many
+    assert plural(one) == many
 
 
 # captions
