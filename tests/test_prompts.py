@@ -256,8 +256,7 @@ def test_missing_wordnet_data_is_one_sentence_with_the_remedy(tmp_path):
     code = (
         "import nltk; nltk.data.path[:] = []\n"
         "from diffseg.words import load_class_list\n"
-        "from diffseg.english import plural, with_article
-from diffseg.errors import DiffsegError\n"
+        "from diffseg.errors import DiffsegError\n"
         "try: load_class_list('list.txt')\n"
         "except DiffsegError as error: print(error)"
     )
