@@ -130,9 +130,8 @@ class _Chooser:
             for name in self.plain
         }
         self.turns = {name: _deal(others, rng) for name, others in self.others.items()}
-        self.asked = {
-            name: rng.random() for name in self.plain
-        }  # a random phase, so that classes do not step together
+        # a random phase each, so that the classes do not turn plain in step
+        self.asked = {name: rng.random() for name in self.plain}
 
     def choose(self, name: str) -> Word:
         before = self.asked[name]
