@@ -1,0 +1,33 @@
+# From a clone to a table: `make reproduce`. All commands run inside .venv, which is made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install reproduce test test-slow lint strip clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'diffseg needs Python 3.11 or newer; run make PYTHON=python3.11 install')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade-strategy only-if-needed -c constraints.txt -e ".[test]"
+	touch $@
+
+reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with the table
+	$(BIN)/diffseg run mini-voc
+
+test: install  ## the tests that CI runs
+	$(BIN)/python -m pytest
+
+test-slow: install  ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+strip: install  ## remove outputs from the notebooks before a commit
+	$(BIN)/python notebooks/strip.py notebooks/*.ipynb
+
+clean:  ## forget all runs (the environment stays)
+	rm -rf results/runs results/data

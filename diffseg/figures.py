@@ -1,0 +1,85 @@
+"""The figures: grids of pictures, masks and curves, in VOC's colours and readable at column width."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from diffseg.files import atomic_path
+
+Picture = np.ndarray | torch.Tensor
+
+
+def as_array(picture: Picture) -> np.ndarray:
+    """Return H x W or H x W x 3 of a picture that may be a tensor with the channels first."""
+    if isinstance(picture, torch.Tensor):
+        picture = (picture.permute(1, 2, 0) if picture.ndim == 3 else picture).cpu().numpy()
+    return np.asarray(picture)
+
+
+def paint(label: Picture, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Return a label map in colours, uint8 H x W x 3; ids beyond the palette (ignored) are cream."""
+    colours = np.array([*palette, (224, 224, 192)], np.uint8)
+    return colours[np.minimum(as_array(label).astype(int), len(palette))]
+
+
+def overlay(image: Picture, label: Picture, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Return the picture with its label map laid over it; background stays as it is."""
+    image, label = as_array(image), as_array(label)
+    mixed = 0.4 * image + 0.6 * paint(label, palette)
+    return np.where((label > 0)[..., None], mixed, image).astype(np.uint8)
+
+
+def picture_rows(rows: Mapping[str, Sequence[Picture]], titles: Sequence[str] = (), size: float = 1.0) -> Figure:
+    """Draw named rows of pictures, one column each (inches per picture: size); H x W arrays become heat maps 0..1."""
+    columns = max(len(pictures) for pictures in rows.values())
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * size + 1, len(rows) * size + 0.3), squeeze=False)
+    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        for axis, picture in zip(row, [*pictures, *[None] * (columns - len(pictures))], strict=True):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if picture is not None:
+                axis.imshow(as_array(picture), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=7)
+    figure.tight_layout(pad=0.2)
+    return figure
+
+
+def loss_curves(curves: Mapping[str, Sequence[float]], window: int = 20) -> Figure:
+    """Draw training losses, each averaged over a window of iterations."""
+    figure, axis = plt.subplots(figsize=(5, 3))
+    for name, losses in curves.items():
+        kernel = np.ones(min(window, len(losses)))
+        axis.plot(np.convolve(losses, kernel / kernel.sum(), "valid"), label=name)
+    axis.set(xlabel="iteration", ylabel="cross-entropy", yscale="log")
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def iou_bars(per_class: Mapping[str, Mapping[str, float | None]]) -> Figure:
+    """Draw per-class IoU as horizontal bars, one colour a network."""
+    names = list(next(iter(per_class.values())))
+    figure, axis = plt.subplots(figsize=(5, 0.28 * len(names) + 1))
+    height = 0.8 / len(per_class)
+    for k, (network, values) in enumerate(per_class.items()):
+        positions = np.arange(len(names)) + (k - (len(per_class) - 1) / 2) * height
+        axis.barh(positions, [100 * (values[name] or 0) for name in names], height, label=network)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="IoU (%)", xlim=(0, 100))
+    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(per_class))
+    figure.tight_layout()
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and, beside it, as PDF (vectors); both without a date, so the bytes repeat."""
+    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
+        with atomic_path(path.with_suffix(suffix)) as temporary:
+            figure.savefig(temporary, dpi=150, metadata=metadata, bbox_inches="tight")

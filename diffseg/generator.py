@@ -1,0 +1,93 @@
+"""Load a Stable Diffusion, and draw pictures whose every pixel follows from prompt and seed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from diffseg.errors import DiffsegError
+
+# Names for generators that come with the package; any other name is a local folder or an id on the Hugging Face hub.
+GENERATORS = {"mini": Path(__file__).parent / "miniworld" / "weights" / "generator"}
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def locate_generator(name: str) -> str:
+    """Return the folder or hub id that `name` stands for."""
+    return str(GENERATORS.get(name, name))
+
+
+def load_tokenizer(name: str) -> CLIPTokenizer:
+    """Load the tokenizer of a generator. Raises a DiffsegError when there is none."""
+    place = locate_generator(name)
+    try:
+        return CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
+    except (OSError, ValueError) as error:
+        raise DiffsegError(_unloadable(name, place, error)) from error
+
+
+def load_generator(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> StableDiffusionPipeline:
+    """Load a generator in inference mode, with the second-order multistep solver that needs few steps.
+
+    The scheduler is built from the generator's own configuration (noise schedule, kind of prediction). Only
+    safetensors are read. Raises a DiffsegError when the folder is missing or a weights file is damaged.
+    """
+    if precision not in PRECISIONS:
+        raise DiffsegError(f"there is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    place = locate_generator(name)
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            place,
+            dtype=PRECISIONS[precision],
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except Exception as error:  # from_pretrained raises a dozen kinds for missing and truncated files
+        raise DiffsegError(_unloadable(name, place, error)) from error
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, algorithm_type="dpmsolver++"
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _unloadable(name: str, place: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    remedy = (
+        "restore the package's weights (git checkout, or reinstall)"
+        if name in GENERATORS
+        else "give a local Stable Diffusion folder, or the hub id of one while online"
+    )
+    return f"the generator {name!r} cannot be loaded from {place} ({reason}); {remedy}"
+
+
+@torch.no_grad()
+def draw(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    negative: Sequence[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    sampling_steps: int = 20,
+    guidance_scale: float = 4.0,
+) -> list[Image.Image]:
+    """Draw one picture for each prompt from its own seed, so that a picture does not depend on its batch.
+
+    The noise of each picture comes from a CPU generator of its own: the same on every device.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return pipeline(
+        list(prompts),
+        negative_prompt=None if negative is None else list(negative),
+        height=height,
+        width=width,
+        num_inference_steps=sampling_steps,
+        guidance_scale=guidance_scale,
+        generator=generators,
+    ).images

@@ -1,0 +1,69 @@
+"""The mini benchmarks on disk, in the official layouts, so that the same readers serve mini and real data."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from diffseg.benchmarks import VOC, write_label
+from diffseg.errors import DiffsegError
+from diffseg.manifest import project_root
+from diffseg.miniworld.scenes import Scene, sample_scene
+from diffseg.seeds import derive_seed
+
+# The benchmarks are fixed things: their seed and size are no parameters. Change the name when one of them changes.
+WORLD = {"version": 1, "seed": 0, "voc": {"train": 2000, "val": 600}}
+
+
+def locate_data(data_root: str) -> Path:
+    """Return the root folder of the data sets: "mini" is written on first use, any other name is a folder.
+
+    Raises a DiffsegError when the folder is missing or the mini world cannot be written.
+    """
+    if data_root != "mini":
+        if not Path(data_root).is_dir():
+            raise DiffsegError(f"there is no data root {data_root}; give the folder that holds VOCdevkit and the like")
+        return Path(data_root).absolute()
+    root = project_root() / "results" / "data" / f"mini-{WORLD['version']}"
+    if not (root / "world.json").is_file():
+        write_world(root)
+    return root
+
+
+def write_world(root: Path, world: dict = WORLD) -> None:
+    """Write all mini benchmarks beside `root` and rename the folder at the end, so that it is whole or absent."""
+    temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    try:
+        write_voc(temporary / "VOCdevkit" / "VOC2012", world["voc"], world["seed"])
+        (temporary / "world.json").write_text(json.dumps(world, indent=1))
+        if not root.exists():  # another process may have been faster
+            temporary.rename(root)
+    except OSError as error:
+        raise DiffsegError(f"the mini world cannot be written to {root} ({error}); free space there") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def voc_scene(seed: int, split: str, index: int) -> Scene:
+    """Return one scene of mini VOC: every class, and every picture of a class, as often as any other."""
+    rng = np.random.default_rng(derive_seed(seed, "voc", split, index))
+    return sample_scene(rng, even=True, classes_only=True)
+
+
+def write_voc(folder: Path, sizes: dict[str, int], seed: int) -> None:
+    """Write mini VOC: JPEGImages, SegmentationClass, ImageSets/Segmentation/{train,val}.txt."""
+    class_ids = {name: k for k, name in enumerate(VOC.classes)}
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    for split, size in sizes.items():
+        names = [f"{split}_{k:06d}" for k in range(size)]
+        for k, name in enumerate(tqdm(names, f"drawing mini VOC {split}", unit="scene")):
+            scene = voc_scene(seed, split, k)
+            # no chroma subsampling: at 64 pixels it would smear colours over a tenth of an object
+            Image.fromarray(scene.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
+            write_label(folder / "SegmentationClass" / f"{name}.png", scene.label(class_ids), VOC)
+        (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")

@@ -1,0 +1,402 @@
+"""Train the mini generator from nothing: a small Stable Diffusion on pictures and captions, never on masks.
+
+Three stages, each a command that continues where it was stopped:
+
+    python -m diffseg.miniworld.pretrain corpus     scenes and captions, kept as two files
+    python -m diffseg.miniworld.pretrain vae        AutoencoderKL: 64 x 64 x 3 pictures <-> 16 x 16 x 8 latents
+    python -m diffseg.miniworld.pretrain diffusion  CLIPTextModel and UNet2DConditionModel on cached latents
+    python -m diffseg.miniworld.pretrain export     the Stable Diffusion folder that the package ships
+
+The recipe is our choice throughout: small networks of the real diffusers and transformers classes, v-prediction
+(Salimans & Ho 2022) with min-SNR weights (Hang et al. 2023), 10 % empty captions for classifier-free guidance.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tokenizers import AddedToken
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffseg.files import atomic_path
+from diffseg.miniworld.scenes import PLACES, TEMPLATES, load_pictures, sample_scene
+from diffseg.seeds import derive_seed
+
+MAX_TOKENS = 20  # the longest caption has 18 tokens
+STREET_WORDS = "street scene city rider human vehicle road building traffic sign tree many with two of in".split()
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory: page faults otherwise take up to half of a CPU training (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in (
+            (-3, 1 << 30),
+            (-1, 2**31 - 1),
+            (-2, 256 << 20),
+        ):  # mmap, trim threshold, top pad
+            libc.mallopt(option, value)
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------- corpus
+
+
+def draw_corpus_part(seed: int, start: int, stop: int) -> tuple[np.ndarray, list[str]]:
+    scenes = [sample_scene(np.random.default_rng(derive_seed(seed, "corpus", i))) for i in range(start, stop)]
+    return np.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
+
+
+def make_corpus(folder: Path, scenes: int, seed: int, workers: int) -> None:
+    """Write images.npy (uint8 N x 64 x 64 x 3) and captions.json; the masks are thrown away here."""
+    part = 1000
+    starts = range(0, scenes, part)
+    stops = [min(start + part, scenes) for start in starts]
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(draw_corpus_part, [seed] * len(starts), starts, stops)
+        parts = list(tqdm(results, "drawing scenes", total=len(starts), unit="k"))
+    with atomic_path(folder / "images.npy") as path:
+        np.save(path, np.concatenate([images for images, _ in parts]))
+    with atomic_path(folder / "captions.json") as path:
+        path.write_text(json.dumps([caption for _, captions in parts for caption in captions]))
+
+
+def load_images(images: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """Return float B x 3 x 64 x 64 in -1..1."""
+    return torch.from_numpy(images[np.sort(rows)]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A word-level CLIP tokenizer: every word of the mini world is one token, any other word is unknown."""
+    texts = [*PLACES, *TEMPLATES, *(word for picture in load_pictures() for word in picture.words)]
+    words = {word for text in texts for word in text.replace("{}", "").split()} | {"a", "an", "and"}
+    tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=MAX_TOKENS)
+    ordered = sorted(words | set(STREET_WORDS))
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True, lstrip=True) for word in ordered])
+    return tokenizer
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+
+
+def build_text_encoder(vocabulary: int) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Three levels (16, 8, 4); cross-attention at 16 x 16 and 8 x 8; `attention_head_dim` is the number of heads."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        layers_per_block=1,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 4, 6),
+        norm_num_groups=16,
+        cross_attention_dim=128,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- training loop
+
+
+class Trainer:
+    """AdamW over a budget of steps, constant rate to 60 % and linear to 2 % of it; checkpoints that resume exactly.
+
+    The decay follows the share of the budget that is used, so `--seconds` may replace `--steps` on an unknown machine.
+    """
+
+    def __init__(self, folder: Path, modules: dict[str, torch.nn.Module], rate: float, decay: float):
+        self.folder, self.modules, self.rate = folder, modules, rate
+        self.parameters = [p for module in modules.values() for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.average = {
+            name: {key: value.detach().clone().float() for key, value in module.state_dict().items()}
+            for name, module in modules.items()
+        }
+        self.decay = decay
+        self.step, self.samples, self.seconds = 0, 0, 0.0
+        self.rng = np.random.default_rng(0)
+        if (folder / "checkpoint.pt").is_file():
+            state = torch.load(folder / "checkpoint.pt", weights_only=True)
+            for name, module in modules.items():
+                module.load_state_dict(state["modules"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average = state["average"]
+            self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+            torch.set_rng_state(state["torch_rng"])
+            self.rng.bit_generator.state = json.loads(state["numpy_rng"])
+
+    def save(self) -> None:
+        with atomic_path(self.folder / "checkpoint.pt") as path:
+            torch.save(
+                {
+                    "modules": {name: module.state_dict() for name, module in self.modules.items()},
+                    "optimizer": self.optimizer.state_dict(),
+                    "average": self.average,
+                    "step": self.step,
+                    "samples": self.samples,
+                    "seconds": self.seconds,
+                    "torch_rng": torch.get_rng_state(),
+                    "numpy_rng": json.dumps(self.rng.bit_generator.state),
+                },
+                path,
+            )
+
+    def run(self, loss_of_batch, steps: int, seconds: float, batch: int, every: int, watch=None) -> None:
+        """Call `loss_of_batch(rng)` until the budget is used: `steps`, or `seconds` of training where given."""
+        bar = tqdm(total=1000, desc=self.folder.name, unit="‰")
+        total, since = 0.0, time.monotonic()
+        values = [value for module in self.modules.values() for value in module.state_dict().values()]
+        average = [value for state in self.average.values() for value in state.values()]
+        while True:
+            used = self.seconds / seconds if seconds else self.step / steps
+            if used >= 1:
+                break
+            for group in self.optimizer.param_groups:
+                warm = min(1, (self.step + 1) / 200)
+                group["lr"] = self.rate * warm * (1 if used < 0.6 else 1 - 0.98 * (used - 0.6) / 0.4)
+            loss = loss_of_batch(self.rng)
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            with torch.no_grad():
+                weight = min(self.decay, (self.step + 1) / (self.step + 10))
+                torch._foreach_lerp_(average, values, 1 - weight)
+            self.step, self.samples = self.step + 1, self.samples + batch
+            self.seconds, since = self.seconds + time.monotonic() - since, time.monotonic()
+            total += loss.item()
+            bar.update(round(1000 * used) - bar.n)
+            bar.set_postfix(step=self.step, loss=f"{loss.item():.4f}")
+            if self.step % every == 0:
+                if not np.isfinite(total):
+                    raise FloatingPointError(f"the loss is not finite at step {self.step}; lower --rate and resume")
+                row = {"step": self.step, "samples": self.samples, "seconds": round(self.seconds, 1)}
+                row |= {
+                    "loss": round(total / every, 5),
+                    "rate": round(self.optimizer.param_groups[0]["lr"], 7),
+                }
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                total = 0.0
+                self.save()
+                if watch is not None:
+                    watch(self)
+        self.save()
+        bar.close()
+
+    def load_average(self) -> None:
+        """Put the averaged weights into the modules."""
+        for name, module in self.modules.items():
+            module.load_state_dict(self.average[name])
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+def train_vae(folder: Path, corpus: Path, options: argparse.Namespace) -> None:
+    """Mean absolute error plus a small Kullback-Leibler term; then cache the latents of the whole corpus."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
+    images = np.load(corpus / "images.npy", mmap_mode="r")
+    torch.manual_seed(options.seed)
+    vae = build_vae().to(device)
+    trainer = Trainer(folder, {"vae": vae}, options.rate, decay=0.995)
+
+    def loss_of_batch(rng: np.random.Generator) -> torch.Tensor:
+        x = load_images(images, rng.integers(len(images), size=options.batch)).to(device)
+        with mixed_precision(device):
+            posterior = vae.encode(x).latent_dist
+            output = vae.decode(posterior.sample()).sample
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float())
+        return F.l1_loss(output.float(), x) + F.mse_loss(output.float(), x) + 1e-4 * kl.mean()
+
+    trainer.run(loss_of_batch, options.steps, options.seconds, options.batch, options.every)
+    trainer.load_average()
+    vae.eval()
+    latents, error = [], []
+    with torch.no_grad():
+        for start in tqdm(range(0, len(images), 256), "caching latents"):
+            x = load_images(images, np.arange(start, min(start + 256, len(images)))).to(device)
+            z = vae.encode(x).latent_dist.mean
+            latents.append(z.half().cpu().numpy())
+            if start < 1024:
+                error.append(F.mse_loss(vae.decode(z).sample.clamp(-1, 1), x).item() / 4)
+    latents = np.concatenate(latents)
+    psnr = -10 * np.log10(np.mean(error))
+    vae.register_to_config(scaling_factor=float(1 / latents[:4096].astype(np.float32).std()))
+    vae.save_pretrained(folder / "vae")
+    with atomic_path(corpus / "latents.npy") as path:
+        np.save(path, latents * np.float16(vae.config.scaling_factor))
+    note = {"psnr": psnr, "samples": trainer.samples, "seconds": trainer.seconds}
+    (folder / "vae.json").write_text(json.dumps(note))
+    print(note, vae.config.scaling_factor)
+
+
+def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace) -> None:
+    """v-prediction on cached latents with min-SNR weights; text encoder and UNet are trained together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
+    latents = np.load(corpus / "latents.npy", mmap_mode="r")
+    tokenizer = build_tokenizer()
+    captions = json.loads((corpus / "captions.json").read_text())
+    ids = tokenizer(captions, padding="max_length", return_tensors="np").input_ids
+    empty = tokenizer("", padding="max_length", return_tensors="np").input_ids[0]
+    torch.manual_seed(options.seed)
+    text_encoder = build_text_encoder(len(tokenizer)).to(device)
+    unet = build_unet().to(device).to(memory_format=torch.channels_last)
+    scheduler = build_scheduler()
+    alphas = scheduler.alphas_cumprod.to(device)
+    trainer = Trainer(folder, {"text_encoder": text_encoder, "unet": unet}, options.rate, decay=options.decay)
+
+    def loss_of_batch(rng: np.random.Generator) -> torch.Tensor:
+        rows = rng.integers(len(latents), size=options.batch)
+        tokens = ids[rows]
+        tokens[rng.random(len(rows)) < 0.1] = empty  # for classifier-free guidance
+        x = torch.from_numpy(latents[rows].astype(np.float32)).to(device, memory_format=torch.channels_last)
+        noise = torch.randn_like(x)
+        t = torch.randint(len(alphas), (len(rows),), device=device)
+        noised, velocity = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
+        with mixed_precision(device):
+            text = text_encoder(torch.from_numpy(tokens).to(device)).last_hidden_state
+            output = unet(noised, t, text).sample
+        snr = alphas[t] / (1 - alphas[t])
+        weight = snr.clamp(max=5) / (snr + 1)  # min-SNR 5 in terms of v
+        return (weight * F.mse_loss(output.float(), velocity, reduction="none").mean((1, 2, 3))).mean()
+
+    def watch(trainer: Trainer) -> None:
+        if trainer.step % options.sheet == 0:
+            draw_sheet(trainer, folder, options)
+
+    trainer.run(loss_of_batch, options.steps, options.seconds, options.batch, options.every, watch)
+    draw_sheet(trainer, folder, options)
+
+
+def make_pipeline(folder: Path, average: dict, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    text_encoder, unet = build_text_encoder(len(tokenizer)), build_unet()
+    text_encoder.load_state_dict(average["text_encoder"])
+    unet.load_state_dict(average["unet"])
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder.parent / "vae" / "vae"),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def draw_sheet(trainer: Trainer, folder: Path, options: argparse.Namespace) -> None:
+    """Save a sheet of 40 pictures of the averaged weights, one word each."""
+    state = torch.get_rng_state()
+    pipeline = make_pipeline(folder, trainer.average, build_tokenizer()).to(options.device)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = [p for p in load_pictures() if p.typical] + [p for p in load_pictures() if not p.typical][::4]
+    prompts = [f"a photo of a {p.word} {list(PLACES)[k % len(PLACES)]}" for k, p in enumerate(pictures[:40])]
+    seeds = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
+    images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=seeds).images
+    sheet = Image.new("RGB", (64 * 10, 64 * 4))
+    for k, image in enumerate(images):
+        sheet.paste(image, (64 * (k % 10), 64 * (k // 10)))
+    sheet.save(folder / f"sheet_{trainer.samples:08d}.png")
+    torch.set_rng_state(state)
+
+
+def export(folder: Path, weights: Path) -> None:
+    """Write the averaged weights as a Stable Diffusion folder in half precision."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    pipeline = make_pipeline(folder, state["average"], build_tokenizer())
+    pipeline.to(dtype=torch.float16).save_pretrained(weights)
+    print({"samples": state["samples"], "seconds": state["seconds"], "step": state["step"]})
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["corpus", "vae", "diffusion", "export"])
+    parser.add_argument("--folder", type=Path, default=Path("results/runs/pretrain"))
+    parser.add_argument("--scenes", type=int, default=60000, help="scenes in the corpus")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--seconds", type=float, default=0, help="seconds of training instead of steps")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="AdamW's peak learning rate")
+    parser.add_argument("--decay", type=float, default=0.998, help="decay of the weights' average")
+    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--sheet", type=int, default=1000, help="steps between sample sheets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights" / "generator")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_options()
+    keep_memory()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    corpus = options.folder
+    if options.stage == "corpus":
+        make_corpus(corpus, options.scenes, options.seed, workers=2)
+    elif options.stage == "vae":
+        train_vae(options.folder / "vae", corpus, options)
+    elif options.stage == "diffusion":
+        train_diffusion(options.folder / "diffusion", corpus, options)
+    else:
+        export(options.folder / "diffusion", options.weights)
+
+
+if __name__ == "__main__":
+    main()
