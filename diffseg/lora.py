@@ -1,0 +1,395 @@
+"""Adapt the generator to a distant domain: LoRA (Hu et al. 2022) on the UNet's attention.
+
+A linear layer W (out x in) stays frozen; beside it a product of two thin matrices learns
+
+    W' = W + alpha / r  B A            A: r x in, random at the start;  B: out x r, zero at the start
+
+so that training begins at the base model exactly, and the result is a small file. No label and no mask is
+read: the loss is that of the generator's own training, on noised latents of the target pictures.
+
+Every random draw (picture, crop, caption, noise, timestep) follows from the seed and the draw's number. So a
+run that was killed and goes on computes what it would have computed, and many processes what one would.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from diffseg.errors import DiffsegError
+from diffseg.files import atomic_path
+from diffseg.seeds import derive_seed
+from diffseg.target_domain import Draws, find_pictures
+
+ADAPTER = "tuned"  # the adapter's name inside the UNet
+WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' own file name, so that any tool finds it
+CHECKPOINT = "checkpoint.pt"
+LOSSES = "losses.csv"
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """What tuning depends on besides pictures, captions and seed; our choice, as the paper's is unknown."""
+
+    height: int  # of the training pictures, in pixels; a multiple of the VAE's factor (8 for SD 1.x and 2.x)
+    width: int
+    rank: int = 8  # r; at most the smallest side of a tuned layer
+    alpha: float = 8.0  # the update is scaled by alpha / rank
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # layers whose name ends so
+    learning_rate: float = 1e-4  # AdamW's; constant after the warm-up
+    warmup: int = 0  # optimizer steps of linear warm-up
+    steps: int = 500  # optimizer steps in all
+    batch: int = 4  # pictures an optimizer step, over all processes
+    snr_gamma: float = 5.0  # min-SNR weights (Hang et al. 2023); 0: every timestep weighs the same
+    caption_dropout: float = 0.1  # share of empty captions, which classifier-free guidance needs
+    ema: float = 0.0  # decay of an average of the weights that replaces them at the end; 0: none
+    precision: str = "fp32"  # of the computation: fp32, or mixed with fp16 (GPU only) or bf16
+    gradient_checkpointing: bool = False  # less memory for about a third more time
+    checkpoint_every: int = 100  # optimizer steps between checkpoints
+
+
+# --------------------------------------------------------------------------------------------- the objective
+
+
+def noised_and_target(
+    latents: torch.Tensor, noise: torch.Tensor, alphas: torch.Tensor, prediction: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the noised latents, and what the UNet shall predict: the noise (Ho et al. 2020) or the velocity
+    (Salimans & Ho 2022). alphas: cumulative alpha of each picture's timestep (B), the rest B x C x h x w."""
+    a = alphas.view(-1, 1, 1, 1)
+    noised = a.sqrt() * latents + (1 - a).sqrt() * noise
+    if prediction == "epsilon":
+        return noised, noise
+    if prediction == "v_prediction":
+        return noised, a.sqrt() * noise - (1 - a).sqrt() * latents
+    raise DiffsegError(f"the generator predicts {prediction!r}; tuning knows epsilon and v_prediction.")
+
+
+def snr_weight(alphas: torch.Tensor, gamma: float, prediction: str) -> torch.Tensor:
+    """Return min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v, 1 for gamma 0 (all: B)."""
+    if gamma == 0:
+        return torch.ones_like(alphas)
+    snr = alphas / (1 - alphas)
+    if prediction == "epsilon":
+        return (gamma / snr).clamp(max=1)  # the same, and 1 rather than 0 / 0 where the signal is gone
+    return snr.clamp(max=gamma) / (snr + 1)
+
+
+def diffusion_loss(pipeline, unet: Callable, batch: dict, snr_gamma: float) -> torch.Tensor:
+    """Return the mean weighted squared error of one batch of draws (a float32 scalar)."""
+    vae, dtype, prediction = pipeline.vae, pipeline.vae.dtype, pipeline.scheduler.config.prediction_type
+    with torch.no_grad():
+        posterior = vae.encode(batch["pixels"].to(dtype)).latent_dist
+        latents = posterior.mean + posterior.std * batch["posterior_noise"]
+        latents = latents.float() * vae.config.scaling_factor
+        text, _ = pipeline.encode_prompt(batch["caption"], latents.device, 1, False)  # no guidance
+    alphas = pipeline.scheduler.alphas_cumprod.to(latents.device)[batch["timestep"]]
+    noised, target = noised_and_target(latents, batch["noise"], alphas, prediction)
+    output = unet(noised.to(dtype), batch["timestep"], text).sample
+    error = F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
+    return (snr_weight(alphas, snr_gamma, prediction) * error).mean()
+
+
+# --------------------------------------------------------------------------------------------------- tuning
+
+
+def target_layers(unet, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Return {layer: (inputs, outputs)} of the linear layers whose name ends in one of `targets`.
+
+    Raises a DiffsegError for a target that no linear layer of the UNet has.
+    """
+    linear = {
+        name.removesuffix(".base_layer"): (layer.in_features, layer.out_features)
+        for name, layer in unet.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "lora_" not in name
+    }
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise DiffsegError(
+                f"no linear layer of the UNet is called {target!r}; there are to_q, to_k, to_v and to_out.0."
+            )
+    return {name: size for name, size in linear.items() if f".{name}".endswith(tuple(f".{t}" for t in targets))}
+
+
+def check_options(pipeline, options: TuningOptions) -> None:
+    """Raise a DiffsegError for an option that does not fit itself or the pipeline."""
+    positive = "rank", "alpha", "learning_rate", "steps", "batch", "checkpoint_every", "height", "width"
+    factor = pipeline.vae_scale_factor
+    for names, holds, rule in (
+        (positive, lambda value: value > 0, "above 0"),
+        (("snr_gamma", "warmup"), lambda value: value >= 0, "0 or above"),
+        (("caption_dropout", "ema"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        (
+            ("height", "width"),
+            lambda value: value % factor == 0,
+            f"a multiple of {factor} for this generator",
+        ),
+        (("precision",), lambda value: value in ("fp32", "fp16", "bf16"), "fp32, fp16 or bf16"),
+        (("targets",), len, "a list with a layer at least, such as to_q"),
+    ):
+        for name in names:
+            if not holds(getattr(options, name)):
+                raise DiffsegError(f"lora_{name} must be {rule}, not {getattr(options, name)!r}.")
+    if options.precision == "fp16" and not torch.cuda.is_available():
+        raise DiffsegError("lora_precision fp16 needs a GPU; choose bf16 or fp32.")
+    largest = min(min(size) for size in target_layers(pipeline.unet, options.targets).values())
+    if options.rank > largest:
+        raise DiffsegError(
+            f"the LoRA rank {options.rank} does not fit: the smallest tuned layer has {largest} inputs or "
+            f"outputs; choose lora_rank from 1 to {largest}."
+        )
+
+
+def add_lora(pipeline, options: TuningOptions, seed: int) -> dict[str, torch.nn.Parameter]:
+    """Freeze the pipeline, put a fresh LoRA into its UNet, and return its parameters (float32) by name."""
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        module.requires_grad_(False)
+    remove_lora(pipeline)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora", "init"))
+        config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(options.targets))
+        pipeline.unet.add_adapter(config, ADAPTER)
+    parameters = {name: p for name, p in pipeline.unet.named_parameters() if p.requires_grad}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()  # small steps vanish in half precision
+    return parameters
+
+
+def remove_lora(pipeline) -> None:
+    """Take out the LoRA that `tune` or `load_lora` has put into the pipeline, if there is one."""
+    if ADAPTER in getattr(pipeline.unet, "peft_config", {}):
+        pipeline.unet.delete_adapters(ADAPTER)
+
+
+def tune(
+    pipeline,
+    images_folder: str | Path,
+    captions: Sequence[str],
+    options: TuningOptions,
+    folder: str | Path,
+    seed: int = 0,
+) -> list[float]:
+    """Tune the UNet (SD 1.x or 2.x) to a folder of unlabelled pictures; return the loss of every step.
+
+    Writes to `folder` the LoRA's weights with its settings (WEIGHTS), LOSSES (step, loss, learning rate), and
+    CHECKPOINT every `checkpoint_every` steps. Goes on from a checkpoint of the same pictures, captions,
+    options and seed; more `steps` than before prolong a finished run. Leaves the LoRA at work in the
+    pipeline, which is on Accelerate's device then. Runs in one process, or in several under `accelerate
+    launch`.
+
+    Raises a DiffsegError for bad pictures, captions or options, for a checkpoint of another run, and for a
+    loss that is not finite: then the last good checkpoint stays.
+    """
+    folder, captions = Path(folder), list(captions)
+    if not captions or any(not caption.strip() for caption in captions):
+        raise DiffsegError("the captions must be one or more texts that say what the pictures show.")
+    check_options(pipeline, options)
+    paths = find_pictures(images_folder)
+    AcceleratorState._reset_state()  # else this process could not change the precision of an earlier run
+    try:
+        accelerator = Accelerator(mixed_precision="no" if options.precision == "fp32" else options.precision)
+    except ValueError as error:
+        raise DiffsegError(f"lora_precision {options.precision!r} does not work here ({error}); use fp32.") from None
+    processes = accelerator.num_processes
+    if options.batch % processes:
+        raise DiffsegError(f"lora_batch {options.batch} must be a multiple of the {processes} processes.")
+
+    pipeline.to(accelerator.device)
+    parameters = add_lora(pipeline, options, seed)
+    optimizer = torch.optim.AdamW(parameters.values(), options.learning_rate, weight_decay=0.01)
+    schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=options.warmup)
+    average = EMAModel(list(parameters.values()), decay=options.ema) if options.ema else None
+    recipe = describe(paths, images_folder, captions, options, seed)
+    state = load_checkpoint(folder / CHECKPOINT, recipe, options.steps)
+    rows = state["rows"] if state else []  # step, loss, learning rate
+    if state:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(state["lora"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if average:
+            average.load_state_dict(state["average"])
+            average.to(accelerator.device)
+
+    draws = Draws(pipeline, paths, captions, options.height, options.width, options.caption_dropout, seed)
+    numbers = range(len(rows) * options.batch, options.steps * options.batch)
+    loader = DataLoader(draws, options.batch // processes, sampler=numbers)
+    pipeline.unet.train()
+    if options.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    kept = len(rows)  # steps in the last checkpoint
+    unet, optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
+    if state and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+    def save_checkpoint() -> None:
+        state = {
+            "recipe": recipe,
+            "rows": rows,
+            "lora": {name: p.detach() for name, p in parameters.items()},
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "average": average.state_dict() if average else None,
+        }
+        if accelerator.is_main_process:
+            with atomic_path(folder / CHECKPOINT) as path:
+                torch.save(state, path)
+
+    def stop(step: int, what: str) -> DiffsegError:
+        other = f", or set lora_steps to {kept}: {folder / CHECKPOINT} keeps that state" if kept else ""
+        return DiffsegError(f"{what} not finite at step {step} of {options.steps}; lower lora_learning_rate{other}.")
+
+    quiet = not accelerator.is_main_process
+    bar = tqdm(total=options.steps, initial=len(rows), desc="tuning", unit="step", disable=quiet)
+    try:
+        for step, batch in enumerate(loader, start=len(rows) + 1):
+            loss = diffusion_loss(pipeline, unet, batch, options.snr_gamma)
+            value = accelerator.gather(loss.detach()).mean().item()
+            if not np.isfinite(value):
+                raise stop(step, "the loss is")
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(list(parameters.values()), 1.0)
+            optimizer.step()
+            rows.append([step, value, schedule.get_last_lr()[0]])
+            schedule.step()
+            optimizer.zero_grad()
+            if average:
+                average.step(parameters.values())
+            bar.update()
+            bar.set_postfix(loss=f"{value:.4f}")
+            if step % options.checkpoint_every == 0 or step == options.steps:
+                if not all(p.isfinite().all() for p in parameters.values()):
+                    raise stop(step, "the weights are")
+                save_checkpoint()
+                kept = step
+    finally:
+        bar.close()
+        if accelerator.is_main_process:
+            write_losses(folder / LOSSES, rows)
+        # takes the mixed-precision wrapper off, so that pictures are drawn as after loading
+        pipeline.unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
+        pipeline.unet.disable_gradient_checkpointing()
+    if average:
+        average.copy_to(parameters.values())
+    if accelerator.is_main_process:
+        save_lora(pipeline, folder)
+    accelerator.wait_for_everyone()
+    return [loss for _, loss, _ in rows]
+
+
+def describe(
+    paths: Sequence[Path], root: str | Path, captions: Sequence[str], options: TuningOptions, seed: int
+) -> str:
+    """Return as JSON all that the tuned weights follow from, but for the number of steps."""
+    kept = {k: v for k, v in asdict(options).items() if k not in ("steps", "checkpoint_every")}
+    pictures = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in paths]
+    recipe = {"options": kept, "captions": captions, "seed": seed, "pictures": pictures}
+    return json.dumps(recipe, sort_keys=True)
+
+
+def load_checkpoint(path: Path, recipe: str, steps: int) -> dict | None:
+    """Return a checkpoint's state or None; raise a DiffsegError when it is damaged or not of this run."""
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise DiffsegError(f"the checkpoint {path} is damaged; delete it to start again.") from error
+    if state["recipe"] != recipe:
+        raise DiffsegError(f"{path} is of other pictures, captions, options or seed; delete it or use another folder.")
+    done = len(state["rows"])
+    if done > steps:
+        raise DiffsegError(f"{path} has {done} steps already, more than lora_steps {steps}; delete it to start again.")
+    return state
+
+
+def write_losses(path: Path, rows: Sequence[Sequence]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "loss", "learning_rate"])
+        writer.writerows(rows)
+
+
+# ------------------------------------------------------------------------------------------- saving, loading
+
+
+def save_lora(pipeline, folder: Path) -> None:
+    """Write the LoRA in the pipeline's UNet to WEIGHTS, in diffusers' own format.
+
+    Alpha is not part of the weights: it is kept in the file's metadata with the other settings, without which
+    a loader would take alpha = rank.
+    """
+    settings = pipeline.unet.peft_config[ADAPTER].to_dict()
+    # a set's order differs between processes
+    settings = {f"unet.{k}": sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)}
+    with atomic_path(folder / WEIGHTS) as path:
+        pipeline.save_lora_weights(
+            path.parent,
+            unet_lora_layers=get_peft_model_state_dict(pipeline.unet, adapter_name=ADAPTER),
+            weight_name=path.name,
+            # diffusers' own function writes a second entry, and safetensors writes two in random order: the
+            # same weights would be another file, and step 03 would run again for nothing
+            save_function=lambda weights, name: Path(name).write_bytes(save(weights, metadata)),
+        )
+
+
+def load_lora(pipeline, folder: str | Path, scale: float = 1.0) -> None:
+    """Put the LoRA that `tune` wrote to `folder` into the UNet; scale 0 is the base model, 1 the tuned one.
+
+    Takes the place of a LoRA that was there. Raises a DiffsegError when there is no file, it is damaged, or
+    it belongs to another base model.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise DiffsegError(f"there is no LoRA {path}; run 02_lora_tuning first.")
+    try:
+        weights, _ = pipeline.lora_state_dict(str(path.parent), weight_name=WEIGHTS)
+    except Exception as error:  # safetensors and diffusers raise several kinds
+        raise DiffsegError(f"the LoRA {path} is damaged; run 02_lora_tuning again.") from error
+    wrong = misfit(pipeline.unet, weights)
+    if wrong:
+        raise DiffsegError(
+            f"the LoRA {path} is of another base model ({wrong}); load the generator that it was tuned on."
+        )
+    remove_lora(pipeline)
+    # what pipeline.load_lora_weights does, without its warning that there is nothing for the text encoder
+    pipeline.unet.load_lora_adapter(path.parent, prefix="unet", weight_name=WEIGHTS, adapter_name=ADAPTER)
+    pipeline.unet.set_adapters(ADAPTER, scale)
+
+
+def misfit(unet, weights: dict[str, torch.Tensor]) -> str:
+    """Say in a few words where a LoRA's weights do not fit the UNet's layers; "" where they do."""
+    weights = {key.removeprefix("unet."): value for key, value in weights.items() if key.startswith("unet.")}
+    if not weights:
+        return "it holds nothing for a UNet"
+    if not any("lora_A" in key for key in weights):  # written by another tool
+        weights = convert_unet_state_dict_to_peft(weights)
+    # a layer that carries a LoRA already is itself the inner `base_layer`, which comes after its wrapper
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in unet.named_modules()}
+    for key, value in weights.items():
+        name, part = key.split(".lora_")
+        shape = getattr(getattr(layers.get(name), "weight", None), "shape", None)
+        if shape is None:
+            return f"the UNet has no layer {name}"
+        found, expected = (value.shape[1], shape[1]) if part[0] == "A" else (value.shape[0], shape[0])
+        if found != expected:
+            return f"{name} has {expected} {'inputs' if part[0] == 'A' else 'outputs'}, the LoRA's {found}"
+    return ""

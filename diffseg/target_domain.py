@@ -1,0 +1,147 @@
+"""The target domain: its pictures, the captions they get, and how far drawn pictures are from them."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from diffseg.benchmarks import read_pixels
+from diffseg.english import with_article
+from diffseg.errors import DiffsegError
+from diffseg.seeds import derive_seed
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def find_pictures(folder: str | Path) -> list[Path]:
+    """Return all JPEGs and PNGs below a folder, sorted by path, after decoding each one.
+
+    Raises a DiffsegError for an absent or empty folder, and for a picture that is broken or not RGB.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DiffsegError(f"there is no folder {folder}; give a folder of target pictures (JPEG or PNG).")
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    paths = sorted(path for path in paths if path.name[0] != ".")
+    if not paths:
+        raise DiffsegError(f"{folder} holds no JPEG or PNG picture; put the target domain's pictures there.")
+    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
+        modes = pool.map(lambda path: read_pixels(path)[1], paths)
+        for path, mode in zip(paths, tqdm(modes, "checking pictures", len(paths), leave=False), strict=True):
+            if mode != "RGB":
+                raise DiffsegError(f"{path} has the mode {mode}, not RGB; convert it or take it out.")
+    return paths
+
+
+def build_captions(templates: Sequence[str], words: Sequence[str] = ()) -> list[str]:
+    """Return the captions: each template with `{}` once for each word, with its article; others as they are.
+
+    The words are those of things known or guessed to be in the pictures; nothing says which are in which.
+    Raises a DiffsegError when there is no caption or a template has no word to take.
+    """
+    captions = []
+    for template in templates:
+        if "{}" in template and not words:
+            raise DiffsegError(f"the caption {template!r} needs words in place of {{}}; give lora_words.")
+        captions += (
+            [template.replace("{}", with_article(word)) for word in words] if "{}" in template else [template]
+        )
+    if not captions:
+        raise DiffsegError("lora_captions is empty; give at least one that says what the pictures show.")
+    return list(dict.fromkeys(captions))
+
+
+def fit(picture: Image.Image, height: int, width: int, where: float = 0.5) -> Image.Image:
+    """Scale a picture to cover height x width and cut off the rest; `where` (0..1) is the place kept."""
+    scale = max(height / picture.height, width / picture.width)
+    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    left, top = round(where * (size[0] - width)), round(where * (size[1] - height))
+    return picture.crop((left, top, left + width, top + height))
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """Return float32 3 x H x W in -1..1, as the VAE reads pictures."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class Draws(Dataset):
+    """Item n is all that the n-th picture of the training depends on; a pure function of (seed, n).
+
+    pixels: float32 3 x H x W in -1..1; caption; timestep; noise and posterior_noise: float32, of the latent's
+    shape. Pictures come in shuffled rounds, so all are seen equally often.
+    """
+
+    def __init__(
+        self,
+        pipeline,
+        paths: Sequence[Path],
+        captions: Sequence[str],
+        height: int,
+        width: int,
+        caption_dropout: float,
+        seed: int,
+    ):
+        factor = pipeline.vae_scale_factor
+        self.latent = (pipeline.unet.config.in_channels, height // factor, width // factor)
+        self.timesteps = len(pipeline.scheduler.alphas_cumprod)
+        self.paths, self.captions, self.size = list(paths), list(captions), (height, width)
+        self.caption_dropout, self.seed = caption_dropout, seed
+
+    def __getitem__(self, n: int) -> dict:
+        rounds, place = divmod(n, len(self.paths))
+        order = np.random.default_rng(derive_seed(self.seed, "lora", "order", rounds))
+        path = self.paths[order.permutation(len(self.paths))[place]]
+        rng = np.random.default_rng(derive_seed(self.seed, "lora", "draw", n))
+        pixels, _ = read_pixels(path, "RGB")
+        picture = fit(Image.fromarray(pixels), *self.size, rng.random())
+        caption = self.captions[rng.integers(len(self.captions))]
+        return {
+            "pixels": to_tensor(picture),
+            "caption": "" if rng.random() < self.caption_dropout else caption,
+            "timestep": int(rng.integers(self.timesteps)),
+            "noise": torch.from_numpy(rng.standard_normal(self.latent, np.float32)),
+            "posterior_noise": torch.from_numpy(rng.standard_normal(self.latent, np.float32)),
+        }
+
+
+@torch.no_grad()
+def latent_features(pipeline, pictures: Sequence[Image.Image], grid: int = 4) -> torch.Tensor:
+    """Describe pictures of one size by their VAE latents: mean and spread in each cell of a raster.
+
+    Returns float32 N x (2 * channels * grid * grid). Our choice: a description of layout, colour and texture
+    that needs no other network than the generator's own.
+    """
+    rows = []
+    for picture in pictures:
+        pixels = to_tensor(picture)[None].to(pipeline.vae.device, pipeline.vae.dtype)
+        latent = pipeline.vae.encode(pixels).latent_dist.mean.float() * pipeline.vae.config.scaling_factor
+        mean = F.adaptive_avg_pool2d(latent, grid)
+        spread = (F.adaptive_avg_pool2d(latent**2, grid) - mean**2).clamp(min=0).sqrt()
+        rows.append(torch.cat([mean, spread], dim=1).flatten().cpu())
+    return torch.stack(rows)
+
+
+def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the unbiased squared maximum mean discrepancy of two sets of features (N x D, M x D).
+
+    Kernel (x . y / D + 1)^3, as in the kernel inception distance (Binkowski et al. 2018). 0 is expected for
+    two samples of one distribution, so small negative values occur. Raises a DiffsegError for less than two.
+    """
+    if min(len(a), len(b)) < 2:
+        raise DiffsegError("a distance between sets of pictures needs at least two pictures in each.")
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+
+    def within(x: torch.Tensor) -> torch.Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
+
+    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
