@@ -26,9 +26,7 @@ def strip(notebook: dict) -> dict:
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
         stripped = strip(json.loads(path.read_text(encoding="utf-8")))
-        text = (
-            json.dumps(stripped, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        )  # as JupyterLab saves
+        text = json.dumps(stripped, indent=1, ensure_ascii=False, sort_keys=True) + "\n"  # as JupyterLab saves
         if text != path.read_text(encoding="utf-8"):
             path.write_text(text, encoding="utf-8")
             print(f"stripped {path}")

@@ -12,10 +12,7 @@ The recipe is our choice throughout: small networks of the real diffusers and tr
 """
 
 import argparse
-import contextlib
-import ctypes
 import json
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -29,27 +26,13 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffseg.files import atomic_path
+from diffseg.manifest import hardware, versions
 from diffseg.miniworld.scenes import PLACES, TEMPLATES, load_pictures, sample_scene
+from diffseg.miniworld.trainer import Trainer, mixed_precision
 from diffseg.seeds import derive_seed
 
 MAX_TOKENS = 20  # the longest caption has 18 tokens
 STREET_WORDS = "street scene city rider human vehicle road building traffic sign tree many with two of in".split()
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory: page faults otherwise take up to half of a CPU training (Linux only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in (
-            (-3, 1 << 30),
-            (-1, 2**31 - 1),
-            (-2, 256 << 20),
-        ):  # mmap, trim threshold, top pad
-            libc.mallopt(option, value)
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------- corpus
@@ -147,101 +130,6 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-
-
-# ---------------------------------------------------------------------------------------------- training loop
-
-
-class Trainer:
-    """AdamW over a budget of steps, constant rate to 60 % and linear to 2 % of it; checkpoints that resume exactly.
-
-    The decay follows the share of the budget that is used, so `--seconds` may replace `--steps` on an unknown machine.
-    """
-
-    def __init__(self, folder: Path, modules: dict[str, torch.nn.Module], rate: float, decay: float):
-        self.folder, self.modules, self.rate = folder, modules, rate
-        self.parameters = [p for module in modules.values() for p in module.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        self.average = {
-            name: {key: value.detach().clone().float() for key, value in module.state_dict().items()}
-            for name, module in modules.items()
-        }
-        self.decay = decay
-        self.step, self.samples, self.seconds = 0, 0, 0.0
-        self.rng = np.random.default_rng(0)
-        if (folder / "checkpoint.pt").is_file():
-            state = torch.load(folder / "checkpoint.pt", weights_only=True)
-            for name, module in modules.items():
-                module.load_state_dict(state["modules"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average = state["average"]
-            self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
-            torch.set_rng_state(state["torch_rng"])
-            self.rng.bit_generator.state = json.loads(state["numpy_rng"])
-
-    def save(self) -> None:
-        with atomic_path(self.folder / "checkpoint.pt") as path:
-            torch.save(
-                {
-                    "modules": {name: module.state_dict() for name, module in self.modules.items()},
-                    "optimizer": self.optimizer.state_dict(),
-                    "average": self.average,
-                    "step": self.step,
-                    "samples": self.samples,
-                    "seconds": self.seconds,
-                    "torch_rng": torch.get_rng_state(),
-                    "numpy_rng": json.dumps(self.rng.bit_generator.state),
-                },
-                path,
-            )
-
-    def run(self, loss_of_batch, steps: int, seconds: float, batch: int, every: int, watch=None) -> None:
-        """Call `loss_of_batch(rng)` until the budget is used: `steps`, or `seconds` of training where given."""
-        bar = tqdm(total=1000, desc=self.folder.name, unit="‰")
-        total, since = 0.0, time.monotonic()
-        values = [value for module in self.modules.values() for value in module.state_dict().values()]
-        average = [value for state in self.average.values() for value in state.values()]
-        while True:
-            used = self.seconds / seconds if seconds else self.step / steps
-            if used >= 1:
-                break
-            for group in self.optimizer.param_groups:
-                warm = min(1, (self.step + 1) / 200)
-                group["lr"] = self.rate * warm * (1 if used < 0.6 else 1 - 0.98 * (used - 0.6) / 0.4)
-            loss = loss_of_batch(self.rng)
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            with torch.no_grad():
-                weight = min(self.decay, (self.step + 1) / (self.step + 10))
-                torch._foreach_lerp_(average, values, 1 - weight)
-            self.step, self.samples = self.step + 1, self.samples + batch
-            self.seconds, since = self.seconds + time.monotonic() - since, time.monotonic()
-            total += loss.item()
-            bar.update(round(1000 * used) - bar.n)
-            bar.set_postfix(step=self.step, loss=f"{loss.item():.4f}")
-            if self.step % every == 0:
-                if not np.isfinite(total):
-                    raise FloatingPointError(f"the loss is not finite at step {self.step}; lower --rate and resume")
-                row = {"step": self.step, "samples": self.samples, "seconds": round(self.seconds, 1)}
-                row |= {
-                    "loss": round(total / every, 5),
-                    "rate": round(self.optimizer.param_groups[0]["lr"], 7),
-                }
-                with open(self.folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                total = 0.0
-                self.save()
-                if watch is not None:
-                    watch(self)
-        self.save()
-        bar.close()
-
-    def load_average(self) -> None:
-        """Put the averaged weights into the modules."""
-        for name, module in self.modules.items():
-            module.load_state_dict(self.average[name])
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -358,11 +246,27 @@ def draw_sheet(trainer: Trainer, folder: Path, options: argparse.Namespace) -> N
 
 
 def export(folder: Path, weights: Path) -> None:
-    """Write the averaged weights as a Stable Diffusion folder in half precision."""
+    """Write the averaged weights as a Stable Diffusion folder in half precision, with training.json beside them."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     pipeline = make_pipeline(folder, state["average"], build_tokenizer())
     pipeline.to(dtype=torch.float16).save_pretrained(weights)
-    print({"samples": state["samples"], "seconds": state["seconds"], "step": state["step"]})
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    note = {
+        "recipe": "python -m diffseg.miniworld.pretrain corpus | vae | diffusion | export",
+        "samples_seen": state["samples"],
+        "steps": state["step"],
+        "seconds": round(state["seconds"], 1),
+        "batch": state["samples"] // state["step"],
+        "peak_learning_rate": max(row["rate"] for row in log),
+        "scenes": len(np.load(folder.parent / "images.npy", mmap_mode="r")),
+        "vae": json.loads((folder.parent / "vae" / "vae.json").read_text()),
+        "hardware": hardware(),
+        "versions": versions(),
+        "loss_curve": [[row["samples"], row["loss"]] for row in log],
+    }
+    with atomic_path(weights / "training.json") as path:
+        path.write_text(json.dumps(note, indent=1) + "\n")
+    print({key: note[key] for key in ("samples_seen", "steps", "seconds")})
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -385,7 +289,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    keep_memory()
     options.folder.mkdir(parents=True, exist_ok=True)
     corpus = options.folder
     if options.stage == "corpus":
