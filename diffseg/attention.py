@@ -68,9 +68,7 @@ def parse_steps(text: str, count: int) -> range:
     except ValueError:
         raise DiffsegError(f'attention_steps is {text!r}; write "all", "middle", "7" or "5-15"') from None
     if not steps or steps[-1] >= count:
-        raise DiffsegError(
-            f"attention_steps {text!r} is outside the {count} denoising steps (0 to {count - 1})"
-        )
+        raise DiffsegError(f"attention_steps {text!r} is outside the {count} denoising steps (0 to {count - 1})")
     return steps
 
 

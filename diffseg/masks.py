@@ -17,9 +17,7 @@ from torch.nn import functional as F
 from diffseg.errors import DiffsegError
 
 
-def class_scores(
-    maps: torch.Tensor, classes: Sequence[int], size: tuple[int, int]
-) -> tuple[list[int], torch.Tensor]:
+def class_scores(maps: torch.Tensor, classes: Sequence[int], size: tuple[int, int]) -> tuple[list[int], torch.Tensor]:
     """Turn word maps (W x h x w) into class scores at the picture's size (H, W).
 
     classes: the class id (1..K) of each word. A class named twice takes the larger of its words' scores.
@@ -27,9 +25,7 @@ def class_scores(
     Raises a DiffsegError when a word has a flat map, that is, no attention to cut.
     """
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
-    is_clear = (
-        high - low > 1e-6 * high.abs()
-    ).flatten()  # less is rounding; not a number is not clear either
+    is_clear = (high - low > 1e-6 * high.abs()).flatten()  # less is rounding; not a number is not clear either
     if not is_clear.all():
         flat = sorted({classes[k] for k in range(len(classes)) if not is_clear[k]})
         raise DiffsegError(
@@ -60,9 +56,7 @@ def label_and_margin(ids: Sequence[int], scores: torch.Tensor) -> tuple[torch.Te
     background) and the margin (uint8 H x W, 0..255 for 0..1). Equal scores go to the background, then to the
     smaller id.
     """
-    values = torch.tensor(
-        [0, *ids], dtype=torch.uint8 if max(ids) < 255 else torch.int16, device=scores.device
-    )
+    values = torch.tensor([0, *ids], dtype=torch.uint8 if max(ids) < 255 else torch.int16, device=scores.device)
     best, second = scores.topk(2, dim=0).values
     margin = ((best - second).clamp(0, 1) * 255).round().to(torch.uint8)
     return values[scores.argmax(dim=0)], margin

@@ -90,9 +90,7 @@ def make_pipeline(shape: str):
         cross_attention_dim=32 if shape == "sdxl" else 16,
         **options,
     ).eval()
-    with (
-        torch.no_grad()
-    ):  # fresh weights read all tokens almost alike; sharpen them, so that an error would show
+    with torch.no_grad():  # fresh weights read all tokens almost alike; sharpen them, so that an error would show
         for name, weight in unet.named_parameters():
             if name.endswith(("to_q.weight", "to_k.weight")):
                 weight.mul_(4)
@@ -518,9 +516,7 @@ def test_the_full_size_unet_of_sd15():
     scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True)
     scheduler.set_timesteps(20)
     tokenizer = SimpleNamespace(model_max_length=77)
-    pipeline = SimpleNamespace(
-        unet=unet, scheduler=scheduler, tokenizer=tokenizer, do_classifier_free_guidance=False
-    )
+    pipeline = SimpleNamespace(unet=unet, scheduler=scheduler, tokenizer=tokenizer, do_classifier_free_guidance=False)
     everything = [[k] for k in range(77)]
     latents, text = torch.randn(1, 4, 64, 64).bfloat16(), torch.randn(1, 77, 768).bfloat16()
     with AttentionRecorder(pipeline, [everything], [8, 16, 32, 64], [0], self_resolution=16) as recorder:
