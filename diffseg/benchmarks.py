@@ -89,9 +89,7 @@ def imagenet_s(name: str, tags: Sequence[str], folder: str) -> Benchmark:
     are the class names because ImageNet's English names are not unique ("crane", "cardigan").
     """
     if len(tags) > 999 or len(set(tags)) != len(tags):
-        raise DiffsegError(
-            f"{name} needs at most 999 different tags, because id 1000 means ignored in ImageNet-S."
-        )
+        raise DiffsegError(f"{name} needs at most 999 different tags, because id 1000 means ignored in ImageNet-S.")
     classes = ("background", *sorted(tags))
     return Benchmark(
         name=name,
@@ -156,9 +154,7 @@ def read_pixels(path: Path, mode: str | None = None) -> tuple[np.ndarray, str]:
         with Image.open(path) as picture:
             return np.array(picture.convert(mode) if mode else picture), picture.mode
     except FileNotFoundError:
-        raise DiffsegError(
-            f"{path} is missing, although its data set lists it; unpack the data set again."
-        ) from None
+        raise DiffsegError(f"{path} is missing, although its data set lists it; unpack the data set again.") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DiffsegError(f"{path} is truncated or no picture ({error}); fetch the file again.") from error
 
@@ -217,9 +213,7 @@ def write_label(path: str | os.PathLike, label: np.ndarray | torch.Tensor, bench
     """
     label = np.asarray(label).astype(np.int64)
     if label.ndim != 2:
-        raise DiffsegError(
-            f"The label map for {path} has shape {label.shape}; give one picture's height x width."
-        )
+        raise DiffsegError(f"The label map for {path} has shape {label.shape}; give one picture's height x width.")
     check_ids(label, benchmark, f"The label map for {path}")
     if benchmark.coding == "palette":
         picture = Image.fromarray(label.astype(np.uint8))
@@ -256,15 +250,11 @@ def write_prediction(
     return path
 
 
-def read_prediction(
-    folder: str | os.PathLike, name: str, benchmark: Benchmark, size: tuple[int, int]
-) -> np.ndarray:
+def read_prediction(folder: str | os.PathLike, name: str, benchmark: Benchmark, size: tuple[int, int]) -> np.ndarray:
     """Read `<folder>/<name>.png` as int64 H x W; the inverse of `write_prediction`, with the same errors."""
     path = Path(folder) / f"{name}.png"
     if not path.is_file():
-        raise DiffsegError(
-            f"{path} is missing: the evaluation needs a prediction for every picture of the split."
-        )
+        raise DiffsegError(f"{path} is missing: the evaluation needs a prediction for every picture of the split.")
     prediction = read_label(path, benchmark)
     _check_prediction(prediction, benchmark, size, str(path))
     return prediction
@@ -277,14 +267,10 @@ def _check_prediction(prediction: np.ndarray, benchmark: Benchmark, size: tuple[
             "(height x width); resize the scores to the picture before taking the best class."
         )
     if (prediction == benchmark.ignore).any():
-        raise DiffsegError(
-            f"{what} leaves pixels without a class of {benchmark.name}; predict one of its classes."
-        )
+        raise DiffsegError(f"{what} leaves pixels without a class of {benchmark.name}; predict one of its classes.")
 
 
-def write_picture_label(
-    path: str | os.PathLike, label: np.ndarray | torch.Tensor, benchmark: Benchmark
-) -> None:
+def write_picture_label(path: str | os.PathLike, label: np.ndarray | torch.Tensor, benchmark: Benchmark) -> None:
     """Write a label map with the benchmark's ids and ignore label as `pictures_set` reads it."""
     coding = picture_coding(benchmark)
     label = np.array(label, dtype=np.int64)

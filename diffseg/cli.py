@@ -17,15 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     runner = commands.add_parser("run", help="run the steps of a parameter file, skipping what is up to date")
     runner.add_argument("name", help="a name in notebooks/params, such as mini-voc, or a path to a YAML file")
     runner.add_argument("--only", metavar="STEPS", help="step numbers: 3, 3-5 or 1,3")
-    runner.add_argument(
-        "--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="parameters"
-    )
-    runner.add_argument(
-        "--out", metavar="DIR", default="", help="where the run's folder goes (default: results/runs)"
-    )
-    runner.add_argument(
-        "--force", action="store_true", help="make the steps anew even if they are up to date"
-    )
+    runner.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="parameters")
+    runner.add_argument("--out", metavar="DIR", default="", help="where the run's folder goes (default: results/runs)")
+    runner.add_argument("--force", action="store_true", help="make the steps anew even if they are up to date")
     commands.add_parser("list", help="list the parameter files and the state of the runs in results/runs")
     arguments = parser.parse_args(argv)
     try:

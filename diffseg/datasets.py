@@ -56,9 +56,7 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
     list_items = {"voc": _voc_items, "imagenet-s": _imagenet_s_items, "cityscapes": _cityscapes_items}
     items = list_items[benchmark.protocol](benchmark, Path(root), base, split)
     if not items:
-        raise DiffsegError(
-            f"The split {split} of {benchmark.name} below {base} is empty; unpack the data again."
-        )
+        raise DiffsegError(f"The split {split} of {benchmark.name} below {base} is empty; unpack the data again.")
     return LabelledPictures(benchmark, items)
 
 
@@ -66,9 +64,7 @@ def _require(base: Path, tree: Sequence[str], source: str) -> None:
     for part in tree:
         if not (base / part).exists():
             expected = ", ".join(str(base / part) for part in tree)
-            raise DiffsegError(
-                f"{base / part} is missing: get {source} and unpack it so that there is {expected}."
-            )
+            raise DiffsegError(f"{base / part} is missing: get {source} and unpack it so that there is {expected}.")
 
 
 def _listed(path: Path) -> list[str]:
@@ -90,24 +86,18 @@ def _voc_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list
     return [(Path(image).stem, Path(image), Path(mask)) for image, mask in pairs]
 
 
-def _imagenet_s_items(
-    benchmark: Benchmark, root: Path, base: Path, split: str
-) -> list[tuple[str, Path, Path]]:
+def _imagenet_s_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
     _require(base, (split, f"{split}-segmentation"), benchmark.source)
     items = []
     for label in sorted((base / f"{split}-segmentation").glob("*/*.png")):
         tag = label.parent.name
         if tag not in benchmark.classes:
-            raise DiffsegError(
-                f"{label.parent} is no class of {benchmark.name}; give the root of its own data set."
-            )
+            raise DiffsegError(f"{label.parent} is no class of {benchmark.name}; give the root of its own data set.")
         items.append((f"{tag}/{label.stem}", base / split / tag / f"{label.stem}.JPEG", label))
     return items
 
 
-def _cityscapes_items(
-    benchmark: Benchmark, root: Path, base: Path, split: str
-) -> list[tuple[str, Path, Path]]:
+def _cityscapes_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
     _require(base, (f"leftImg8bit/{split}", f"gtFine/{split}"), benchmark.source)
     official = torchvision.datasets.Cityscapes(root, split=split, mode="fine", target_type="semantic")
     items = [
@@ -134,9 +124,7 @@ class PictureSet(LabelledPictures):
     `Reliability`.
     """
 
-    def __init__(
-        self, benchmark: Benchmark, items: Sequence[tuple[str, Path, Path]], reliability: Path | None
-    ):
+    def __init__(self, benchmark: Benchmark, items: Sequence[tuple[str, Path, Path]], reliability: Path | None):
         super().__init__(picture_coding(benchmark), items)
         self.ignore = benchmark.ignore
         self.reliability = reliability
@@ -149,9 +137,7 @@ class PictureSet(LabelledPictures):
         path = self.reliability / f"{name}.png"
         margin, mode = read_pixels(path)
         if mode != "L" or margin.shape != label.shape:
-            raise DiffsegError(
-                f"{path} is no one-channel picture of its label's size; make the synthetic set again."
-            )
+            raise DiffsegError(f"{path} is no one-channel picture of its label's size; make the synthetic set again.")
         return name, image, label, torch.from_numpy(margin)
 
 
@@ -176,9 +162,6 @@ def pictures_set(folder: str | os.PathLike, benchmark: Benchmark, split: str = "
     reliability = folder / "Reliability"
     return PictureSet(
         benchmark,
-        [
-            (name, folder / "JPEGImages" / f"{name}.jpg", folder / "SegmentationClass" / f"{name}.png")
-            for name in names
-        ],
+        [(name, folder / "JPEGImages" / f"{name}.jpg", folder / "SegmentationClass" / f"{name}.png") for name in names],
         reliability if reliability.is_dir() else None,
     )

@@ -78,9 +78,7 @@ def score(
     )
 
 
-def evaluate_folder(
-    folder: str | os.PathLike, dataset: Dataset, benchmark: Benchmark, **options: int
-) -> Evaluation:
+def evaluate_folder(folder: str | os.PathLike, dataset: Dataset, benchmark: Benchmark, **options: int) -> Evaluation:
     """Evaluate prediction files, `<folder>/<name>.png` in the server's format, against an opened split.
 
     `options` are those of `score` (bootstrap, seed). Raises a DiffsegError for a missing file, another size,

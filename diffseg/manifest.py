@@ -45,9 +45,7 @@ def project_root() -> Path:
     """Return the folder that holds `notebooks/`: DIFFSEG_ROOT if set, else the clone of this package."""
     root = Path(os.environ.get("DIFFSEG_ROOT") or Path(diffseg.__file__).parents[1]).resolve()
     if not (root / "notebooks").is_dir():
-        raise DiffsegError(
-            f"there is no notebooks folder in {root}; install diffseg from its clone with pip -e."
-        )
+        raise DiffsegError(f"there is no notebooks folder in {root}; install diffseg from its clone with pip -e.")
     return root
 
 
@@ -89,9 +87,7 @@ def read_json(path: Path) -> dict | None:
 def altered(folder: Path, manifest: dict) -> list[str]:
     """Return the outputs of a finished step that are missing or no longer have their recorded bytes."""
     outputs = manifest["outputs"].items()
-    return [
-        name for name, sha in outputs if not (folder / name).is_file() or sha256_file(folder / name) != sha
-    ]
+    return [name for name, sha in outputs if not (folder / name).is_file() or sha256_file(folder / name) != sha]
 
 
 def step_key(step: str, parameters: dict[str, Any], run: Path) -> str:
@@ -125,9 +121,7 @@ def trouble(folder: Path, key: str, parameters: dict[str, Any]) -> str:
     if manifest["key"] != key:
         old = manifest["parameters"]
         names = [name for name in parameters if name not in WHERE and parameters[name] != old.get(name)]
-        return (
-            f"{', '.join(names)} changed" if names else "its notebook, the package or an earlier step changed"
-        )
+        return f"{', '.join(names)} changed" if names else "its notebook, the package or an earlier step changed"
     damaged = altered(folder, manifest)
     return f"its file {damaged[0]} is missing or altered" if damaged else ""
 

@@ -62,9 +62,7 @@ class ConfusionMatrix:
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
         """Return the matrix of both parts of a split, as of two processes; the images of self come first."""
         if (self.num_classes, self.ignore) != (other.num_classes, other.ignore):
-            raise DiffsegError(
-                "Two confusion matrices can be added only for the same classes and ignore label."
-            )
+            raise DiffsegError("Two confusion matrices can be added only for the same classes and ignore label.")
         total = ConfusionMatrix(self.num_classes, self.ignore)
         total.counts = self.counts + other.counts
         total.per_image = self.per_image + other.per_image
@@ -123,9 +121,7 @@ def bootstrap_interval(
     images = len(per_image)
     if images == 0:
         return math.nan, math.nan
-    flat = (
-        np.stack(per_image).reshape(images, -1).astype(np.float64)
-    )  # whole numbers below 2**53: sums stay exact
+    flat = np.stack(per_image).reshape(images, -1).astype(np.float64)  # whole numbers below 2**53: sums stay exact
     random = np.random.default_rng(seed)
     draws = []
     for start in range(0, samples, 100):  # in pieces, so that 919 classes fit in memory
@@ -224,9 +220,7 @@ class ImageNetSScores:
         total.f_measure_sum = self.f_measure_sum + other.f_measure_sum
         total.boundary = self.boundary + other.boundary
         total.bins = {name: self.bins[name] + other.bins[name] for name in SIZE_BINS}
-        total.boundary_bins = {
-            name: self.boundary_bins[name] + other.boundary_bins[name] for name in SIZE_BINS
-        }
+        total.boundary_bins = {name: self.boundary_bins[name] + other.boundary_bins[name] for name in SIZE_BINS}
         return total
 
     def compute(self) -> dict[str, float]:

@@ -51,9 +51,7 @@ def declared(notebook: Path) -> dict[str, Parameter]:
     """
     cells = [cell for cell in read_cells(notebook) if is_parameters(cell)]
     if len(cells) != 1:
-        raise DiffsegError(
-            f"{notebook.name} has {len(cells)} cells tagged `parameters`; it must have exactly one."
-        )
+        raise DiffsegError(f"{notebook.name} has {len(cells)} cells tagged `parameters`; it must have exactly one.")
     source = cells[0]["source"]
     parameters = {}
     try:
@@ -99,9 +97,7 @@ def coerce(name: str, value: Any, default: Any) -> Any:
         try:
             # int() first: a large whole number must not lose digits on its way through a float
             number = (
-                int(value)
-                if isinstance(value, int) or re.fullmatch(r"\s*[+-]?\d+\s*", str(value))
-                else float(value)
+                int(value) if isinstance(value, int) or re.fullmatch(r"\s*[+-]?\d+\s*", str(value)) else float(value)
             )
             if math.isfinite(number) and kind(number) == number:
                 return kind(number)
@@ -161,7 +157,5 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         try:
             values[name.strip()] = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:
-            raise DiffsegError(
-                f"--set {assignment!r}: the value is not valid YAML; put it in quotes."
-            ) from None
+            raise DiffsegError(f"--set {assignment!r}: the value is not valid YAML; put it in quotes.") from None
     return values

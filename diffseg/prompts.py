@@ -55,9 +55,7 @@ class Prompt:
 def read_captions(path: str | os.PathLike) -> list[str]:
     """Return the non-empty lines of a UTF-8 text file. Raises DiffsegError when there is none."""
     if not Path(path).is_file():
-        raise DiffsegError(
-            f"The caption file {path} does not exist: give a text file with one caption a line."
-        )
+        raise DiffsegError(f"The caption file {path} does not exist: give a text file with one caption a line.")
     captions = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     if not captions:
         raise DiffsegError(f"The caption file {path} is empty: write one caption a line.")
@@ -124,9 +122,7 @@ class _Chooser:
         self.share = plain_share
         self.plain = {word.class_name: word for word in words if word.relation == "plain"}
         self.others = {
-            name: [
-                w for w in words if w.class_name == name and w.keep and w.relation in ("synonym", "hyponym")
-            ]
+            name: [w for w in words if w.class_name == name and w.keep and w.relation in ("synonym", "hyponym")]
             for name in self.plain
         }
         self.turns = {name: _deal(others, rng) for name, others in self.others.items()}
@@ -168,17 +164,13 @@ def augment(
     chooser = _Chooser(words, plain_share, rng)
     classes = list(chooser.plain)
     if not classes:
-        raise DiffsegError(
-            "The word table holds no class: give a benchmark, or a class list that is not empty."
-        )
+        raise DiffsegError("The word table holds no class: give a benchmark, or a class list that is not empty.")
     if images < 1:
         raise DiffsegError(f"images = {images}: ask for at least one prompt.")
     if not 0 <= plain_share <= 1:
         raise DiffsegError(f"plain_share = {plain_share}: give a share between 0 and 1.")
     if not captions and not 1 <= classes_per_prompt <= len(classes):
-        raise DiffsegError(
-            f"classes_per_prompt = {classes_per_prompt}: give 1 to {len(classes)}, the list's classes."
-        )
+        raise DiffsegError(f"classes_per_prompt = {classes_per_prompt}: give 1 to {len(classes)}, the list's classes.")
     if captions:
         texts = _captioned(captions, words, classes, chooser, balance, rng)
     else:
@@ -208,16 +200,10 @@ def _templated(templates, places, words, classes, chooser, classes_per_prompt, b
     """Yield (prompt, [(word, span), ...]) for ever, made from templates."""
     for template in templates:
         if template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", "").replace("{place}", "")):
-            raise DiffsegError(
-                f"The template {template!r} must hold one {{}} and no braces besides {{place}}."
-            )
+            raise DiffsegError(f"The template {template!r} must hold one {{}} and no braces besides {{place}}.")
     if not templates:
         raise DiffsegError("templates is empty: give at least one, such as 'a photo of {}'.")
-    weighted = (
-        classes
-        if balance
-        else [word.class_name for word in words if word.keep and word.class_name in classes]
-    )
+    weighted = classes if balance else [word.class_name for word in words if word.keep and word.class_name in classes]
     deck: list[str] = []
     while True:
         chosen: list[str] = []
@@ -248,9 +234,7 @@ def _captioned(captions, words, classes, chooser, balance, rng):
             f"None of the {len(captions)} captions names a class: give captions with the classes' words."
         )
     if balance:
-        naming = {
-            name: [c for c in found if any(m.word.class_name == name for m in c[1])] for name in classes
-        }
+        naming = {name: [c for c in found if any(m.word.class_name == name for m in c[1])] for name in classes}
         decks = {name: _deal(group, rng) for name, group in naming.items() if group}
         drawn = (next(decks[name]) for name in _deal(list(decks), rng))
     else:

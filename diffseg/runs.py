@@ -67,28 +67,20 @@ class Step:
         none of its outputs and a file altered since raise DiffsegError.
         """
         if step not in upstream(self.name):
-            raise DiffsegError(
-                f"{self.name} does not stand on {step}; add it to STEPS in diffseg/manifest.py."
-            )
+            raise DiffsegError(f"{self.name} does not stand on {step}; add it to STEPS in diffseg/manifest.py.")
         folder = self.folder.parent / step
         manifest = read_manifest(folder)
         if manifest is None:
-            raise DiffsegError(
-                f"{self.name} needs {step}, which is not finished in {folder}; run that step first."
-            )
+            raise DiffsegError(f"{self.name} needs {step}, which is not finished in {folder}; run that step first.")
         outputs = {
             output: sha
             for output, sha in manifest["outputs"].items()
             if name in (".", output) or output.startswith(f"{name}/")
         }
         if not outputs:
-            raise DiffsegError(
-                f"{step} has no output {name}; it has {', '.join(sorted(manifest['outputs'])[:8])}."
-            )
+            raise DiffsegError(f"{step} has no output {name}; it has {', '.join(sorted(manifest['outputs'])[:8])}.")
         if bad := altered(folder, {"outputs": outputs}):
-            raise DiffsegError(
-                f"{folder / bad[0]} is missing or altered since {step} finished; run {step} again."
-            )
+            raise DiffsegError(f"{folder / bad[0]} is missing or altered since {step} finished; run {step} again.")
         self.inputs |= {f"{step}/{output}": sha for output, sha in outputs.items()}
         return folder / name
 
@@ -126,19 +118,13 @@ class Step:
             raise DiffsegError(f"{self.name} declares the output {output}, which lies outside {self.folder}.")
         paths = [self.folder / pattern] if (self.folder / pattern).is_file() else self.folder.glob(pattern)
         files = [
-            p
-            for p in paths
-            if p.is_file() and p.name not in (IN_PROGRESS, MANIFEST, EXECUTED) and p.name[0] != "."
+            p for p in paths if p.is_file() and p.name not in (IN_PROGRESS, MANIFEST, EXECUTED) and p.name[0] != "."
         ]
         if not files:
-            raise DiffsegError(
-                f"{self.name} declares the output {output} but has not written it in {self.folder}."
-            )
+            raise DiffsegError(f"{self.name} declares the output {output} but has not written it in {self.folder}.")
         for path in files:
             if path.stat().st_size == 0:
-                raise DiffsegError(
-                    f"{self.name} has written an empty file {path}; delete it and run the step again."
-                )
+                raise DiffsegError(f"{self.name} has written an empty file {path}; delete it and run the step again.")
         return [path.relative_to(self.folder).as_posix() for path in files]
 
 
@@ -241,9 +227,7 @@ def run(
                 print(f"{title}, up to date", flush=True)
                 continue
             # what is half done, altered or of another key is sorted out by `begin`, in the notebook
-            print(
-                f"{title}, again because {problem}" if problem not in ("", UNFINISHED) else title, flush=True
-            )
+            print(f"{title}, again because {problem}" if problem not in ("", UNFINISHED) else title, flush=True)
             start = time.monotonic()
             with writing(folder / step):
                 if force and (folder / step).exists():
@@ -284,9 +268,7 @@ def select(only: str | None, steps: list[str]) -> list[str]:
     by_number = {int(step[:2]): step for step in steps}
     for number in numbers or [-1]:
         if number not in by_number:
-            raise DiffsegError(
-                f"--only {only} asks for a step that is not there; the steps are {', '.join(steps)}."
-            )
+            raise DiffsegError(f"--only {only} asks for a step that is not there; the steps are {', '.join(steps)}.")
     return [step for number, step in by_number.items() if number in numbers]
 
 
@@ -306,9 +288,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, also when it is killed
         except OSError:
-            raise DiffsegError(
-                f"another diffseg run is working in {folder}; wait for it or stop it."
-            ) from None
+            raise DiffsegError(f"another diffseg run is working in {folder}; wait for it or stop it.") from None
         yield
 
 

@@ -39,6 +39,8 @@ class SynthesisOptions:
     attention_steps: str
     beta: float
     refiner: str
+    sam_checkpoint: str = ""
+    sam_model: str = "vit_b"
 
 
 @dataclass
@@ -56,6 +58,7 @@ def draw_with_masks(pipeline, rows: Sequence[Prompt], benchmark: Benchmark, opti
     """Draw the pictures of some rows of prompts.csv in one batch and cut their masks from the attention."""
     tokens = [token_positions(pipeline.tokenizer, row.prompt, row.spans) for row in rows]
     steps = parse_steps(options.attention_steps, options.sampling_steps)
+    refine = get_refiner(options.refiner, options.sam_checkpoint, options.sam_model, pipeline.device)
     reads_self = max(options.attention_resolutions) if options.refiner == "self-attention" else None
     with AttentionRecorder(pipeline, tokens, options.attention_resolutions, steps, reads_self) as recorder:
         images = draw(
@@ -68,7 +71,6 @@ def draw_with_masks(pipeline, rows: Sequence[Prompt], benchmark: Benchmark, opti
             options.sampling_steps,
             options.guidance_scale,
         )
-    refine = get_refiner(options.refiner)
     attentions = recorder.self_attention() if reads_self else [None] * len(rows)
     drawn = []
     for row, image, maps, attention in zip(rows, images, recorder.maps(), attentions, strict=True):
@@ -76,7 +78,7 @@ def draw_with_masks(pipeline, rows: Sequence[Prompt], benchmark: Benchmark, opti
         try:
             ids, scores = class_scores(maps, class_ids, image.size[::-1])
         except DiffsegError as error:
-            raise DiffsegError(f"prompt {row['index']} ({row['prompt']!r}): {error}") from error
+            raise DiffsegError(f"prompt {row.index} ({row.prompt!r}): {error}") from error
         pixels = to_dtype(to_image(image), torch.float32, scale=True)
         refined = refine(pixels, scores, options.beta, attention)
         drawn.append(Drawn(image, ids, scores, *label_and_margin(ids, refined)))
@@ -99,7 +101,7 @@ def synthesise(
     """
     folders = [(folder / name, suffix) for name, suffix in
                (("JPEGImages", ".jpg"), ("SegmentationClass", ".png"), ("Reliability", ".png"))]  # fmt: skip
-    names = [f"{row['index']:06d}" for row in rows]
+    names = [f"{row.index:06d}" for row in rows]
 
     def is_done(name: str) -> bool:
         return all((place / f"{name}{suffix}").is_file() for place, suffix in folders)
@@ -111,7 +113,7 @@ def synthesise(
     for start in todo:
         batch = rows[start : start + batch_size]
         for row, drawn in zip(batch, draw_with_masks(pipeline, batch, benchmark, options), strict=True):
-            name = f"{row['index']:06d}"
+            name = f"{row.index:06d}"
             with atomic_path(folder / "JPEGImages" / f"{name}.jpg") as path:
                 drawn.image.save(path, quality=jpeg_quality, subsampling=0)
             with atomic_path(folder / "Reliability" / f"{name}.png") as path:

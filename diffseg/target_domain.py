@@ -49,9 +49,7 @@ def build_captions(templates: Sequence[str], words: Sequence[str] = ()) -> list[
     for template in templates:
         if "{}" in template and not words:
             raise DiffsegError(f"the caption {template!r} needs words in place of {{}}; give lora_words.")
-        captions += (
-            [template.replace("{}", with_article(word)) for word in words] if "{}" in template else [template]
-        )
+        captions += [template.replace("{}", with_article(word)) for word in words] if "{}" in template else [template]
     if not captions:
         raise DiffsegError("lora_captions is empty; give at least one that says what the pictures show.")
     return list(dict.fromkeys(captions))

@@ -82,8 +82,7 @@ def write_words(path: str | os.PathLike, words: Iterable[Word]) -> None:
         writer.writerow(_COLUMNS)
         for word in words:
             writer.writerow(
-                "yes" if value is True else "no" if value is False else value
-                for value in asdict(word).values()
+                "yes" if value is True else "no" if value is False else value for value in asdict(word).values()
             )
 
 
@@ -97,21 +96,15 @@ def load_class_list(path: str | os.PathLike) -> list[Word]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DiffsegError(
-            f"The class list {path} does not exist: give a text or YAML file with one class a line."
-        )
+        raise DiffsegError(f"The class list {path} does not exist: give a text or YAML file with one class a line.")
     text = path.read_text("utf-8-sig")
     if path.suffix in (".yaml", ".yml"):
         try:
             content = yaml.safe_load(text) or []
         except yaml.YAMLError as error:
-            raise DiffsegError(
-                f"The class list {path} is not YAML: {' '.join(str(error).split())}."
-            ) from error
+            raise DiffsegError(f"The class list {path} is not YAML: {' '.join(str(error).split())}.") from error
         if not isinstance(content, list | dict):
-            raise DiffsegError(
-                f"The class list {path} must be a YAML list of words or a mapping from word to synset."
-            )
+            raise DiffsegError(f"The class list {path} must be a YAML list of words or a mapping from word to synset.")
         pairs = list(content.items()) if isinstance(content, dict) else [(word, "") for word in content]
         pairs = [(str(word).strip(), str(synset or "").strip()) for word, synset in pairs]
     else:
@@ -159,18 +152,13 @@ def wordnet_words(classes: Mapping[str, tuple[str, Sequence[str]]]) -> list[Word
     """
     wordnet = open_wordnet()
     trees = {name: _tree(wordnet, plain, synsets) for name, (plain, synsets) in classes.items()}
-    roots = {
-        synset: name for name, tree in trees.items() for synset, (depth, _) in tree.items() if depth == 0
-    }
+    roots = {synset: name for name, tree in trees.items() for synset, (depth, _) in tree.items() if depth == 0}
     words = []
     for name, (plain, _) in classes.items():
         tree = trees[name]
         # what hangs below another class's synset is that class's: a rider is not drawn for the class person
         others = {
-            synset: roots[root]
-            for root in tree
-            if roots.get(root, name) != name
-            for synset in trees[roots[root]]
+            synset: roots[root] for root in tree if roots.get(root, name) != name for synset in trees[roots[root]]
         }
         root = next(iter(tree))
         count = sum(lemma.count() for lemma in root.lemmas() if _spoken(lemma.name()) == plain)
@@ -194,9 +182,7 @@ def wordnet_words(classes: Mapping[str, tuple[str, Sequence[str]]]) -> list[Word
                 else:
                     reason = ""
                 relation = "hyponym" if depth else "synonym"
-                row = Word(
-                    name, synset.name(), word, relation, depth, not reason, reason, lemma.count(), parent
-                )
+                row = Word(name, synset.name(), word, relation, depth, not reason, reason, lemma.count(), parent)
                 words.append(row)
     return words
 
@@ -244,12 +230,8 @@ def _same_animal(a, b) -> bool:
 
 def _offensive(lemma) -> bool:
     usage = {domain.name() for domain in lemma.synset().usage_domains() + lemma.usage_domains()}
-    marked = re.search(
-        r"offensive|slur|derogatory|disparag|obscen|vulgar|contempt|insult", lemma.synset().definition()
-    )
-    return bool(
-        marked or usage & {"ethnic_slur.n.01", "disparagement.n.01", "obscenity.n.02", "vulgarism.n.01"}
-    )
+    marked = re.search(r"offensive|slur|derogatory|disparag|obscen|vulgar|contempt|insult", lemma.synset().definition())
+    return bool(marked or usage & {"ethnic_slur.n.01", "disparagement.n.01", "obscenity.n.02", "vulgarism.n.01"})
 
 
 def _spoken(lemma: str) -> str:
@@ -282,9 +264,7 @@ def known_words(words: Iterable[str], tokenizer) -> set[str]:
     if not words:
         return set()
     tokens = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-    return {
-        word for word, ids in zip(words, tokens, strict=True) if ids and tokenizer.unk_token_id not in ids
-    }
+    return {word for word, ids in zip(words, tokens, strict=True) if ids and tokenizer.unk_token_id not in ids}
 
 
 def select_words(
@@ -303,9 +283,7 @@ def select_words(
     known = known_words({row.word for row in words}, tokenizer) if tokenizer else {row.word for row in words}
     missing = [row.word for row in words if row.relation == "plain" and row.word not in known]
     if missing:
-        some = ", ".join(map(repr, missing[:5])) + (
-            f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        )
+        some = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DiffsegError(
             f"The generator's tokenizer does not know the class word {some}: choose "
             "another generator, or a class list whose words it knows."

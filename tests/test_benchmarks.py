@@ -72,9 +72,7 @@ def make_imagenet_s(root, benchmark=IMAGENET_S_50):
     for tag in benchmark.classes[2], benchmark.classes[1]:
         base = root / benchmark.folder
         save_image(base / "validation" / tag / f"{tag}_1.JPEG")
-        write_label(
-            base / "validation-segmentation" / tag / f"{tag}_1.png", random_label(benchmark), benchmark
-        )
+        write_label(base / "validation-segmentation" / tag / f"{tag}_1.png", random_label(benchmark), benchmark)
     return base
 
 
@@ -150,17 +148,13 @@ def test_voc_files_hold_the_index_and_the_palette(tmp_path):
     with Image.open(tmp_path / "label.png") as picture:
         assert picture.mode == "P"
         np.testing.assert_array_equal(np.array(picture), [[0, 1, 255]])
-        np.testing.assert_array_equal(
-            np.array(picture.convert("RGB"))[0], [(0, 0, 0), (128, 0, 0), (224, 224, 192)]
-        )
+        np.testing.assert_array_equal(np.array(picture.convert("RGB"))[0], [(0, 0, 0), (128, 0, 0), (224, 224, 192)])
 
 
 def test_imagenet_s_ids_beyond_255_do_not_overflow(tmp_path):
     write_label(tmp_path / "label.png", np.array([[255, 256, 919, 1000]]), IMAGENET_S_919)
     with Image.open(tmp_path / "label.png") as picture:
-        np.testing.assert_array_equal(
-            np.array(picture)[0], [(255, 0, 0), (0, 1, 0), (151, 3, 0), (232, 3, 0)]
-        )
+        np.testing.assert_array_equal(np.array(picture)[0], [(255, 0, 0), (0, 1, 0), (151, 3, 0), (232, 3, 0)])
     np.testing.assert_array_equal(read_label(tmp_path / "label.png", IMAGENET_S_919), [[255, 256, 919, 1000]])
 
 

@@ -31,9 +31,7 @@ TINY = imagenet_s("tiny", ["n01", "n02", "n03", "n04"], "Tiny")
 def corner_cases(num_classes, ignore, seed, images=4, side=12):
     """Random labels, predictions N x H x W: absent classes, a wholly ignored image, objects of one pixel."""
     random = np.random.default_rng(seed)
-    present = random.choice(
-        num_classes, size=max(2, num_classes // 2), replace=False
-    )  # the others are absent
+    present = random.choice(num_classes, size=max(2, num_classes // 2), replace=False)  # the others are absent
     label = random.choice(present, size=(images, side, side + 3))
     label[:, : side // 2] = present[0]
     prediction = np.where(random.random(label.shape) < 0.6, label, random.choice(present, size=label.shape))
@@ -102,9 +100,7 @@ def test_counts_and_scores_are_those_of_torchmetrics(seed):
     # compared within float32's rounding.
     union = theirs.sum(0) + theirs.sum(1) - theirs.diagonal()
     iou = iou_per_class(matrix.class_sums, "voc")
-    np.testing.assert_allclose(
-        iou[union > 0], (theirs.diagonal() / union.clip(1))[union > 0], rtol=0, atol=1e-9
-    )
+    np.testing.assert_allclose(iou[union > 0], (theirs.diagonal() / union.clip(1))[union > 0], rtol=0, atol=1e-9)
     np.testing.assert_allclose(np.nan_to_num(iou), metric.compute(), rtol=0, atol=2e-7)
     assert abs(mean_iou(matrix.class_sums, "voc") - float(macro.compute())) <= 2e-7
 
@@ -156,9 +152,7 @@ def test_streaming_batching_and_merging_count_the_same():
     np.testing.assert_array_equal(np.stack(total.per_image), np.stack(whole.per_image))
     np.testing.assert_array_equal(np.stack(whole.per_image).sum(axis=0), whole.class_sums)
     assert whole.counts.dtype == np.int64
-    small = counted(
-        label.to(torch.uint8), prediction.to(torch.uint8), 21, 255
-    )  # as decoded, without overflow
+    small = counted(label.to(torch.uint8), prediction.to(torch.uint8), 21, 255)  # as decoded, without overflow
     np.testing.assert_array_equal(small.counts, whole.counts)
     with pytest.raises(DiffsegError, match="same classes"):
         _ = whole + ConfusionMatrix(19, 255)
@@ -177,9 +171,7 @@ def test_what_is_predicted_on_ignored_pixels_never_counts(seed):
     label, prediction = corner_cases(21, 255, seed)
     other = prediction.clone()
     other[label == 255] = torch.randint(0, 300, (int((label == 255).sum()),))
-    np.testing.assert_array_equal(
-        counted(label, prediction, 21, 255).counts, counted(label, other, 21, 255).counts
-    )
+    np.testing.assert_array_equal(counted(label, prediction, 21, 255).counts, counted(label, other, 21, 255).counts)
 
 
 def test_ids_out_of_range_and_other_shapes_raise():
@@ -229,9 +221,7 @@ def test_bootstrap_is_that_of_images_written_out_several_times():
 
 def test_bootstrap_depends_on_the_seed_only_and_narrows_with_images():
     few = counted(*corner_cases(5, 255, seed=2, images=5), 5, 255)
-    assert bootstrap_interval(few.per_image, "voc", seed=1) == bootstrap_interval(
-        few.per_image, "voc", seed=1
-    )
+    assert bootstrap_interval(few.per_image, "voc", seed=1) == bootstrap_interval(few.per_image, "voc", seed=1)
     low, high = bootstrap_interval(few.per_image, "voc")
     assert low < mean_iou(few.class_sums, "voc") < high
     many_low, many_high = bootstrap_interval(few.per_image * 20, "voc")
@@ -285,8 +275,7 @@ def imagenet_s_by_definition(labels, predictions, size):
             ids = [
                 index
                 for index in range(1, size)
-                if (truth == index).any()
-                and above < math.ceil(100 * (truth == index).sum() / truth.size) <= upto
+                if (truth == index).any() and above < math.ceil(100 * (truth == index).sum() / truth.size) <= upto
             ]
             if ids:
                 chosen = np.isin(truth, [0, *ids])
@@ -344,9 +333,7 @@ def test_imagenet_s_scores_by_hand():
     assert math.isnan(result["miou_ML"]) and math.isnan(result["miou_L"])
     perfect = ImageNetSScores(TINY.num_classes, TINY.ignore)
     perfect.update(label, label)
-    assert perfect.compute()["boundary_miou"] == pytest.approx(
-        3 / 5
-    )  # classes 3 and 4 never occur and count 0
+    assert perfect.compute()["boundary_miou"] == pytest.approx(3 / 5)  # classes 3 and 4 never occur and count 0
 
 
 def test_the_official_mean_goes_over_every_id_with_background():

@@ -57,9 +57,7 @@ def test_parameters_cell(path):
     assert len([line for line in source.splitlines() if re.match(r"\w+ = .*  # .+", line)]) == len(parameters)
     # plain papermill must read the same names and help; a `#` in a text would garble it
     seen = papermill.inspect_notebook(path)
-    assert {name: entry["help"] for name, entry in seen.items()} == {
-        p.name: p.help for p in parameters.values()
-    }
+    assert {name: entry["help"] for name, entry in seen.items()} == {p.name: p.help for p in parameters.values()}
 
 
 @each_notebook
@@ -83,9 +81,7 @@ def test_parameter_file_fits_the_notebooks(path):
 
 
 def test_strip_keeps_sources_ids_and_tags_only():
-    code = nbformat.v4.new_code_cell(
-        "a = 1  # number", metadata={"tags": ["parameters"], "papermill": {"x": 1}}
-    )
+    code = nbformat.v4.new_code_cell("a = 1  # number", metadata={"tags": ["parameters"], "papermill": {"x": 1}})
     code.execution_count = 3
     code.outputs = [nbformat.v4.new_output("stream", text="out")]
     injected = nbformat.v4.new_code_cell("a = 2", metadata={"tags": ["injected-parameters"]})

@@ -113,9 +113,7 @@ def test_selection_by_depth_and_frequency_keeps_plain_words_and_says_why():
     flat = W.select_words(VOC, hyponym_depth=0)
     assert {word.relation for word in flat if word.keep} == {"plain", "synonym"}
     assert {word.class_name for word in flat if word.keep} == {word.class_name for word in VOC}
-    often = [
-        word for word in W.select_words(VOC, minimum_frequency=1) if word.keep and word.relation != "plain"
-    ]
+    often = [word for word in W.select_words(VOC, minimum_frequency=1) if word.keep and word.relation != "plain"]
     assert often and all(word.frequency >= 1 for word in often)
     poodle = next(word for word in flat if word.word == "poodle")
     assert "hyponym_depth" in poodle.reason
@@ -126,9 +124,7 @@ def test_words_that_the_tokenizer_does_not_know_are_dropped():
     transformers = pytest.importorskip("transformers")
     pieces = ["dog</w>", "po", "odle</w>", "<|startoftext|>", "<|endoftext|>"]
     letters = [letter + end for letter in "poodleg" for end in ("", "</w>")]
-    vocabulary = {
-        piece: k for k, piece in enumerate(dict.fromkeys(letters + ["do", "od", "le</w>"] + pieces))
-    }
+    vocabulary = {piece: k for k, piece in enumerate(dict.fromkeys(letters + ["do", "od", "le</w>"] + pieces))}
     merges = [("d", "o"), ("do", "g</w>")]
     tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges)
     assert W.known_words(["dog", "poodle", "cat", "dog cat"], tokenizer) == {"dog", "poodle"}
@@ -194,9 +190,7 @@ def wordnet(tmp_path_factory):
 
 
 def test_the_live_reader_finds_hyponyms_and_applies_the_rules(wordnet, tmp_path):
-    (tmp_path / "list.txt").write_text(
-        "fox\ncrane, crane.n.05\nanimal, none\nspaniel, spaniel.n.01\ndog, dog.n.01\n"
-    )
+    (tmp_path / "list.txt").write_text("fox\ncrane, crane.n.05\nanimal, none\nspaniel, spaniel.n.01\ndog, dog.n.01\n")
     words = W.load_class_list(tmp_path / "list.txt")
     assert list(dict.fromkeys(word.class_name for word in words)) == [
         "fox",
@@ -208,9 +202,7 @@ def test_the_live_reader_finds_hyponyms_and_applies_the_rules(wordnet, tmp_path)
     rows = {(word.class_name, word.word): word for word in words}
     assert rows["fox", "grey fox"].relation == "hyponym" and rows["fox", "grey fox"].keep
     assert rows["fox", "Vulpes vulpes"].reason == "Latin name"
-    assert (
-        rows["crane", "crane"].relation == "plain"
-    )  # its first sense is another thing, but the user chose it
+    assert rows["crane", "crane"].relation == "plain"  # its first sense is another thing, but the user chose it
     assert rows["crane", "whooping crane"].keep
     assert rows["dog", "cocker spaniel"].reason == "belongs to the class spaniel"
     assert rows["spaniel", "cocker spaniel"].keep and rows["dog", "poodle"].depth == 1

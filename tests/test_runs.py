@@ -174,9 +174,7 @@ def test_declared_parameters_and_their_help(fresh):
     ]
 
 
-@pytest.mark.parametrize(
-    "line", ["a: int = 1", "a = b = 1", "a = None", "a = 2 * 3", "import os", "a = (1, 2)"]
-)
+@pytest.mark.parametrize("line", ["a: int = 1", "a = b = 1", "a = None", "a = 2 * 3", "import os", "a = (1, 2)"])
 def test_parameters_cell_holds_plain_assignments_only(tmp_path, line):
     write_notebook(tmp_path / "01_prompt_augmentation.ipynb", line, "")
     with pytest.raises(DiffsegError, match="may only hold lines"):
@@ -367,9 +365,7 @@ def test_a_finished_run_has_manifests(project):
         *("inputs", "outputs", "metrics"),
     ]
     assert manifest["parameters"] == {"seed": 0, "images": 20, "sizes": [8, 8]}
-    assert (
-        manifest["versions"]["papermill"] and manifest["git"] is None and manifest["hardware"]["cores"] >= 1
-    )
+    assert manifest["versions"]["papermill"] and manifest["git"] is None and manifest["hardware"]["cores"] >= 1
     assert manifest["started"].endswith("+00:00") and not manifest["resumed"]
     prompts = project / "01_prompt_augmentation" / "prompts.csv"
     assert manifest["inputs"] == {"01_prompt_augmentation/prompts.csv": sha256_file(prompts)}
@@ -396,9 +392,7 @@ def test_a_changed_parameter_remakes_its_step_and_those_after_it(project, capsys
     assert main(["run", "tiny", "--set", "rate=0.25"]) == 0
     said = capsys.readouterr().out
     assert "01_prompt_augmentation: 1 of 3, up to date" in said
-    assert (
-        "02_lora_tuning: 2 of 3, again because rate changed" in said and "03_synthesis: 3 of 3, done" in said
-    )
+    assert "02_lora_tuning: 2 of 3, again because rate changed" in said and "03_synthesis: 3 of 3, done" in said
     assert list(runs.read_manifest(project / "02_lora_tuning")["outputs"]) == ["lora.txt"]
     assert len((project / "made.txt").read_text().split()) == 40
 

@@ -119,9 +119,7 @@ def curated_class(rows: list[Word], rule: dict, against: list[str]) -> list[Word
         ]  # fmt: skip
     if only:
         result = merge_dropped_branches(result)
-    return result + [
-        Word(name, "", word, "other", 0, False, "means another thing") for word in rule.get("other", [])
-    ]
+    return result + [Word(name, "", word, "other", 0, False, "means another thing") for word in rule.get("other", [])]
 
 
 def below_synsets(below: dict[str, str]) -> dict[str, str]:
@@ -158,9 +156,7 @@ def merge_dropped_branches(rows: list[Word]) -> list[Word]:
             if row.synset not in written:
                 written.add(row.synset)
                 more = merged[row.synset] - 1
-                result.append(
-                    replace(row, reason=row.reason + (f" (and {more} more of its branch)" if more else ""))
-                )
+                result.append(replace(row, reason=row.reason + (f" (and {more} more of its branch)" if more else "")))
         elif row.synset not in inside or row.keep:
             result.append(row)
     return result
@@ -172,9 +168,7 @@ def imagenet_s() -> list[Word]:
     wordnet = open_wordnet()
     plain = yaml.safe_load((HERE / "imagenet_s_words.yaml").read_text("utf-8"))
     tags = (HERE / "imagenet_s_919.txt").read_text("utf-8").split()
-    synset_of = {
-        tag: wordnet.synset_from_pos_and_offset("n", int(tag[1:])) for tag in [*tags, *MERGED.values()]
-    }
+    synset_of = {tag: wordnet.synset_from_pos_and_offset("n", int(tag[1:])) for tag in [*tags, *MERGED.values()]}
     for tag in plain:
         if tag not in synset_of:
             raise SystemExit(f"imagenet_s_words.yaml: {tag} is no tag of ImageNet-S")
@@ -192,9 +186,7 @@ def imagenet_s() -> list[Word]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", help="folder of WordNet 3.0's own files; without it NLTK's copy is read")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -207,9 +199,7 @@ def main() -> None:
             raise SystemExit("ImageNet's tags are offsets of WordNet 3.0: this is another version.")
         rules = yaml.safe_load((HERE / "curation.yaml").read_text("utf-8"))
         voc, against = rules["voc"], rules["against_guidelines"]
-        cityscapes = {
-            name: {**voc.get(rule.get("like"), {}), **rule} for name, rule in rules["cityscapes"].items()
-        }
+        cityscapes = {name: {**voc.get(rule.get("like"), {}), **rule} for name, rule in rules["cityscapes"].items()}
         tables = {
             "voc": curated(voc, against),
             "cityscapes": curated(cityscapes, {}),

@@ -287,8 +287,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     corpus = options.folder
     if options.stage == "corpus":
