@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
@@ -39,6 +41,8 @@ def load_generator(name: str, device: str | torch.device = "cpu", precision: str
     if precision not in PRECISIONS:
         raise DiffsegError(f"there is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     place = locate_generator(name)
+    diffusers.utils.logging.disable_progress_bar()  # loading is short; our bars are for what takes long
+    transformers.utils.logging.disable_progress_bar()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             place,

@@ -12,15 +12,16 @@ from torch import nn
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 
-# Name -> (architecture, encoder) of segmentation-models-pytorch.
+# Name -> (architecture, encoder, options) of segmentation-models-pytorch.
 SEGMENTERS = {
-    "unet-resnet18": ("unet", "resnet18"),
-    "fpn-resnet18": ("fpn", "resnet18"),
-    "deeplabv3plus-resnet18": ("deeplabv3plus", "resnet18"),
-    "deeplabv3plus-resnet50": ("deeplabv3plus", "resnet50"),
-    "deeplabv3plus-resnet101": ("deeplabv3plus", "resnet101"),
-    "segformer-b0": ("segformer", "mit_b0"),
-    "segformer-b2": ("segformer", "mit_b2"),
+    # half the usual decoder: a third of the computation at 64 pixels, where a CPU trains it in minutes
+    "unet-resnet18": ("unet", "resnet18", {"decoder_channels": (128, 64, 32, 32, 16)}),
+    "fpn-resnet18": ("fpn", "resnet18", {}),
+    "deeplabv3plus-resnet18": ("deeplabv3plus", "resnet18", {}),
+    "deeplabv3plus-resnet50": ("deeplabv3plus", "resnet50", {}),
+    "deeplabv3plus-resnet101": ("deeplabv3plus", "resnet101", {}),
+    "segformer-b0": ("segformer", "mit_b0", {}),
+    "segformer-b2": ("segformer", "mit_b2", {}),
 }
 
 
@@ -34,10 +35,10 @@ class Segmenter(nn.Module):
         super().__init__()
         if name not in SEGMENTERS:
             raise DiffsegError(f"there is no segmenter {name!r}; choose one of {', '.join(SEGMENTERS)}")
-        architecture, encoder = SEGMENTERS[name]
+        architecture, encoder, options = SEGMENTERS[name]
         self.name, self.classes = name, tuple(classes)
         self.network = smp.create_model(
-            architecture, encoder, encoder_weights=encoder_weights, classes=len(self.classes)
+            architecture, encoder, encoder_weights=encoder_weights, classes=len(self.classes), **options
         )
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)

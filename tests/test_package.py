@@ -1,5 +1,6 @@
 """The files around the package tell one story: versions, commands, licences, and the README's figures."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -9,7 +10,10 @@ import yaml
 from packaging.requirements import Requirement
 
 import diffseg
+from diffseg.files import sha256_file
 from diffseg.manifest import STEPS
+from diffseg.publish import readme_with_tables
+from diffseg.report import summarise
 
 ROOT = Path(diffseg.__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -77,3 +81,33 @@ def test_weights_are_safetensors_below_twenty_megabytes():
     weights = [path for path in (ROOT / "diffseg" / "miniworld" / "weights").rglob("*") if path.is_file()]
     assert {path.suffix for path in weights} <= {".safetensors", ".json", ".md"}
     assert sum(path.stat().st_size for path in weights) < 20e6
+
+
+def test_every_number_of_the_readme_comes_from_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- table: ") == 2
+    assert readme_with_tables(readme, ROOT / "results") == readme, "run python -m diffseg.publish results/runs/mini-voc"
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme):
+        assert picture.startswith("results/") and (ROOT / picture).is_file()
+
+
+def test_the_readmes_links_lead_somewhere():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link
+
+
+def test_published_manifests_belong_to_the_published_summary():
+    folder = ROOT / "results" / "mini-voc"
+    summary = json.loads((folder / "summary.json").read_text())
+    manifests = {step: json.loads((folder / "manifests" / f"{step}.json").read_text()) for step in STEPS}
+    assert summary == summarise({step: manifest for step, manifest in manifests.items() if step != "06_report"})
+    assert sha256_file(folder / "summary.json") == manifests["06_report"]["outputs"]["summary.json"]
+    assert {"miou", "miou_real", "ratio", "images", "seconds"} <= summary.keys()
+
+
+def test_the_generators_numbers_are_of_the_shipped_weights():
+    report = json.loads((ROOT / "results" / "mini_generator.json").read_text())
+    training = json.loads((ROOT / "diffseg" / "miniworld" / "weights" / "generator" / "training.json").read_text())
+    assert report["training"] == training
+    assert {"class_present", "mask_iou"} <= report.keys() and training["samples_seen"] > 0

@@ -1,0 +1,90 @@
+"""Put a run's numbers into results/ and into the README, so that both tell what was measured.
+
+python -m diffseg.publish results/runs/mini-voc
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffseg.errors import DiffsegError
+from diffseg.files import atomic_path
+from diffseg.manifest import STEPS, project_root
+
+FIGURES = ("overview.png", "iou_per_class.png", "cost.png")
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def run_table(summary: Mapping) -> str:
+    """Return a run's summary.json as a Markdown table."""
+    rows = [("synthetic pictures, masks from attention", "images", "miou", "miou_interval")]
+    rows.append(("real pictures, true masks (the upper line)", "images_real", "miou_real", "miou_real_interval"))
+    lines = ["| trained on | images | mIoU (%) | 95 % interval over pictures |", "|---|---|---|---|"]
+    for name, images, miou, interval in rows:
+        low, high = map(percent, summary[interval])
+        lines.append(f"| {name} | {summary[images]} | {percent(summary[miou])} | {low} to {high} |")
+    lines.append(f"| **ratio** | | **{summary['ratio']:.2f}** | |")
+    minutes = sum(summary["seconds"].values()) / 60
+    lines.append("")
+    lines.append(
+        f"{summary['segmenter']} from scratch, {summary['validation_images']} validation pictures, "
+        f"{summary['inference']}, seed {summary['seed']}; {minutes:.1f} minutes on {summary['hardware']}."
+    )
+    return "\n".join(lines)
+
+
+def generator_table(report: Mapping) -> str:
+    """Return results/mini_generator.json as a Markdown table."""
+    training, oracle = report["training"], report["oracle"]
+    lines = ["| measure | all words | plain class words |", "|---|---|---|"]
+    for name, key in (
+        ("the prompted class is the largest object (%)", "class_present"),
+        ("IoU of the attention mask with the oracle's mask, before any refiner (%)", "mask_iou"),
+    ):
+        lines.append(f"| {name} | {percent(report[key])} | {percent(report[f'{key}_plain_words'])} |")
+    hours = training["seconds"] / 3600
+    lines.append("")
+    lines.append(
+        f"{report['pictures']} single-object pictures; the oracle's own mIoU on real mini scenes is "
+        f"{percent(oracle['miou'])} %. Trained on {training['samples_seen']:,} samples in {hours:.1f} hours on "
+        f"{training['hardware']['cores']} CPU cores."
+    )
+    return "\n".join(lines)
+
+
+def readme_with_tables(readme: str, results: Path) -> str:
+    """Return the README with every block `<!-- table: results/FILE --> ... <!-- /table -->` made anew."""
+    makers = {"summary.json": run_table, "mini_generator.json": generator_table}
+
+    def fill(match: re.Match) -> str:
+        file = results.parent / match[1]
+        table = makers[file.name](json.loads(file.read_text(encoding="utf-8")))
+        return f"<!-- table: {match[1]} -->\n{table}\n<!-- /table -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", fill, readme, flags=re.DOTALL)
+
+
+def publish(run: Path) -> None:
+    """Copy a finished run's summary, table, figures and manifests to results/, and fill the README's tables."""
+    root = project_root()
+    target = root / "results" / run.name
+    files = {target / name: run / "06_report" / name for name in ("summary.json", "table.txt", *FIGURES)}
+    files |= {target / "manifests" / f"{step}.json": run / step / "manifest.json" for step in STEPS}
+    for missing in (source for source in files.values() if not source.is_file()):
+        raise DiffsegError(f"{missing} is missing; finish the run first: diffseg run {run.name}")
+    for path, source in files.items():
+        with atomic_path(path) as temporary:
+            shutil.copyfile(source, temporary)
+    readme = root / "README.md"
+    with atomic_path(readme) as path:
+        path.write_text(readme_with_tables(readme.read_text(encoding="utf-8"), root / "results"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    publish(Path(sys.argv[1]))
