@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -111,3 +113,9 @@ def test_the_generators_numbers_are_of_the_shipped_weights():
     training = json.loads((ROOT / "diffseg" / "miniworld" / "weights" / "generator" / "training.json").read_text())
     assert report["training"] == training
     assert {"class_present", "mask_iou"} <= report.keys() and training["samples_seen"] > 0
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_code_and_notebooks_pass_ruff(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
