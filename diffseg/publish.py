@@ -12,9 +12,7 @@ from pathlib import Path
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.manifest import STEPS, project_root
-
-FIGURES = ("overview.png", "iou_per_class.png", "cost.png")
+from diffseg.manifest import altered, project_root, read_manifest
 
 
 def percent(value: float) -> str:
@@ -71,13 +69,23 @@ def readme_with_tables(readme: str, results: Path) -> str:
 
 
 def publish(run: Path) -> None:
-    """Copy a finished run's summary, table, figures and manifests to results/, and fill the README's tables."""
+    """Copy a finished run's summary, table, figures and manifests to results/, and fill the README's tables.
+
+    Raises a DiffsegError when a step of the run is not finished.
+    """
     root = project_root()
     target = root / "results" / run.name
-    files = {target / name: run / "06_report" / name for name in ("summary.json", "table.txt", *FIGURES)}
-    files |= {target / "manifests" / f"{step}.json": run / step / "manifest.json" for step in STEPS}
-    for missing in (source for source in files.values() if not source.is_file()):
-        raise DiffsegError(f"{missing} is missing; finish the run first: diffseg run {run.name}")
+    files = {}
+    for step in sorted(path for path in run.iterdir() if path.is_dir()):
+        manifest = read_manifest(step)
+        if manifest is None or altered(step, manifest):
+            raise DiffsegError(f"{step} is not finished or was altered; run it again: diffseg run {run.name}")
+        files[target / "manifests" / f"{step.name}.json"] = step / "manifest.json"
+        for figure in manifest["metrics"].get("figures", []):
+            files[target / "figures" / figure] = step / figure
+        for name in ("summary.json", "table.txt"):
+            if name in manifest["outputs"]:
+                files[target / name] = step / name
     for path, source in files.items():
         with atomic_path(path) as temporary:
             shutil.copyfile(source, temporary)
