@@ -43,7 +43,8 @@ def generator_table(report: Mapping) -> str:
     lines = ["| measure | all words | plain class words |", "|---|---|---|"]
     for name, key in (
         ("the prompted class is the largest object (%)", "class_present"),
-        ("IoU of the attention mask with the oracle's mask, before any refiner (%)", "mask_iou"),
+        ("IoU of the attention mask with the oracle's mask of that class, before any refiner (%)", "mask_iou"),
+        ("the same with the oracle's mask of the object, whatever it takes it for (%)", "mask_iou_object"),
     ):
         lines.append(f"| {name} | {percent(report[key])} | {percent(report[f'{key}_plain_words'])} |")
     hours = training["seconds"] / 3600

@@ -81,14 +81,19 @@ def judge(prompt: Prompt, drawn: Drawn, seen: torch.Tensor) -> dict:
     """Compare a picture with what the oracle sees in it (int64 H x W)."""
     class_id = CLASS_IDS[prompt.classes[0]]
     areas = torch.bincount(seen.flatten(), minlength=VOC.num_classes)[1:]
-    mask, truth = drawn.label == class_id, seen == class_id
-    union = (mask | truth).sum().item()
+    mask = drawn.label == class_id
+
+    def iou(truth: torch.Tensor) -> float:
+        union = (mask | truth).sum().item()
+        return (mask & truth).sum().item() / union if union else 0.0
+
     return {
         "class": prompt.classes[0],
         "word": prompt.words[0],
         "relation": prompt.relations[0],
         "present": bool(areas.max() > 0 and areas.argmax() + 1 == class_id),
-        "iou": (mask & truth).sum().item() / union if union else 0.0,
+        "iou": iou(seen == class_id),
+        "iou_object": iou(seen > 0),
     }
 
 
@@ -100,11 +105,14 @@ def measure_generator(folder: Path, options: argparse.Namespace) -> None:
     """Write results/mini_generator.json and the sheets of best and worst pictures.
 
     class_present: share of single-object pictures in which the prompted class is the largest object that the oracle
-    sees. mask_iou: mean IoU of the attention mask (before any refiner) with the oracle's mask of that class.
+    sees. mask_iou: mean IoU of the attention mask (before any refiner) with the oracle's mask of that class, 0 where it
+    sees none of it; mask_iou_object: the same with the oracle's mask of all objects, whatever class it takes them for.
     """
     oracle = load_segmenter(folder).to(options.device)
     pipeline = load_generator("mini", options.device)
-    synthesis = SynthesisOptions(64, 64, options.sampling_steps, options.guidance, (16,), "all", options.beta, "none")
+    synthesis = SynthesisOptions(
+        64, 64, options.sampling_steps, options.guidance, (16,), options.attention_steps, options.beta, "none"
+    )
     prompts = single_object_prompts(options.pictures, options.seed)
     rows, pictures = [], []
     for start in tqdm(range(0, len(prompts), 20), "judging pictures", unit="batch"):
@@ -122,13 +130,20 @@ def measure_generator(folder: Path, options: argparse.Namespace) -> None:
     report = {
         "class_present": mean_of(rows, "present"),
         "mask_iou": mean_of(rows, "iou"),
+        "mask_iou_object": mean_of(rows, "iou_object"),
         "class_present_plain_words": mean_of(plain, "present"),
         "mask_iou_plain_words": mean_of(plain, "iou"),
+        "mask_iou_object_plain_words": mean_of(plain, "iou_object"),
         "pictures": len(rows),
-        "sampling": {"steps": options.sampling_steps, "guidance_scale": options.guidance, "beta": options.beta},
+        "sampling": {
+            name: getattr(options, name) for name in ("sampling_steps", "guidance", "attention_steps", "beta", "seed")
+        },
         "oracle": json.loads((folder / "oracle.json").read_text()) | {"iou": None},
         "per_class": {
-            name: {key: mean_of([row for row in rows if row["class"] == name], key) for key in ("present", "iou")}
+            name: {
+                key: mean_of([row for row in rows if row["class"] == name], key)
+                for key in ("present", "iou", "iou_object")
+            }
             for name in classes
         },
         "training": json.loads((weights / "training.json").read_text()),
@@ -155,7 +170,7 @@ def measure_generator(folder: Path, options: argparse.Namespace) -> None:
             size=0.8,
         )
         save_figure(figure, root / "results" / "figures" / f"mini_generator_{name}.png")
-    print(json.dumps({key: report[key] for key in list(report)[:5]}, indent=1))
+    print(json.dumps({key: report[key] for key in list(report)[:6]}, indent=1))
 
 
 def main() -> None:
@@ -167,6 +182,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1000, help="pictures to judge")
     parser.add_argument("--sampling-steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--attention-steps", default="7-14", help="denoising steps whose attention is averaged")
     parser.add_argument("--beta", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
