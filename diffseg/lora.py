@@ -273,7 +273,7 @@ def tune(
             if average:
                 average.step(parameters.values())
             bar.update()
-            bar.set_postfix(loss=f"{value:.4f}")
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
             if step % options.checkpoint_every == 0 or step == options.steps:
                 if not all(p.isfinite().all() for p in parameters.values()):
                     raise stop(step, "the weights are")

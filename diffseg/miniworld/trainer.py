@@ -83,7 +83,7 @@ class Trainer:
             self.seconds, since = self.seconds + time.monotonic() - since, time.monotonic()
             total += loss.item()
             bar.update(round(1000 * used) - bar.n)
-            bar.set_postfix(step=self.step, loss=f"{loss.item():.4f}")
+            bar.set_postfix(step=self.step, loss=f"{loss.item():.4f}", refresh=False)
             if self.step % every == 0:
                 if not np.isfinite(total):
                     raise FloatingPointError(f"the loss is not finite at step {self.step}; lower --rate and resume")
