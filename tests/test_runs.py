@@ -437,7 +437,15 @@ def test_interrupted_and_killed_runs_continue_with_the_same_bytes(project):
         (project / "kernel.pid").unlink()
         environment = {**os.environ, "PAUSE": "0.1"}
         command = [sys.executable, "-m", "diffseg.cli", "run", "tiny"]
-        runner = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+        runner = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            # what a shell starts in the background ignores Ctrl-C, and its children would inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         wait_until(lambda: len(hashes(project)) >= pictures + 4)  # noqa: B023
         runner.send_signal(number)
         _, error = runner.communicate(timeout=60)
