@@ -207,9 +207,7 @@ def run(
     folder = run_folder(values["run"], values.get("out", ""))
     selected = select(only, list(notebooks))
     wanted = {*selected, *(before for step in selected for before in upstream(step))}
-    from diffseg.kernel import (
-        execute,
-    )  # here, because notebooks and `diffseg list` need not wait for papermill
+    from diffseg.kernel import execute  # here: notebooks and `diffseg list` need not wait for papermill
 
     with locked(folder):
         for number, (step, notebook) in enumerate(notebooks.items(), start=1):

