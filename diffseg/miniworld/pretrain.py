@@ -14,6 +14,7 @@ The recipe is our choice throughout: small networks of the real diffusers and tr
 import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,18 +39,19 @@ STREET_WORDS = "street scene city rider human vehicle road building traffic sign
 # ---------------------------------------------------------------------------------------------- corpus
 
 
-def draw_corpus_part(seed: int, start: int, stop: int) -> tuple[np.ndarray, list[str]]:
-    scenes = [sample_scene(np.random.default_rng(derive_seed(seed, "corpus", i))) for i in range(start, stop)]
+def draw_corpus_part(seed: int, pair_share: float, start: int, stop: int) -> tuple[np.ndarray, list[str]]:
+    rngs = [np.random.default_rng(derive_seed(seed, "corpus", i)) for i in range(start, stop)]
+    scenes = [sample_scene(rng, pair_share=pair_share) for rng in rngs]
     return np.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
 
 
-def make_corpus(folder: Path, scenes: int, seed: int, workers: int) -> None:
+def make_corpus(folder: Path, scenes: int, pair_share: float, seed: int, workers: int) -> None:
     """Write images.npy (uint8 N x 64 x 64 x 3) and captions.json; the masks are thrown away here."""
     part = 1000
     starts = range(0, scenes, part)
     stops = [min(start + part, scenes) for start in starts]
     with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(draw_corpus_part, [seed] * len(starts), starts, stops)
+        results = pool.map(partial(draw_corpus_part, seed, pair_share), starts, stops)
         parts = list(tqdm(results, "drawing scenes", total=len(starts), unit="k"))
     with atomic_path(folder / "images.npy") as path:
         np.save(path, np.concatenate([images for images, _ in parts]))
@@ -274,6 +276,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("stage", choices=["corpus", "vae", "diffusion", "export"])
     parser.add_argument("--folder", type=Path, default=Path("results/runs/pretrain"))
     parser.add_argument("--scenes", type=int, default=60000, help="scenes in the corpus")
+    parser.add_argument("--pair-share", type=float, default=0.6, help="share of the scenes that show two objects")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
     parser.add_argument("--seconds", type=float, default=0, help="seconds of training instead of steps")
     parser.add_argument("--batch", type=int, default=32)
@@ -292,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     corpus = options.folder
     if options.stage == "corpus":
-        make_corpus(corpus, options.scenes, options.seed, workers=2)
+        make_corpus(corpus, options.scenes, options.pair_share, options.seed, workers=2)
     elif options.stage == "vae":
         train_vae(options.folder / "vae", corpus, options)
     elif options.stage == "diffusion":

@@ -103,8 +103,9 @@ def draw_scene(
     sizes: tuple[float, float] = (0.55, 0.85),
     pair_sizes: tuple[float, float] = (0.4, 0.55),
 ) -> Scene:
-    """Draw one or two pictures side by side on a background and caption them with `words`, from left to right.
+    """Draw one or two pictures side by side on a background and caption them with `words`, in any order.
 
+    The caption's order says nothing about the places, so a generator has to bind each word to a place by attention.
     sizes, pair_sizes: range of an object's longer side as a share of its half or whole of the canvas' height.
     """
     canvas = paint_background(rng, place, height, width)
@@ -125,9 +126,10 @@ def draw_scene(
         alpha = pixels[..., 3:] / 255
         canvas[window] = canvas[window] * (1 - alpha) + pixels[..., :3] * alpha
         instances[window][alpha[..., 0] > 0.5] = k + 1
-    things = " and ".join(article(word) for word in words)
     template = TEMPLATES[rng.integers(len(TEMPLATES))]
-    caption = template.format(things) + (f" {place}" if rng.random() < 0.85 else "")
+    where = f" {place}" if rng.random() < 0.85 else ""
+    things = " and ".join(article(words[k]) for k in rng.permutation(len(words)))
+    caption = template.format(things) + where
     return Scene(np.clip(canvas, 0, 255).round().astype(np.uint8), instances, list(pictures), caption)
 
 
