@@ -55,8 +55,8 @@ class Benchmark:
 
     `classes[i]` is the name of id i, background first where the protocol has one. `protocol` ("voc",
     "imagenet-s", "cityscapes") settles the folder tree and how mIoU is counted; `coding` ("palette", "r256g",
-    "labelids") how a label map is written as PNG. `groups` are sets of ids that are also scored as one merged
-    class.
+    "labelids") how a label map is written as PNG. `training_split` has the real masks that a comparison trains on.
+    `groups` are sets of ids that are also scored as one merged class.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Benchmark:
     classes: tuple[str, ...]
     ignore: int
     splits: tuple[str, ...]
+    training_split: str
     evaluation_split: str
     palette: tuple[tuple[int, int, int], ...]
     source: str
@@ -98,6 +99,7 @@ def imagenet_s(name: str, tags: Sequence[str], folder: str) -> Benchmark:
         classes=classes,
         ignore=1000,
         splits=("train-semi", "validation"),
+        training_split="train-semi",
         evaluation_split="validation",
         palette=voc_palette(len(classes)),
         source="ImageNet-S (github.com/LUSSeg/ImageNet-S, data preparation)",
@@ -105,9 +107,9 @@ def imagenet_s(name: str, tags: Sequence[str], folder: str) -> Benchmark:
     )
 
 
-def _official_imagenet_s(size: int) -> Benchmark:
+def _listed_imagenet_s(name: str, size: int | str) -> Benchmark:
     listed = Path(__file__).parent / "data" / f"imagenet_s_{size}.txt"
-    return imagenet_s(f"imagenet-s-{size}", listed.read_text("utf-8").split(), f"ImageNetS{size}")
+    return imagenet_s(name, listed.read_text("utf-8").split(), f"ImageNetS{size}")
 
 
 VOC = Benchmark(
@@ -117,6 +119,7 @@ VOC = Benchmark(
     classes=VOC_CLASSES,
     ignore=255,
     splits=("train", "val", "trainval", "trainaug"),
+    training_split="train",
     evaluation_split="val",
     palette=voc_palette(len(VOC_CLASSES)),
     source="PASCAL VOC 2012 (host.robots.ox.ac.uk/pascal/VOC/voc2012, training/validation data)",
@@ -129,13 +132,16 @@ CITYSCAPES = Benchmark(
     classes=tuple(row.name for row in sorted(_CITYSCAPES, key=lambda row: row.train_id)),
     ignore=255,
     splits=("train", "val"),
+    training_split="train",
     evaluation_split="val",
     palette=tuple(row.color for row in sorted(_CITYSCAPES, key=lambda row: row.train_id)),
     source="Cityscapes (www.cityscapes-dataset.com, leftImg8bit_trainvaltest and gtFine_trainvaltest)",
     # DiffuMask's protocol; the same merged classes as the official "human" and "vehicle" categories.
     groups={"Human": (11, 12), "Vehicle": (13, 14, 15, 16, 17, 18)},
 )
-BENCHMARKS = {b.name: b for b in (VOC, *(_official_imagenet_s(size) for size in (50, 300, 919)), CITYSCAPES)}
+IMAGENET_S = [_listed_imagenet_s(f"imagenet-s-{size}", size) for size in (50, 300, 919)]
+MINI_IMAGENET_S = _listed_imagenet_s("mini-imagenet-s", "mini")  # every picture of the mini world is a class
+BENCHMARKS = {b.name: b for b in (VOC, *IMAGENET_S, CITYSCAPES, MINI_IMAGENET_S)}
 
 
 def get_benchmark(name: str) -> Benchmark:

@@ -48,16 +48,17 @@ class Word:
 
 
 def load_words(benchmark: str) -> list[Word]:
-    """Return the curated table of "voc", "imagenet-s-50", "imagenet-s-300", "imagenet-s-919" or "cityscapes".
+    """Return the table of "voc", "imagenet-s-50", "imagenet-s-300", "imagenet-s-919", "cityscapes" or
+    "mini-imagenet-s".
 
     Rows stand in the order of the benchmark's classes, of which Cityscapes has its eight things here. The
     classes of ImageNet-S are called by their tags (n01443537). Raises DiffsegError for another name.
     """
     size = re.fullmatch(r"imagenet-s-(50|300|919)", benchmark)
-    if not size and benchmark not in ("voc", "cityscapes"):
+    if not size and benchmark not in ("voc", "cityscapes", "mini-imagenet-s"):
         raise DiffsegError(
             f"No word table for the benchmark {benchmark!r}: choose voc, imagenet-s-50, imagenet-s-300, "
-            "imagenet-s-919 or cityscapes, or give a class list of your own."
+            "imagenet-s-919, cityscapes or mini-imagenet-s, or give a class list of your own."
         )
     if not size:
         return read_words(DATA / f"words_{benchmark}.csv")

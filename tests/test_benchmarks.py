@@ -12,6 +12,7 @@ from PIL import Image
 from diffseg.benchmarks import (
     BENCHMARKS,
     CITYSCAPES,
+    MINI_IMAGENET_S,
     VOC,
     get_benchmark,
     imagenet_s,
@@ -24,6 +25,10 @@ from diffseg.benchmarks import (
 )
 from diffseg.datasets import open_split, pictures_set
 from diffseg.errors import DiffsegError
+from diffseg.generator import load_tokenizer
+from diffseg.miniworld import disk, scenes
+from diffseg.miniworld import imagenet_s as imagenet_s_writer
+from diffseg.words import known_words, load_words
 
 IMAGENET_S_50 = BENCHMARKS["imagenet-s-50"]
 IMAGENET_S_919 = BENCHMARKS["imagenet-s-919"]
@@ -87,10 +92,11 @@ def test_class_lists_have_the_official_sizes_and_no_name_twice():
         "imagenet-s-300": 301,
         "imagenet-s-919": 920,
         "cityscapes": 19,
+        "mini-imagenet-s": 97,
     }
     for benchmark in BENCHMARKS.values():
         assert len(set(benchmark.classes)) == len(benchmark.palette) == benchmark.num_classes
-        assert benchmark.evaluation_split in benchmark.splits
+        assert {benchmark.training_split, benchmark.evaluation_split} <= set(benchmark.splits)
     assert VOC.classes[15] == "person" and VOC.foreground == VOC.classes[1:]
     assert CITYSCAPES.foreground == CITYSCAPES.classes
 
@@ -343,3 +349,47 @@ def test_an_official_voc_folder_is_a_picture_set_too(tmp_path):
     assert len(dataset) == 2 and torch.equal(dataset[1][2], open_split(VOC, tmp_path, "val")[1][2])
     with pytest.raises(DiffsegError, match="train.txt is missing"):
         pictures_set(base, VOC)
+
+
+# Mini ImageNet-S
+
+
+def test_mini_imagenet_s_has_every_picture_of_the_mini_world_as_a_class_with_words_of_its_own():
+    tags = sorted(imagenet_s_writer.tag_of(picture) for picture in scenes.load_pictures())
+    assert list(MINI_IMAGENET_S.foreground) == tags, "run python -m diffseg.miniworld.imagenet_s"
+    rows = load_words("mini-imagenet-s")
+    assert rows == imagenet_s_writer.class_words(), "run python -m diffseg.miniworld.imagenet_s"
+    assert [row.class_name for row in rows if row.relation == "plain"] == tags and len(tags) >= 50
+    assert len({row.word for row in rows}) == len(rows), "a word stands for one class only"
+    words = {row.word for row in rows}
+    assert known_words(words, load_tokenizer("mini")) == words
+
+
+def test_mini_imagenet_s_is_read_by_the_imagenet_s_reader_one_object_a_picture(tmp_path):
+    world = {"version": 1, "seed": 0, "imagenet-s": {"train-semi": 96, "validation": 4}}
+    for name in ("a", "b"):
+        disk.write_world(tmp_path / name, world)
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert len(files) == 2 * 100 + 1
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    training = open_split(MINI_IMAGENET_S, tmp_path / "a", MINI_IMAGENET_S.training_split)
+    assert len(open_split(MINI_IMAGENET_S, tmp_path / "a", "validation")) == 4 and len(training) == 96
+    for name, image, label in training:
+        tag, file = name.split("/")
+        assert label.unique().tolist() == [0, MINI_IMAGENET_S.classes.index(tag)]
+        _, scene = imagenet_s_writer.imagenet_s_scene(0, "train-semi", int(file.removeprefix("train-semi_")))
+        assert np.array_equal(label > 0, scene.instances > 0) and [p.word for p in scene.objects] == [
+            tag.replace("_", " ")
+        ]
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - scene.image).mean() < 4
+    assert len({name.split("/")[0] for name, *_ in training}) == 96, "every class as often as any other"
+
+
+def test_the_mini_benchmarks_do_not_change_each_other(tmp_path):
+    """A world of VOC alone, and of VOC with all the others: the same bytes."""
+    disk.write_world(tmp_path / "voc", {"version": 1, "seed": 0, "voc": {"train": 2}})
+    disk.write_world(tmp_path / "both", {"version": 1, "seed": 0, "voc": {"train": 2}, "imagenet-s": {"validation": 2}})
+    files = [path for path in (tmp_path / "voc" / "VOCdevkit").rglob("*") if path.is_file()]
+    assert len(files) == 5
+    for file in files:
+        assert (tmp_path / "both" / file.relative_to(tmp_path / "voc")).read_bytes() == file.read_bytes()

@@ -9,25 +9,36 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.benchmarks import VOC, write_label
+from diffseg.benchmarks import MINI_IMAGENET_S, VOC, write_label
 from diffseg.errors import DiffsegError
 from diffseg.manifest import project_root
+from diffseg.miniworld.imagenet_s import write_imagenet_s
 from diffseg.miniworld.scenes import Scene, sample_scene
 from diffseg.seeds import derive_seed
 
 # The benchmarks are fixed things: their seed and size are no parameters. Change the name when one of them changes.
-WORLD = {"version": 1, "seed": 0, "voc": {"train": 2000, "val": 600}}
+WORLD = {
+    "version": 2,
+    "seed": 0,
+    "voc": {"train": 2000, "val": 600},
+    "imagenet-s": {"train-semi": 960, "validation": 768},  # ten and eight pictures of each of 96 classes
+}
 
 
 def locate_data(data_root: str) -> Path:
     """Return the root folder of the data sets: "mini" is written on first use, any other name is a folder.
 
-    Raises a DiffsegError when the folder is missing or the mini world cannot be written.
+    A relative folder counts from the project's root, so that it means the same in every notebook. Raises a
+    DiffsegError when the folder is missing or the mini world cannot be written.
     """
     if data_root != "mini":
-        if not Path(data_root).is_dir():
-            raise DiffsegError(f"there is no data root {data_root}; give the folder that holds VOCdevkit and the like")
-        return Path(data_root).absolute()
+        folder = project_root() / data_root
+        if not folder.is_dir():
+            raise DiffsegError(
+                f"there is no data root {folder}; set data_root to the folder that holds VOCdevkit, ImageNetS50, "
+                "leftImg8bit and the like"
+            )
+        return folder
     root = project_root() / "results" / "data" / f"mini-{WORLD['version']}"
     if not (root / "world.json").is_file():
         write_world(root)
@@ -35,10 +46,15 @@ def locate_data(data_root: str) -> Path:
 
 
 def write_world(root: Path, world: dict = WORLD) -> None:
-    """Write all mini benchmarks beside `root` and rename the folder at the end, so that it is whole or absent."""
+    """Write all mini benchmarks beside `root` and rename the folder at the end, so that it is whole or absent.
+
+    world: "version", "seed", and for each benchmark to be written its pictures per split (see `WORLD`).
+    """
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     try:
-        write_voc(temporary / "VOCdevkit" / "VOC2012", world["voc"], world["seed"])
+        for name, (folder, write) in WRITERS.items():
+            if name in world:
+                write(temporary / folder, world[name], world["seed"])
         (temporary / "world.json").write_text(json.dumps(world, indent=1))
         if not root.exists():  # another process may have been faster
             temporary.rename(root)
@@ -67,3 +83,6 @@ def write_voc(folder: Path, sizes: dict[str, int], seed: int) -> None:
             Image.fromarray(scene.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
             write_label(folder / "SegmentationClass" / f"{name}.png", scene.label(class_ids), VOC)
         (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
+
+
+WRITERS = {"voc": (VOC.folder, write_voc), "imagenet-s": (MINI_IMAGENET_S.folder, write_imagenet_s)}
