@@ -185,13 +185,14 @@ class AttentionRecorder:
                 self.sums[kind, resolution] = found
             self.counts[kind, resolution] += 1
 
-    def maps(self) -> list[torch.Tensor]:
+    def maps(self, resolutions: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Return one float32 tensor (words x h x w, probabilities 0..1) for each picture, on the CPU.
 
-        h x w is the largest recorded resolution; every resolution has the same weight, however many layers it
-        has. Raises a DiffsegError when a step or a resolution that was asked for did not occur.
+        resolutions: which of the recorded ones to average; None for all. h x w is the largest of them; each has
+        the same weight, however many layers it has. Raises a DiffsegError when a step or a resolution that was
+        asked for did not occur.
         """
-        means = [self.mean("cross", resolution) for resolution in self.resolutions]
+        means = [self.mean("cross", resolution) for resolution in sorted(set(resolutions or self.resolutions))]
         size = means[-1].shape[-2:]
         resized = [F.interpolate(mean, size=size, mode="bilinear", align_corners=False) for mean in means]
         mean = torch.stack(resized).mean(dim=0).cpu()

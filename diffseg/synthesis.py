@@ -54,6 +54,20 @@ class Drawn:
     margin: torch.Tensor  # uint8 H x W
 
 
+def draw_rows(pipeline, rows: Sequence[Prompt], options: SynthesisOptions) -> list[Image.Image]:
+    """Draw the pictures of some rows of prompts.csv in one batch, each from its own seed."""
+    return draw(
+        pipeline,
+        [row.prompt for row in rows],
+        [row.seed for row in rows],
+        [row.negative for row in rows] if any(row.negative for row in rows) else None,
+        options.height,
+        options.width,
+        options.sampling_steps,
+        options.guidance_scale,
+    )
+
+
 def draw_with_masks(pipeline, rows: Sequence[Prompt], benchmark: Benchmark, options: SynthesisOptions) -> list[Drawn]:
     """Draw the pictures of some rows of prompts.csv in one batch and cut their masks from the attention."""
     tokens = [token_positions(pipeline.tokenizer, row.prompt, row.spans) for row in rows]
@@ -61,16 +75,7 @@ def draw_with_masks(pipeline, rows: Sequence[Prompt], benchmark: Benchmark, opti
     refine = get_refiner(options.refiner, options.sam_checkpoint, options.sam_model, pipeline.device)
     reads_self = max(options.attention_resolutions) if options.refiner == "self-attention" else None
     with AttentionRecorder(pipeline, tokens, options.attention_resolutions, steps, reads_self) as recorder:
-        images = draw(
-            pipeline,
-            [row.prompt for row in rows],
-            [row.seed for row in rows],
-            [row.negative for row in rows] if any(row.negative for row in rows) else None,
-            options.height,
-            options.width,
-            options.sampling_steps,
-            options.guidance_scale,
-        )
+        images = draw_rows(pipeline, rows, options)
     attentions = recorder.self_attention() if reads_self else [None] * len(rows)
     drawn = []
     for row, image, maps, attention in zip(rows, images, recorder.maps(), attentions, strict=True):
