@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install reproduce test test-slow lint strip clean
+.PHONY: install reproduce study test test-slow lint strip clean
 
 install: $(VENV)/installed
 
@@ -15,6 +15,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with the table
 	$(BIN)/diffseg run mini-voc
+
+study: install  ## every study of notebooks/studies, with three seeds: hours; what was cut goes on
+	for name in $(basename $(notdir $(wildcard notebooks/studies/*.yaml))); do $(BIN)/diffseg study $$name || exit 1; done
 
 test: install  ## the tests that CI runs
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""The command `diffseg`: run the notebooks of a parameter file, or list what there is."""
+"""The command `diffseg`: run the notebooks of a parameter file or a whole study, or list what there is."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from diffseg.errors import DiffsegError
 from diffseg.manifest import STEPS, project_root, read_manifest, run_folder, step_key
 from diffseg.parameters import parse_assignments
 from diffseg.runs import IN_PROGRESS, run
+from diffseg.study import print_studies, run_study, study_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,19 +21,28 @@ def main(argv: list[str] | None = None) -> int:
     runner.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="parameters")
     runner.add_argument("--out", metavar="DIR", default="", help="where the run's folder goes (default: results/runs)")
     runner.add_argument("--force", action="store_true", help="make the steps anew even if they are up to date")
+    runner.add_argument("--share", action="store_true", help="link what another run has made in the same way")
     commands.add_parser("list", help="list the parameter files and the state of the runs in results/runs")
+    several = commands.add_parser("study", help="make the runs of a study and its table; without a name, list them")
+    several.add_argument("name", nargs="?", help="a name in notebooks/studies, such as augmentation")
+    several.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at the same time; they share the cores")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "list":
             print_list()
-        else:
+        elif arguments.command == "run":
             run(
                 arguments.name,
                 arguments.only,
                 parse_assignments(arguments.set),
                 arguments.out,
                 arguments.force,
+                arguments.share,
             )
+        elif arguments.name:
+            run_study(arguments.name, arguments.jobs)
+        else:
+            print_studies()
     except DiffsegError as error:
         print(f"diffseg: {error}", file=sys.stderr)
         return 1
@@ -47,7 +57,10 @@ def print_list() -> None:
     for path in sorted((project_root() / "notebooks" / "params").glob("*.yaml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         print(f"{path.stem:24}{first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
-    for folder in sorted(path for path in run_folder("any").parent.glob("*") if path.is_dir()):
+    studies = {path.stem for path in study_files()}
+    for folder in sorted(path for path in run_folder("any").parent.glob("[!.]*") if path.is_dir()):
+        if folder.name in studies:
+            continue  # its runs are the affair of `diffseg study`
         print(f"\n{folder}")
         for step in STEPS:
             print(f"  {step:24}{state(folder / step)}")

@@ -153,7 +153,7 @@ def git_state(root: Path) -> dict | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Return CPU model, usable cores, memory in GB (1e9 bytes), and GPU names if torch is loaded."""
+    """Return CPU model, usable cores, OMP_NUM_THREADS or "", memory in GB (1e9 bytes), GPU names if torch is loaded."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -165,6 +165,7 @@ def hardware() -> dict[str, Any]:
     return {
         "cpu": model.group(1) if model else platform.processor() or platform.machine(),
         "cores": cores,
+        "threads": os.environ.get("OMP_NUM_THREADS", ""),  # few of them when runs share the cores
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
     }

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.manifest import altered, project_root, read_manifest
+from diffseg.manifest import STEPS, altered, project_root, read_manifest
+from diffseg.study import study_files
 
 
 def percent(value: float) -> str:
@@ -72,12 +73,16 @@ def readme_with_tables(readme: str, results: Path) -> str:
 def publish(run: Path) -> None:
     """Copy a finished run's summary, table, figures and manifests to results/, and fill the README's tables.
 
-    Raises a DiffsegError when a step of the run is not finished.
+    Raises a DiffsegError when a step of the run is not finished, and for a study, which writes its own results.
     """
     root = project_root()
+    if not run.is_dir():
+        raise DiffsegError(f"there is no run {run}; `diffseg list` names those in results/runs.")
+    if run.name in [path.stem for path in study_files()]:
+        raise DiffsegError(f"{run} is a study; diffseg study {run.name} has written its results.")
     target = root / "results" / run.name
     files = {}
-    for step in sorted(path for path in run.iterdir() if path.is_dir()):
+    for step in (run / name for name in STEPS):
         manifest = read_manifest(step)
         if manifest is None or altered(step, manifest):
             raise DiffsegError(f"{step} is not finished or was altered; run it again: diffseg run {run.name}")
@@ -95,5 +100,17 @@ def publish(run: Path) -> None:
         path.write_text(readme_with_tables(readme.read_text(encoding="utf-8"), root / "results"), encoding="utf-8")
 
 
+def main(arguments: list[str]) -> int:
+    """Return the exit code: 0 done, 1 one sentence on stderr says why not."""
+    try:
+        if len(arguments) != 1:
+            raise DiffsegError("name one run: python -m diffseg.publish results/runs/mini-voc")
+        publish(Path(arguments[0]))
+    except DiffsegError as error:
+        print(f"diffseg: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    publish(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 A step's folder holds `in-progress.json` while the step works and `manifest.json` once it is finished, both
 with the step's key. Killed at any moment, a step leaves whole files only and continues with them if its key
-is the same.
+is the same. Runs that share (`run(share=True)`) hold a link in place of a step that another run has made.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from diffseg.manifest import (
     versions,
 )
 from diffseg.parameters import check, declared, merge, read_yaml
+from diffseg.sharing import claimed, confirm, link, remove
 
 __all__ = ["Step", "begin", "read_manifest", "run", "run_folder"]
 
@@ -144,6 +145,8 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
     namespace.update(parameters)
     folder = run_folder(namespace["run"], namespace["out"]) / step_name
     key = step_key(step_name, parameters, folder.parent)
+    if folder.is_symlink():
+        folder.unlink()  # another run's step: it is not ours to alter
     manifest, progress = read_manifest(folder), read_json(folder / IN_PROGRESS)
     resumed = key in ((manifest or {}).get("key"), (progress or {}).get("key"))
     with writing(folder):
@@ -187,24 +190,23 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def run(
-    name: str, only: str | None = None, set: dict[str, Any] | None = None, out: str = "", force: bool = False
+    name: str,
+    only: str | None = None,
+    set: dict[str, Any] | None = None,
+    out: str = "",
+    force: bool = False,
+    share: bool = False,
 ) -> Path:
     """Run the steps of a parameter file in order, skip those that are up to date, return the run's folder.
 
     `name` is a file of notebooks/params (without suffix) or a path to a YAML file; `only` are steps such as
     "3-5" or "1,3"; `set` overrides parameters; `out` is where the run's folder goes, relative to the working
-    directory; `force` makes the steps anew. All values are checked before anything runs. A wrong value and a
-    step that fails raise DiffsegError.
+    directory; `force` makes the steps anew; `share` links finished steps of the same key from any run in
+    results/runs instead. All values are checked before anything runs. A wrong value and a step that fails raise
+    DiffsegError.
     """
-    notebooks = {step: notebook_path(step) for step in STEPS if notebook_path(step).is_file()}
-    known = merge(notebooks.values())
-    path = parameter_file(name)
-    values = check(read_yaml(path), known, path.name) | check(set or {}, known, "--set")
-    if out:
-        values["out"] = os.path.abspath(os.path.expanduser(out))
-    if "run" not in values:
-        raise DiffsegError(f"{path} does not name its run; add a line `run: {path.stem}`.")
-    folder = run_folder(values["run"], values.get("out", ""))
+    notebooks = step_notebooks()
+    values, folder = resolve(name, set or {}, out)
     selected = select(only, list(notebooks))
     wanted = {*selected, *(before for step in selected for before in upstream(step))}
     from diffseg.kernel import execute  # here: notebooks and `diffseg list` need not wait for papermill
@@ -213,30 +215,60 @@ def run(
         for number, (step, notebook) in enumerate(notebooks.items(), start=1):
             if step not in wanted:
                 continue
-            parameters = {n: values.get(n, parameter.default) for n, parameter in declared(notebook).items()}
+            parameters = step_parameters(notebook, values)
             key = step_key(step, parameters, folder)
-            problem = trouble(folder / step, key, parameters)
-            if step not in selected:
-                if problem:
-                    raise DiffsegError(f"run {step} first, with --only {int(step[:2])}: {problem}.")
-                continue
             title = f"{step}: {number} of {len(notebooks)}"
-            if not problem and not force:
-                print(f"{title}, up to date", flush=True)
-                continue
-            # what is half done, altered or of another key is sorted out by `begin`, in the notebook
-            print(f"{title}, again because {problem}" if problem not in ("", UNFINISHED) else title, flush=True)
-            start = time.monotonic()
-            with writing(folder / step):
-                if force and (folder / step).exists():
-                    shutil.rmtree(folder / step)
-                execute(notebook, folder / step / EXECUTED, parameters, folder)
-            if problem := trouble(folder / step, key, parameters):
-                raise DiffsegError(f"{step} ended but {problem}; its notebook must end with step.finish.")
-            print(f"{title}, done in {time.monotonic() - start:.0f} s", flush=True)
+            with claimed(key, title) if share else contextlib.nullcontext():
+                problem = trouble(folder / step, key, parameters)
+                if problem and share and not force and (maker := link(folder / step, key)):
+                    print(f"{title}, shared with {maker}", flush=True)
+                    continue
+                if step not in selected:
+                    if problem:
+                        raise DiffsegError(f"run {step} first, with --only {int(step[:2])}: {problem}.")
+                    continue
+                if not problem and not force:
+                    print(f"{title}, up to date", flush=True)
+                    continue
+                # what is half done, altered or of another key is sorted out by `begin`, in the notebook
+                print(f"{title}, again because {problem}" if problem not in ("", UNFINISHED) else title, flush=True)
+                start = time.monotonic()
+                with writing(folder / step):
+                    if force or (folder / step).is_symlink():
+                        remove(folder / step)
+                    execute(notebook, folder / step / EXECUTED, parameters, folder)
+                if problem := trouble(folder / step, key, parameters):
+                    raise DiffsegError(f"{step} ended but {problem}; its notebook must end with step.finish.")
+                confirm(folder / step, key, parameters)
+                print(f"{title}, done in {time.monotonic() - start:.0f} s", flush=True)
     if "06_report" in selected:
         print_results(folder)
     return folder
+
+
+def step_notebooks() -> dict[str, Path]:
+    """Return the notebooks that are there, by step, in running order."""
+    return {step: notebook_path(step) for step in STEPS if notebook_path(step).is_file()}
+
+
+def step_parameters(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return all parameters of a notebook: those of `values` that it declares, defaults for the rest."""
+    return {name: values.get(name, parameter.default) for name, parameter in declared(notebook).items()}
+
+
+def resolve(name: str, changes: dict[str, Any], out: str = "", source: str = "--set") -> tuple[dict[str, Any], Path]:
+    """Return the checked values of a parameter file under `changes`, and the run's folder (see `run`).
+
+    `source` says in an error where the changes come from.
+    """
+    known = merge(step_notebooks().values())
+    path = parameter_file(name)
+    values = check(read_yaml(path), known, path.name) | check(changes, known, source)
+    if out:
+        values["out"] = os.path.abspath(os.path.expanduser(out))
+    if "run" not in values:
+        raise DiffsegError(f"{path} does not name its run; add a line `run: {path.stem}`.")
+    return values, run_folder(values["run"], values.get("out", ""))
 
 
 def parameter_file(name: str) -> Path:
