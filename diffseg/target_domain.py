@@ -14,9 +14,24 @@ from tqdm import tqdm
 from diffseg.benchmarks import read_pixels
 from diffseg.english import with_article
 from diffseg.errors import DiffsegError
+from diffseg.manifest import project_root
+from diffseg.miniworld.disk import locate_data
 from diffseg.seeds import derive_seed
 
+# Names for target domains that come with the package; any other name is a folder.
+TARGETS = {"mini": "leftImg8bit/train"}  # mini Cityscapes' train pictures, below the mini data root
+
 SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def locate_pictures(target_images: str) -> Path:
+    """Return the folder that `target_images` names: "mini" is written on first use, any other name is a folder.
+
+    A relative folder counts from the project's root, so that it means the same in every notebook.
+    """
+    if target_images in TARGETS:
+        return locate_data(target_images) / TARGETS[target_images]
+    return project_root() / target_images
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
@@ -37,6 +52,19 @@ def find_pictures(folder: str | Path) -> list[Path]:
             if mode != "RGB":
                 raise DiffsegError(f"{path} has the mode {mode}, not RGB; convert it or take it out.")
     return paths
+
+
+def hold_out(paths: Sequence[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """Split pictures by lot into those to tune on and the `share` (0 to below 1) that is kept from tuning.
+
+    The pictures kept back tell whether the others are learnt by heart. Both lists stay in the order of `paths`.
+    Raises a DiffsegError for a share out of range.
+    """
+    if not 0 <= share < 1:
+        raise DiffsegError(f"lora_held_out must be at least 0 and below 1, not {share}.")
+    order = np.random.default_rng(derive_seed(seed, "lora", "held out")).permutation(len(paths))
+    kept = set(order[: round(share * len(paths))].tolist())
+    return [p for k, p in enumerate(paths) if k not in kept], [p for k, p in enumerate(paths) if k in kept]
 
 
 def build_captions(templates: Sequence[str], words: Sequence[str] = ()) -> list[str]:

@@ -265,6 +265,24 @@ def test_draws_follow_from_their_number_and_show_all_pictures_equally_often(pict
     assert set(captions) == {"", *CAPTIONS} and 5 <= captions.count("") <= 40
 
 
+def test_held_out_pictures_are_the_others(tmp_path):
+    paths = [tmp_path / f"{k}.png" for k in range(40)]
+    tuned, kept = target_domain.hold_out(paths, 0.25, seed=3)
+    assert len(kept) == 10 and sorted([*tuned, *kept]) == sorted(paths)
+    assert target_domain.hold_out(paths, 0.25, seed=3) == (tuned, kept)
+    assert target_domain.hold_out(paths, 0.25, seed=4) != (tuned, kept)
+    assert target_domain.hold_out(paths, 0, seed=3) == (paths, [])
+    with pytest.raises(DiffsegError, match="lora_held_out must be at least 0 and below 1, not 1"):
+        target_domain.hold_out(paths, 1, seed=3)
+
+
+def test_a_relative_folder_of_target_pictures_counts_from_the_projects_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = target_domain.project_root()
+    assert target_domain.locate_pictures("streets") == root / "streets"
+    assert target_domain.locate_pictures(str(tmp_path)) == tmp_path
+
+
 def test_fit_scales_to_cover_and_cuts():
     square = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[:, None, None] * 4, 64, 1).repeat(3, 2))
     for where, rows in ((0, slice(0, 16)), (1, slice(16, 32))):  # halved to 32 x 32, then 16 of 32 rows
