@@ -154,14 +154,15 @@ def augment(
     words: a word table (see diffseg.words). templates: `{}` is the object phrase ("a poodle and a taxi"), an
     optional `{place}` one of `places`. captions: when given, they take the templates' place, and their class
     words are replaced; captions without a class word are left out. plain_share: share in 0..1 of class words
-    that stay plain (in captions: stay as written). classes_per_prompt: classes in a template's prompt; a
-    caption has the classes that it names. balance: every class equally often (within one; with captions: a
-    caption is drawn for each class in turn); otherwise every word of the table (every caption) equally often,
-    so that a class with 190 hyponyms comes more often than one with four. Raises DiffsegError for values out
-    of range.
+    that stay plain (in captions: stay as written); whatever it is, classes, places and seeds are the same, so
+    that two lists can be compared pair by pair. classes_per_prompt: classes in a template's prompt; a caption
+    has the classes that it names. balance: every class equally often (within one; with captions: a caption is
+    drawn for each class in turn); otherwise every word of the table (every caption) equally often, so that a
+    class with 190 hyponyms comes more often than one with four. Raises DiffsegError for values out of range.
     """
     rng = random.Random(derive_seed(seed, "prompts"))
-    chooser = _Chooser(words, plain_share, rng)
+    # a lot of their own, so that plain_share does not change which classes and places come
+    chooser = _Chooser(words, plain_share, random.Random(derive_seed(seed, "words")))
     classes = list(chooser.plain)
     if not classes:
         raise DiffsegError("The word table holds no class: give a benchmark, or a class list that is not empty.")

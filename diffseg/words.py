@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 
@@ -87,41 +85,45 @@ def write_words(path: str | os.PathLike, words: Iterable[Word]) -> None:
             )
 
 
-def load_class_list(path: str | os.PathLike) -> list[Word]:
-    """Return the word table of one's own class list, read from WordNet where a class has a synset there.
+def load_class_list(class_list: Sequence[str]) -> list[Word]:
+    """Return the word table of one's own classes, read from WordNet where a class has a synset there.
 
-    Text: one class a line, "fox", "fox, red_fox.n.01" or "fox, none"; `#` starts a comment. YAML (.yaml,
-    .yml): a list of words, or a mapping from word to synset. Without a synset WordNet's first noun sense is
-    taken; `none` keeps the plain word alone and needs no WordNet. Raises DiffsegError for an empty list, a
-    duplicate, a word that has no synset, and missing WordNet data.
+    class_list: an entry a class, "fox", "fox, red_fox.n.01" or "fox, none". Without a synset WordNet's first
+    noun sense is taken; `none` keeps the plain word alone and needs no WordNet. Raises DiffsegError for an
+    empty list, a duplicate, a word that has no synset, and missing WordNet data.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DiffsegError(f"The class list {path} does not exist: give a text or YAML file with one class a line.")
-    text = path.read_text("utf-8-sig")
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            content = yaml.safe_load(text) or []
-        except yaml.YAMLError as error:
-            raise DiffsegError(f"The class list {path} is not YAML: {' '.join(str(error).split())}.") from error
-        if not isinstance(content, list | dict):
-            raise DiffsegError(f"The class list {path} must be a YAML list of words or a mapping from word to synset.")
-        pairs = list(content.items()) if isinstance(content, dict) else [(word, "") for word in content]
-        pairs = [(str(word).strip(), str(synset or "").strip()) for word, synset in pairs]
-    else:
-        lines = (line.split("#")[0].strip() for line in text.splitlines())
-        pairs = [tuple(part.strip() for part in f"{line},".split(",")[:2]) for line in lines if line]
-    if not pairs:
-        raise DiffsegError(f"The class list {path} is empty: write one class a line.")
-    counts = Counter(word.lower() for word, _ in pairs)
-    for word, _ in pairs:
-        if counts[word.lower()] > 1 or not word or ";" in word:
-            why = "is empty" if not word else "holds a semicolon" if ";" in word else "is there twice"
-            raise DiffsegError(f"The class {word!r} in {path} {why}: give every class a word of its own.")
+    pairs = _read_entries(class_list)
     asked = {word: (word, [synset] if synset else []) for word, synset in pairs if synset != NO_SYNSET}
     found = wordnet_words(asked) if asked else []
     plain = [Word(word, "", word, "plain") for word, synset in pairs if synset == NO_SYNSET]
     return drop_shared([row for word, _ in pairs for row in found + plain if row.class_name == word])
+
+
+def class_names(class_list: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes of one's own list in its order, without asking WordNet; errors as `load_class_list`."""
+    return tuple(word for word, _ in _read_entries(class_list))
+
+
+def _read_entries(class_list: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (word, synset or "") of the entries; the last comma separates, so that a word may hold commas."""
+    pairs = []
+    for entry in map(str, class_list):
+        word, _, synset = entry.rpartition(",") if "," in entry else (entry, "", "")
+        pairs.append((" ".join(word.split()), synset.strip()))
+    if not pairs:
+        raise DiffsegError("The class list is empty: write one entry a class, such as 'fox' or 'fox, none'.")
+    counts = Counter(word.lower() for word, _ in pairs)
+    for word, _ in pairs:
+        why = (
+            "is empty" if not word
+            else "holds a semicolon, which separates the classes in prompts.csv" if ";" in word
+            else "is what no class covers" if word.lower() == "background"
+            else "is there twice" if counts[word.lower()] > 1
+            else ""
+        )  # fmt: skip
+        if why:
+            raise DiffsegError(f"The class {word!r} of the class list {why}: give every class a word of its own.")
+    return pairs
 
 
 def open_wordnet():

@@ -1,6 +1,7 @@
 """Words and prompts: the curated tables, one's own lists, and what every list of prompts must hold."""
 
 import importlib.util
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from diffseg.benchmarks import BENCHMARKS
 from diffseg.english import plural, with_article
 from diffseg.errors import DiffsegError
 from diffseg.seeds import derive_seed
+from diffseg.synsets import synset_table, write_table
 
 VOC = W.load_words("voc")
 PLACES = ["on the grass", "in the snow"]
@@ -138,34 +140,29 @@ def test_words_that_the_tokenizer_does_not_know_are_dropped():
 # one's own list
 
 
-def test_a_list_without_wordnet_keeps_plain_words(tmp_path):
-    path = tmp_path / "classes.txt"
-    path.write_text("# mine\ncrêpe suzette, none\n\nwind turbine, none  # tall\n", "utf-8")
-    words = W.load_class_list(path)
-    assert [(word.class_name, word.relation) for word in words] == [
-        ("crêpe suzette", "plain"),
-        ("wind turbine", "plain"),
-    ]
-    path = tmp_path / "classes.yaml"
-    path.write_text("crêpe suzette: none\n'a, \"b\"': none\n", "utf-8")
-    assert [word.word for word in W.load_class_list(path)] == ["crêpe suzette", 'a, "b"']
-    check(P.augment(W.load_class_list(path), 10), W.load_class_list(path))
+def test_a_list_without_wordnet_keeps_plain_words():
+    words = W.load_class_list(["crêpe suzette, none", "  wind  turbine ,none ", 'a, "b", none', "風車, none"])
+    names = ("crêpe suzette", "wind turbine", 'a, "b"', "風車")
+    assert tuple(word.word for word in words) == names and {word.relation for word in words} == {"plain"}
+    assert W.class_names(["fox", "crane, crane.n.05", "風車, none"]) == ("fox", "crane", "風車")
+    check(P.augment(words, 10), words)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [("", "empty"), ("# only\n", "empty"), ("fox, none\nFox, none\n", "twice"), ("a;b, none", ";")],
+    ("entries", "says"),
+    [
+        ([], "list is empty"),
+        (["fox, none", ""], "'' .* is empty"),
+        (["fox, none", "Fox, none"], "twice"),
+        (["a;b, none"], "semicolon"),
+        (["Background, none"], "no class covers"),
+    ],
 )
-def test_a_bad_list_ends_in_one_sentence(tmp_path, text, says):
-    (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(DiffsegError, match=says) as error:
-        W.load_class_list(tmp_path / "list.txt")
-    assert str(error.value).endswith(".") and "\n" not in str(error.value)
-
-
-def test_a_missing_list_is_named(tmp_path):
-    with pytest.raises(DiffsegError, match="nowhere.txt"):
-        W.load_class_list(tmp_path / "nowhere.txt")
+def test_a_bad_list_ends_in_one_sentence(entries, says):
+    for read in (W.load_class_list, W.class_names):
+        with pytest.raises(DiffsegError, match=says) as error:
+            read(entries)
+        assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +186,8 @@ def wordnet(tmp_path_factory):
     return build_words
 
 
-def test_the_live_reader_finds_hyponyms_and_applies_the_rules(wordnet, tmp_path):
-    (tmp_path / "list.txt").write_text("fox\ncrane, crane.n.05\nanimal, none\nspaniel, spaniel.n.01\ndog, dog.n.01\n")
-    words = W.load_class_list(tmp_path / "list.txt")
+def test_the_live_reader_finds_hyponyms_and_applies_the_rules(wordnet):
+    words = W.load_class_list(["fox", "crane, crane.n.05", "animal, none", "spaniel, spaniel.n.01", "dog, dog.n.01"])
     assert list(dict.fromkeys(word.class_name for word in words)) == [
         "fox",
         "crane",
@@ -210,13 +206,11 @@ def test_the_live_reader_finds_hyponyms_and_applies_the_rules(wordnet, tmp_path)
     check(P.augment(words, 50, classes_per_prompt=2), words)
 
 
-def test_the_live_reader_names_what_wordnet_has_not(wordnet, tmp_path):
-    (tmp_path / "a.txt").write_text("blorptangle\n")
+def test_the_live_reader_names_what_wordnet_has_not(wordnet):
     with pytest.raises(DiffsegError, match="blorptangle.*none"):
-        W.load_class_list(tmp_path / "a.txt")
-    (tmp_path / "b.yaml").write_text("fox: fox.n.77\n")
+        W.load_class_list(["blorptangle"])
     with pytest.raises(DiffsegError, match="fox.n.01"):
-        W.load_class_list(tmp_path / "b.yaml")
+        W.load_class_list(["fox, fox.n.77"])
 
 
 def test_all_imagenet_s_tags_are_nouns_of_wordnet_and_the_table_says_which(wordnet):
@@ -244,12 +238,11 @@ def test_missing_wordnet_data_is_one_sentence_with_the_remedy(tmp_path):
     import sys
 
     pytest.importorskip("nltk")
-    (tmp_path / "list.txt").write_text("fox\n")
     code = (
         "import nltk; nltk.data.path[:] = []\n"
         "from diffseg.words import load_class_list\n"
         "from diffseg.errors import DiffsegError\n"
-        "try: load_class_list('list.txt')\n"
+        "try: load_class_list(['fox'])\n"
         "except DiffsegError as error: print(error)"
     )
     root = str(Path(W.__file__).parents[1])
@@ -261,6 +254,26 @@ def test_missing_wordnet_data_is_one_sentence_with_the_remedy(tmp_path):
         text=True,
     )
     assert "nltk.downloader wordnet" in done.stdout and done.stdout.count("\n") == 1, done.stderr
+
+
+# the table of synsets
+
+
+def test_the_synset_table_counts_every_word_and_the_published_one_is_up_to_date(tmp_path):
+    table = synset_table(VOC)
+    *rows, total = table
+    assert [row["class"] for row in rows] == [c for c in BENCHMARKS["voc"].classes if c != "background"]
+    for row in rows:
+        words = [word for word in VOC if word.class_name == row["class"]]
+        assert row["kept"] == sum(word.keep for word in words) == 1 + row["synonyms"] + row["hyponyms"]
+        assert row["dropped"] >= sum(not word.keep and word.relation != "other" for word in words)
+    assert total["kept"] == sum(word.keep for word in VOC) and total["dropped"] == sum(row["dropped"] for row in rows)
+    person = next(row for row in rows if row["class"] == "person")
+    assert person["dropped"] > 9000 and person["synsets"] == "person.n.01"  # merged branches count with their words
+    write_table(tmp_path / "voc_synsets.csv", table)
+    published = Path(W.__file__).parents[1] / "results" / "tables" / "voc_synsets.csv"
+    remedy = "run python -m diffseg.synsets voc --csv results/tables/voc_synsets.csv"
+    assert published.read_bytes() == (tmp_path / "voc_synsets.csv").read_bytes(), remedy
 
 
 # English
@@ -403,6 +416,26 @@ def test_prompts_survive_their_file(tmp_path_factory, words, images):
     prompts = P.augment(words, images, templates=TEMPLATES, places=PLACES, negative_prompt='a "b", c')
     P.write_prompts(path, prompts)
     assert P.read_prompts(path) == prompts
+
+
+@settings(max_examples=40, deadline=None)
+@given(tables(), st.integers(1, 40), st.floats(0, 1), st.booleans(), st.integers(0, 3), st.booleans())
+def test_plain_and_augmented_prompts_differ_in_their_words_only(words, images, share, balance, seed, captioned):
+    names = list(dict.fromkeys(word.class_name for word in words))
+    plain = [word.word for word in words if word.relation == "plain"]
+    options = dict(templates=TEMPLATES, places=PLACES, balance=balance, seed=seed)
+    options |= dict(captions=[f"see one {word} here, {k}" for k, word in enumerate(plain)]) if captioned else {}
+    for one, other in zip(
+        P.augment(words, images, plain_share=1, **options), P.augment(words, images, plain_share=share, **options),
+        strict=True,
+    ):  # fmt: skip
+        assert (one.index, one.classes, one.seed) == (other.index, other.classes, other.seed) and one.classes[
+            0
+        ] in names
+        [(start, end)], [(begin, stop)] = one.spans, other.spans
+        assert one.prompt[end:] == other.prompt[stop:]  # the same place
+        before = [re.sub(r"\ban? $", "", text) for text in (one.prompt[:start], other.prompt[:begin])]
+        assert before[0] == before[1]  # the same template, but for the article
 
 
 def test_a_class_with_many_words_crowds_out_none_unless_asked_to():
