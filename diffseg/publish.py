@@ -1,8 +1,10 @@
 """Put a run's numbers into results/ and into the README, so that both tell what was measured.
 
-python -m diffseg.publish results/runs/mini-voc
+python -m diffseg.publish results/runs/mini-voc   # copies the run's numbers
+python -m diffseg.publish                          # fills the README's tables only, as after a study
 """
 
+import csv
 import json
 import re
 import shutil
@@ -26,9 +28,12 @@ def run_table(summary: Mapping) -> str:
     rows.append(("real pictures, true masks (the upper line)", "images_real", "miou_real", "miou_real_interval"))
     lines = ["| trained on | images | mIoU (%) | 95 % interval over pictures |", "|---|---|---|---|"]
     for name, images, miou, interval in rows:
+        if summary[miou] is None:  # a run without the real network
+            continue
         low, high = map(percent, summary[interval])
         lines.append(f"| {name} | {summary[images]} | {percent(summary[miou])} | {low} to {high} |")
-    lines.append(f"| **ratio** | | **{summary['ratio']:.2f}** | |")
+    if summary["ratio"] is not None:
+        lines.append(f"| **ratio** | | **{summary['ratio']:.2f}** | |")
     minutes = sum(summary["seconds"].values()) / 60
     lines.append("")
     lines.append(
@@ -58,13 +63,32 @@ def generator_table(report: Mapping) -> str:
     return "\n".join(lines)
 
 
+def study_table(path: Path) -> str:
+    """Return results/tables/<study>.csv as a Markdown table, a score's mean and spread in one cell."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    scores = [name.removesuffix("_spread") for name in rows[0] if name.endswith("_spread")]
+    titles = [f"{score.replace('_', ', ').replace('miou', 'mIoU')} (%)" for score in scores]
+    lines = [f"| configuration | seeds | images | {' | '.join(titles)} | seconds |", "|---" * (len(scores) + 4) + "|"]
+    for row in rows:
+        cells = [row["configuration"], row["seeds"], row["images"]]
+        for score in scores:
+            spread = f" ± {float(row[f'{score}_spread']):.1f}" if row[f"{score}_spread"] else ""
+            cells.append(f"{float(row[score]):.1f}{spread}" if row[score] else "")
+        lines.append(f"| {' | '.join([*cells, row['seconds'].partition('.')[0]])} |")
+    return "\n".join(lines)
+
+
 def readme_with_tables(readme: str, results: Path) -> str:
     """Return the README with every block `<!-- table: results/FILE --> ... <!-- /table -->` made anew."""
     makers = {"summary.json": run_table, "mini_generator.json": generator_table}
 
     def fill(match: re.Match) -> str:
         file = results.parent / match[1]
-        table = makers[file.name](json.loads(file.read_text(encoding="utf-8")))
+        if file.suffix == ".csv":
+            table = study_table(file)
+        else:
+            table = makers[file.name](json.loads(file.read_text(encoding="utf-8")))
         return f"<!-- table: {match[1]} -->\n{table}\n<!-- /table -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", fill, readme, flags=re.DOTALL)
@@ -95,6 +119,10 @@ def publish(run: Path) -> None:
     for path, source in files.items():
         with atomic_path(path) as temporary:
             shutil.copyfile(source, temporary)
+    fill_readme(root)
+
+
+def fill_readme(root: Path) -> None:
     readme = root / "README.md"
     with atomic_path(readme) as path:
         path.write_text(readme_with_tables(readme.read_text(encoding="utf-8"), root / "results"), encoding="utf-8")
@@ -103,9 +131,12 @@ def publish(run: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Return the exit code: 0 done, 1 one sentence on stderr says why not."""
     try:
-        if len(arguments) != 1:
+        if len(arguments) > 1:
             raise DiffsegError("name one run: python -m diffseg.publish results/runs/mini-voc")
-        publish(Path(arguments[0]))
+        if arguments:
+            publish(Path(arguments[0]))
+        else:
+            fill_readme(project_root())
     except DiffsegError as error:
         print(f"diffseg: {error}", file=sys.stderr)
         return 1

@@ -20,7 +20,7 @@ import diffseg
 from diffseg.errors import DiffsegError
 from diffseg.manifest import WHERE, hardware, project_root, read_manifest, run_folder, step_key, upstream
 from diffseg.parameters import read_yaml
-from diffseg.runs import locked, resolve, select, step_notebooks, step_parameters
+from diffseg.runs import locked, resolve, select, step_notebooks, step_parameters, writing
 
 ENTRIES = ("base", "only", "seeds", "configurations")
 
@@ -73,8 +73,8 @@ def load_study(name: str) -> Study:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}."
         raise DiffsegError(f"there is no study named {name} in notebooks/studies; {hint}")
     path = project_root() / "notebooks" / "studies" / f"{name}.yaml"
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
     entries = read_yaml(path)
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
 
     def require(condition: bool, sentence: str) -> None:
         if not condition:
@@ -131,7 +131,8 @@ def run_study(name: str, jobs: int = 1) -> None:
     with locked(study.folder):
         failed = make_runs(study, jobs)
         if any(finished(study, run) for run in study.runs):
-            write_results(study)
+            with writing(project_root() / "results"):
+                write_results(study)
     if failed:
         raise DiffsegError(f"of the study {name}, {', '.join(failed)} failed; mend it and give the same command again.")
 

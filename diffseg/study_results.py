@@ -14,12 +14,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffseg.figures import save_figure
 from diffseg.files import atomic_path, sha256_file
 from diffseg.manifest import MANIFEST, STEPS, project_root
 from diffseg.study import Study, finished
 
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]  # Okabe and Ito's, told apart by the colour-blind
+COLOURS = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+]  # Okabe and Ito's, told apart by the colour-blind
 EVALUATION = "05_evaluation"
 
 
@@ -39,10 +45,12 @@ def write_results(study: Study) -> None:
         results / "studies" / f"{study.name}.json",
     ]
     if scores(found):
+        from diffseg.figures import save_figure  # here: it loads torch
+
         save_figure(draw(found), figure)
         write(figure.with_suffix(".txt"), caption(found) + "\n")
         written.append(figure)
-    print(f"\n{study.question}\n\n{main.to_string(index=False, na_rep='-')}\n")
+    print(f"\n{study.question}\n\n{main.loc[:, :'seconds'].to_string(index=False, na_rep='-')}\n")
     if found["missing"]:
         print(f"not finished: {', '.join(found['missing'])}\n")
     print("\n".join(map(str, written)), flush=True)
@@ -109,7 +117,7 @@ def of(found: Mapping, configuration: str) -> list[Mapping]:
 
 
 def scores(found: Mapping) -> list[tuple[str, str]]:
-    """Return (network, score) of all that was measured: mIoU, and the IoU of merged classes as "group/...".."""
+    """Return (network, score) of all that was measured: mIoU, and the IoU of merged classes as "group/..."."""
     names = [
         (network, score)
         for run in found["runs"].values()
@@ -178,54 +186,56 @@ def class_table(found: Mapping) -> pd.DataFrame:
 
 
 def draw(found: Mapping) -> Figure:
-    """Draw the mean mIoU of each configuration with the seeds as points; over images if only they differ."""
-    shown = [network for network, score in scores(found) if score == "miou"]
+    """Draw each configuration's mean scores with the seeds as points; over the pictures if only these differ."""
     sizes = [changes.get("images") for changes in found["configurations"].values()]
     rest = [{k: v for k, v in changes.items() if k != "images"} for changes in found["configurations"].values()]
     if len(sizes) > 2 and None not in sizes and all(changes == rest[0] for changes in rest):
-        return draw_curve(found, shown, sizes)
-    names = list(found["configurations"])
+        return draw_curves(found, sizes)
+    names, shown = list(found["configurations"]), scores(found)
     height = 0.8 / len(shown)
-    figure, axis = plt.subplots(figsize=(4.5, 0.4 * len(names) * max(1, 0.6 * len(shown)) + 0.9))
-    for k, network in enumerate(shown):
-        for position, configuration in enumerate(names):
-            values = values_of(of(found, configuration), network, "miou")
-            if values:
-                place = position + (k - (len(shown) - 1) / 2) * height
-                label = network if f"{network}" not in axis.get_legend_handles_labels()[1] else None
-                axis.barh(place, mean(values), 0.9 * height, color=COLOURS[k % len(COLOURS)], label=label)
-                axis.plot(values, [place] * len(values), "o", color="black", markersize=3, markerfacecolor="white")
+    figure, axis = plt.subplots(figsize=(4.5, 0.25 * len(names) * (len(shown) + 0.5) + 0.9))
+    for k, (network, score) in enumerate(shown):
+        means = [(i, values_of(of(found, name), network, score)) for i, name in enumerate(names)]
+        means = [(i + (k - (len(shown) - 1) / 2) * height, values) for i, values in means if values]
+        places, lengths = [place for place, _ in means], [mean(values) for _, values in means]
+        axis.barh(places, lengths, 0.9 * height, color=COLOURS[k % len(COLOURS)], label=label_of(network, score))
+        for place, values in means:
+            axis.plot(values, [place] * len(values), "o", color="black", markersize=3, markerfacecolor="white")
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
+    axis.set(xlabel="IoU (%)" if len({score for _, score in shown}) > 1 else "mIoU (%)", xlim=(0, None))
     finish(axis, len(shown))
-    axis.set(xlabel="mIoU (%)", xlim=(0, None))
     return figure
 
 
-def draw_curve(found: Mapping, shown: Sequence[str], sizes: Sequence[int]) -> Figure:
-    """Draw mIoU over the number of synthetic pictures, on a log axis."""
+def draw_curves(found: Mapping, sizes: Sequence[int]) -> Figure:
+    """Draw the scores over the number of synthetic pictures, on a log axis."""
     figure, axis = plt.subplots(figsize=(4.5, 3))
-    for k, network in enumerate(shown):
-        points = [
-            (size, values_of(of(found, configuration), network, "miou"))
-            for size, configuration in zip(sizes, found["configurations"], strict=True)
-        ]
+    for k, (network, score) in enumerate(scores(found)):
+        points = zip(
+            sizes, (values_of(of(found, name), network, score) for name in found["configurations"]), strict=True
+        )
         points = sorted((size, values) for size, values in points if values)
         colour = COLOURS[k % len(COLOURS)]
-        axis.plot([size for size, _ in points], [mean(values) for _, values in points], color=colour, label=network)
+        means = [mean(values) for _, values in points]
+        axis.plot([size for size, _ in points], means, color=colour, label=label_of(network, score))
         for size, values in points:
             axis.plot([size] * len(values), values, "o", color="black", markersize=3, markerfacecolor="white")
     axis.set(xscale="log", xlabel="synthetic pictures", ylabel="mIoU (%)", ylim=(0, None))
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
-    finish(axis, len(shown))
+    finish(axis, len(scores(found)))
     return figure
+
+
+def label_of(network: str, score: str) -> str:
+    return f"{network}, {'mIoU' if score == 'miou' else score.removeprefix('group/')}"
 
 
 def finish(axis: plt.Axes, count: int) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if count > 1:
-        axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=count)
+        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(count, 3), fontsize=8)
     axis.figure.tight_layout()
 
 
@@ -241,7 +251,7 @@ def caption(found: Mapping) -> str:
     ]
     sentences = [
         f"{found['question'].rstrip('.?')}{'?' if found['question'].endswith('?') else '.'}",
-        f"Mean mIoU on {images} {benchmark} pictures, one point a seed (seeds {', '.join(map(str, found['seeds']))});",
+        f"Means on {images} {benchmark} pictures, one point a seed (seeds {', '.join(map(str, found['seeds']))});",
         f"trained on {', '.join(drawn)} synthetic pictures; measured on {' and on '.join(different(machines))}.",
     ]
     if found["missing"]:

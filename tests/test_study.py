@@ -201,7 +201,7 @@ def test_two_jobs_interrupted_and_continued_make_each_step_once(root):
     options = dict(cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen(
         command,
-        env={**os.environ, "PAUSE": "0.5"},
+        env={**os.environ, "PAUSE": "0.3"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
@@ -284,8 +284,16 @@ def test_tables_record_and_figure_by_hand(root, capsys):
     assert class_table(record).to_csv(index=False) == (results / "tables" / "robust_classes.csv").read_text()
 
     words = " ".join((results / "figures" / "robust.txt").read_text().split())
-    assert words.startswith("does it help? Mean mIoU on 600 voc pictures") and "seeds 0, 1, 2" in words
+    assert words.startswith("does it help? Means on 600 voc pictures") and "seeds 0, 1, 2" in words
     assert "20 synthetic pictures" in words and "cores of" in words
+    (root / "README.md").write_text("<!-- table: results/tables/robust.csv -->\n<!-- /table -->\n")
+    assert publish([]) == 0
+    lines = (root / "README.md").read_text().splitlines()
+    assert lines[1].startswith(
+        "| configuration | seeds | images | synthetic, mIoU (%) | synthetic, Pet (%) | real, mIoU"
+    )
+    assert lines[3].startswith("| plain | 3 | 20 | 51.0 ± 1.0 | 25.5 ± 0.5 | 75.0 ± 0.0 |")
+    assert lines[4].startswith("| cotrain | 3 | 20 | 71.0 ± 1.0 | 35.5 ± 0.5 |  |")
     for suffix in (".png", ".pdf"):
         assert (results / "figures" / f"robust{suffix}").stat().st_size > 1000
 
@@ -313,7 +321,7 @@ def test_publish_is_one_sentence_for_studies_and_unfinished_runs(root, capsys):
         (["results/runs/none"], "there is no run results/runs/none"),
         ([str(root / "results" / "runs" / "robust")], "is a study; diffseg study robust has written its results"),
         ([str(root / "results" / "runs" / "robust" / "plain-0")], "06_report is not finished or was altered"),
-        ([], "name one run"),
+        (["a", "b"], "name one run"),
     ]:
         assert publish(arguments) == 1
         error = capsys.readouterr().err
