@@ -13,7 +13,8 @@ run that was killed and goes on computes what it would have computed, and many p
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,10 +29,10 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from diffseg.denoising import diffusion_loss
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.seeds import derive_seed
@@ -62,48 +63,6 @@ class TuningOptions:
     precision: str = "fp32"  # of the computation: fp32, or mixed with fp16 (GPU only) or bf16
     gradient_checkpointing: bool = False  # less memory for about a third more time
     checkpoint_every: int = 100  # optimizer steps between checkpoints
-
-
-# --------------------------------------------------------------------------------------------- the objective
-
-
-def noised_and_target(
-    latents: torch.Tensor, noise: torch.Tensor, alphas: torch.Tensor, prediction: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the noised latents, and what the UNet shall predict: the noise (Ho et al. 2020) or the velocity
-    (Salimans & Ho 2022). alphas: cumulative alpha of each picture's timestep (B), the rest B x C x h x w."""
-    a = alphas.view(-1, 1, 1, 1)
-    noised = a.sqrt() * latents + (1 - a).sqrt() * noise
-    if prediction == "epsilon":
-        return noised, noise
-    if prediction == "v_prediction":
-        return noised, a.sqrt() * noise - (1 - a).sqrt() * latents
-    raise DiffsegError(f"the generator predicts {prediction!r}; tuning knows epsilon and v_prediction.")
-
-
-def snr_weight(alphas: torch.Tensor, gamma: float, prediction: str) -> torch.Tensor:
-    """Return min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v, 1 for gamma 0 (all: B)."""
-    if gamma == 0:
-        return torch.ones_like(alphas)
-    snr = alphas / (1 - alphas)
-    if prediction == "epsilon":
-        return (gamma / snr).clamp(max=1)  # the same, and 1 rather than 0 / 0 where the signal is gone
-    return snr.clamp(max=gamma) / (snr + 1)
-
-
-def diffusion_loss(pipeline, unet: Callable, batch: dict, snr_gamma: float) -> torch.Tensor:
-    """Return the mean weighted squared error of one batch of draws (a float32 scalar)."""
-    vae, dtype, prediction = pipeline.vae, pipeline.vae.dtype, pipeline.scheduler.config.prediction_type
-    with torch.no_grad():
-        posterior = vae.encode(batch["pixels"].to(dtype)).latent_dist
-        latents = posterior.mean + posterior.std * batch["posterior_noise"]
-        latents = latents.float() * vae.config.scaling_factor
-        text, _ = pipeline.encode_prompt(batch["caption"], latents.device, 1, False)  # no guidance
-    alphas = pipeline.scheduler.alphas_cumprod.to(latents.device)[batch["timestep"]]
-    noised, target = noised_and_target(latents, batch["noise"], alphas, prediction)
-    output = unet(noised.to(dtype), batch["timestep"], text).sample
-    error = F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
-    return (snr_weight(alphas, snr_gamma, prediction) * error).mean()
 
 
 # --------------------------------------------------------------------------------------------------- tuning
@@ -179,13 +138,13 @@ def remove_lora(pipeline) -> None:
 
 def tune(
     pipeline,
-    images_folder: str | Path,
+    pictures: str | Path | Sequence[Path],
     captions: Sequence[str],
     options: TuningOptions,
     folder: str | Path,
     seed: int = 0,
 ) -> list[float]:
-    """Tune the UNet (SD 1.x or 2.x) to a folder of unlabelled pictures; return the loss of every step.
+    """Tune the UNet (SD 1.x or 2.x) to unlabelled pictures, a folder of them or some paths; return each step's loss.
 
     Writes to `folder` the LoRA's weights with its settings (WEIGHTS), LOSSES (step, loss, learning rate), and
     CHECKPOINT every `checkpoint_every` steps. Goes on from a checkpoint of the same pictures, captions,
@@ -200,7 +159,9 @@ def tune(
     if not captions or any(not caption.strip() for caption in captions):
         raise DiffsegError("the captions must be one or more texts that say what the pictures show.")
     check_options(pipeline, options)
-    paths = find_pictures(images_folder)
+    paths = find_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
+    if not paths:
+        raise DiffsegError("there is no picture to tune on; lower lora_held_out, or give more target pictures.")
     AcceleratorState._reset_state()  # else this process could not change the precision of an earlier run
     try:
         accelerator = Accelerator(mixed_precision="no" if options.precision == "fp32" else options.precision)
@@ -215,7 +176,7 @@ def tune(
     optimizer = torch.optim.AdamW(parameters.values(), options.learning_rate, weight_decay=0.01)
     schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=options.warmup)
     average = EMAModel(list(parameters.values()), decay=options.ema) if options.ema else None
-    recipe = describe(paths, images_folder, captions, options, seed)
+    recipe = describe(paths, captions, options, seed)
     state = load_checkpoint(folder / CHECKPOINT, recipe, options.steps)
     rows = state["rows"] if state else []  # step, loss, learning rate
     if state:
@@ -294,11 +255,10 @@ def tune(
     return [loss for _, loss, _ in rows]
 
 
-def describe(
-    paths: Sequence[Path], root: str | Path, captions: Sequence[str], options: TuningOptions, seed: int
-) -> str:
+def describe(paths: Sequence[Path], captions: Sequence[str], options: TuningOptions, seed: int) -> str:
     """Return as JSON all that the tuned weights follow from, but for the number of steps."""
     kept = {k: v for k, v in asdict(options).items() if k not in ("steps", "checkpoint_every")}
+    root = os.path.commonpath([path.parent for path in paths])  # the folder may have moved
     pictures = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in paths]
     recipe = {"options": kept, "captions": captions, "seed": seed, "pictures": pictures}
     return json.dumps(recipe, sort_keys=True)

@@ -22,7 +22,7 @@ from tokenizers import AddedToken
 from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffseg import lora, target_domain
+from diffseg import denoising, lora, target_domain
 from diffseg.errors import DiffsegError
 from diffseg.generator import draw, load_generator
 from diffseg.lora import TuningOptions, load_lora, tune
@@ -221,10 +221,10 @@ def test_the_loss_falls_on_one_picture(tmp_path):
     draws = target_domain.Draws(pipeline, [tmp_path / "red.png"], CAPTIONS, 16, 32, 0, seed=77)
     batch = torch.utils.data.default_collate([draws[n] for n in range(32)])
     with torch.no_grad():
-        before = lora.diffusion_loss(pipeline, pipeline.unet, batch, 5.0).item()
+        before = denoising.diffusion_loss(pipeline, pipeline.unet, batch, 5.0).item()
     tune(pipeline, tmp_path, CAPTIONS, options, tmp_path / "lora")
     with torch.no_grad():
-        assert lora.diffusion_loss(pipeline, pipeline.unet, batch, 5.0).item() < 0.95 * before
+        assert denoising.diffusion_loss(pipeline, pipeline.unet, batch, 5.0).item() < 0.95 * before
 
 
 # ------------------------------------------------------------------------------------- formulas and drawing
@@ -236,16 +236,16 @@ def test_objective_is_that_of_diffusers_training_scheduler(prediction):
     latents, noise = torch.randn(4, 4, 3, 5), torch.randn(4, 4, 3, 5)
     timesteps = torch.tensor([0, 10, 500, 999])
     alphas = scheduler.alphas_cumprod[timesteps]
-    noised, target = lora.noised_and_target(latents, noise, alphas, prediction)
+    noised, target = denoising.noised_and_target(latents, noise, alphas, prediction)
     assert torch.allclose(noised, scheduler.add_noise(latents, noise, timesteps), atol=1e-6)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
     assert torch.allclose(target, noise if prediction == "epsilon" else velocity, atol=1e-6)
     snr = compute_snr(scheduler, timesteps)
     expected = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
-    assert torch.allclose(lora.snr_weight(alphas, 5.0, prediction), expected, rtol=1e-4)
-    assert (lora.snr_weight(alphas, 0, prediction) == 1).all()
+    assert torch.allclose(denoising.snr_weight(alphas, 5.0, prediction), expected, rtol=1e-4)
+    assert (denoising.snr_weight(alphas, 0, prediction) == 1).all()
     with pytest.raises(DiffsegError, match="predicts 'sample'"):
-        lora.noised_and_target(latents, noise, alphas, "sample")
+        denoising.noised_and_target(latents, noise, alphas, "sample")
 
 
 def test_draws_follow_from_their_number_and_show_all_pictures_equally_often(pictures):

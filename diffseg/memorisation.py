@@ -1,0 +1,80 @@
+"""Are the target pictures learnt, or learnt by heart? And when to stop: a rule that reads no label.
+
+Some target pictures are kept from tuning. A generator that has learnt the domain draws pictures that lie as near to
+these as to the tuned ones; a generator that copies lies nearer to the tuned ones. The number of neighbours among the
+tuned pictures is thus a three-sample test for copying, as that of Meehan, Chaudhuri & Dasgupta (2020).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffseg.errors import DiffsegError
+from diffseg.target_domain import kernel_distance
+
+ONE_SIDED_5_PERCENT = 1.645  # standard deviations of the normal distribution; our choice of the test's level
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """How pictures drawn after `steps` steps lie to tuned and held-out pictures (of features, Euclidean).
+
+    to_tuned, held_out_to_tuned: median distance to the nearest tuned picture, of the drawn ones and of the held-out
+    real ones. Below the latter may mean copies, or only that drawn pictures are smoother than real ones; so the
+    test is `tuned_share`: the share of drawn pictures whose nearest real picture is a tuned one. Without copying it
+    is `expected_share` = tuned / (tuned + held out), as then nothing distinguishes the two; `limit` is what it
+    passes by chance in one case of twenty (normal approximation of the binomial). distance: kernel distance of the
+    drawn to the held-out pictures.
+    """
+
+    steps: int
+    distance: float
+    to_tuned: float
+    held_out_to_tuned: float
+    tuned_share: float
+    expected_share: float
+    limit: float
+
+    @property
+    def copies(self) -> bool:
+        """Whether more drawn pictures lie next to tuned ones than chance explains."""
+        return self.tuned_share > self.limit
+
+
+def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the distance of each row of a (N x D) to its nearest row of b (M x D), float64 N."""
+    return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+
+
+def measure_memorisation(steps: int, drawn: torch.Tensor, tuned: torch.Tensor, held_out: torch.Tensor) -> Memorisation:
+    """Compare features (pictures x D each) of drawn, tuned and held-out pictures.
+
+    Raises a DiffsegError for less than two drawn or held-out pictures, or none that was tuned on.
+    """
+    if min(len(drawn), len(held_out)) < 2 or not len(tuned):
+        raise DiffsegError(
+            f"{len(drawn)} drawn, {len(tuned)} tuned and {len(held_out)} held-out pictures are too few to tell copies; "
+            "raise lora_pictures or lora_held_out, or set lora_candidates to 1."
+        )
+    to_tuned = nearest(drawn, tuned)
+    expected = len(tuned) / (len(tuned) + len(held_out))
+    return Memorisation(
+        steps=steps,
+        distance=kernel_distance(drawn, held_out),
+        to_tuned=to_tuned.median().item(),
+        held_out_to_tuned=nearest(held_out, tuned).median().item(),
+        tuned_share=(to_tuned < nearest(drawn, held_out)).double().mean().item(),
+        expected_share=expected,
+        limit=expected + ONE_SIDED_5_PERCENT * (expected * (1 - expected) / len(drawn)) ** 0.5,
+    )
+
+
+def choose_steps(rows: Sequence[Memorisation]) -> int:
+    """Return the number of steps whose pictures are nearest to the held-out ones, of those before copying begins.
+
+    The rule (our choice) reads pictures only, never a label. When the first candidate copies already, that is it.
+    """
+    rows = sorted(rows, key=lambda row: row.steps)
+    copying = next((k for k, row in enumerate(rows) if row.copies), len(rows))
+    return min(rows[: max(1, copying)], key=lambda row: row.distance).steps
