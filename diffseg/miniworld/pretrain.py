@@ -1,10 +1,11 @@
 """Train the mini generator from nothing: a small Stable Diffusion on pictures and captions, never on masks.
 
-Three stages, each a command that continues where it was stopped:
+Stages, each a command that continues where it was stopped:
 
     python -m diffseg.miniworld.pretrain corpus     scenes and captions, kept as two files
     python -m diffseg.miniworld.pretrain vae        AutoencoderKL: 64 x 64 x 3 pictures <-> 16 x 16 x 8 latents
     python -m diffseg.miniworld.pretrain diffusion  CLIPTextModel and UNet2DConditionModel on cached latents
+    python -m diffseg.miniworld.pretrain decoder    the VAE's decoder alone, longer, on the same latents (sharper edges)
     python -m diffseg.miniworld.pretrain export     the Stable Diffusion folder that the package ships
 
 The recipe is our choice throughout: small networks of the real diffusers and transformers classes, v-prediction
@@ -171,7 +172,7 @@ def train_vae(folder: Path, corpus: Path, options: argparse.Namespace) -> None:
     vae.save_pretrained(folder / "vae")
     with atomic_path(corpus / "latents.npy") as path:
         np.save(path, latents * np.float16(vae.config.scaling_factor))
-    note = {"psnr": psnr, "samples": trainer.samples, "seconds": trainer.seconds}
+    note = {"psnr": float(psnr), "samples": trainer.samples, "seconds": trainer.seconds}
     (folder / "vae.json").write_text(json.dumps(note))
     print(note, vae.config.scaling_factor)
 
@@ -215,12 +216,50 @@ def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace) -> 
     draw_sheet(trainer, folder, options)
 
 
+def train_decoder(folder: Path, corpus: Path, options: argparse.Namespace) -> None:
+    """Go on training the decoder while the latents stay as they are, so that UNet and decoder fit in any order.
+
+    The latents get a little noise, because those that the UNet draws are not exactly an encoder's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
+    images = np.load(corpus / "images.npy", mmap_mode="r")
+    latents = np.load(corpus / "latents.npy", mmap_mode="r")
+    torch.manual_seed(options.seed)
+    vae = AutoencoderKL.from_pretrained(folder.parent / "vae" / "vae").to(device)
+    modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    trainer = Trainer(folder, modules, options.rate, decay=options.decay)
+
+    def decoded(rows: np.ndarray, noise: float) -> torch.Tensor:
+        z = torch.from_numpy(latents[rows].astype(np.float32)).to(device)
+        return vae.decode((z + noise * torch.randn_like(z)) / vae.config.scaling_factor).sample
+
+    def loss_of_batch(rng: np.random.Generator) -> torch.Tensor:
+        rows = np.sort(rng.integers(len(images), size=options.batch))
+        with mixed_precision(device):
+            output = decoded(rows, noise=0.1)
+        return F.l1_loss(output.float(), load_images(images, rows).to(device))
+
+    trainer.run(loss_of_batch, options.steps, options.seconds, options.batch, options.every)
+    trainer.load_average()
+    vae.eval()
+    rows = np.arange(min(1024, len(images)))
+    with torch.no_grad():
+        output = torch.cat([decoded(part, noise=0.0).cpu() for part in np.array_split(rows, 8)])
+    error = F.mse_loss(output.clamp(-1, 1), load_images(images, rows)).item() / 4
+    vae.save_pretrained(folder / "vae")
+    note = {"psnr": -10 * float(np.log10(error)), "samples": trainer.samples, "seconds": trainer.seconds}
+    (folder / "decoder.json").write_text(json.dumps(note))
+    print(note)
+
+
 def make_pipeline(folder: Path, average: dict, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     text_encoder, unet = build_text_encoder(len(tokenizer)), build_unet()
     text_encoder.load_state_dict(average["text_encoder"])
     unet.load_state_dict(average["unet"])
+    tuned = folder.parent / "decoder" / "vae"
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(folder.parent / "vae" / "vae"),
+        vae=AutoencoderKL.from_pretrained(tuned if tuned.is_dir() else folder.parent / "vae" / "vae"),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
@@ -254,14 +293,18 @@ def export(folder: Path, weights: Path) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(weights)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     note = {
-        "recipe": "python -m diffseg.miniworld.pretrain corpus | vae | diffusion | export",
+        "recipe": "python -m diffseg.miniworld.pretrain corpus | vae | diffusion | decoder | export",
         "samples_seen": state["samples"],
         "steps": state["step"],
         "seconds": round(state["seconds"], 1),
         "batch": state["samples"] // state["step"],
         "peak_learning_rate": max(row["rate"] for row in log),
         "scenes": len(np.load(folder.parent / "images.npy", mmap_mode="r")),
-        "vae": json.loads((folder.parent / "vae" / "vae.json").read_text()),
+        **{
+            name: json.loads((folder.parent / name / f"{name}.json").read_text())
+            for name in ("vae", "decoder")
+            if (folder.parent / name / f"{name}.json").is_file()
+        },
         "hardware": hardware(),
         "versions": versions(),
         "loss_curve": [[row["samples"], row["loss"]] for row in log],
@@ -273,7 +316,7 @@ def export(folder: Path, weights: Path) -> None:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["corpus", "vae", "diffusion", "export"])
+    parser.add_argument("stage", choices=["corpus", "vae", "diffusion", "decoder", "export"])
     parser.add_argument("--folder", type=Path, default=Path("results/runs/pretrain"))
     parser.add_argument("--scenes", type=int, default=60000, help="scenes in the corpus")
     parser.add_argument("--pair-share", type=float, default=0.6, help="share of the scenes that show two objects")
@@ -300,6 +343,8 @@ def main(arguments: list[str] | None = None) -> None:
         train_vae(options.folder / "vae", corpus, options)
     elif options.stage == "diffusion":
         train_diffusion(options.folder / "diffusion", corpus, options)
+    elif options.stage == "decoder":
+        train_decoder(options.folder / "decoder", corpus, options)
     else:
         export(options.folder / "diffusion", options.weights)
 
