@@ -4,15 +4,20 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from diffseg.benchmarks import Benchmark, read_prediction, write_prediction
 from diffseg.errors import DiffsegError
 from diffseg.metrics import ConfusionMatrix, ImageNetSScores, bootstrap_interval, iou_per_class, mean_iou
+from diffseg.refiners import get_refiner
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,8 @@ class Evaluation:
 
     `inference` says how the predictions were made ("single scale", "scales 0.5, 1 + flip", ...), `interval`
     is the 95 % bootstrap interval of the mIoU over images, `groups` the IoU of merged classes, `extras` what
-    the protocol prints besides (ImageNet-S).
+    the protocol prints besides (ImageNet-S). `confusion` counts pixels, int64 K x K, rows ground truth, columns
+    prediction.
     """
 
     benchmark: str
@@ -33,6 +39,7 @@ class Evaluation:
     iou: dict[str, float]
     groups: dict[str, float] = field(default_factory=dict)
     extras: dict[str, float] = field(default_factory=dict)
+    confusion: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def metrics(self) -> dict[str, float | int | str | None]:
         """Return a flat dictionary for a manifest; nan becomes None, which JSON knows."""
@@ -49,21 +56,31 @@ class Evaluation:
         return {"benchmark": self.benchmark, "inference": self.inference, "images": self.images, **flat}
 
 
-def score(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    benchmark: Benchmark,
-    inference: str,
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> Evaluation:
-    """Score (label, prediction) pairs, integer tensors H x W of one image each, by the official protocol."""
-    matrix = ConfusionMatrix(benchmark.num_classes, benchmark.ignore)
-    more = benchmark.protocol == "imagenet-s"
-    extra = ImageNetSScores(benchmark.num_classes, benchmark.ignore) if more else None
+Counter = ConfusionMatrix | ImageNetSScores
+
+
+def count(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], benchmark: Benchmark) -> list[Counter]:
+    """Count (label, prediction) pairs, integer tensors H x W of one image each, as the protocol needs."""
+    counters: list[Counter] = [ConfusionMatrix(benchmark.num_classes, benchmark.ignore)]
+    if benchmark.protocol == "imagenet-s":
+        counters.append(ImageNetSScores(benchmark.num_classes, benchmark.ignore))
     for label, prediction in pairs:
-        matrix.update(label, prediction)
-        if extra is not None:
-            extra.update(label, prediction)
+        for counter in counters:
+            counter.update(label, prediction)
+    return counters
+
+
+def merge_processes(counters: list[Counter]) -> list[Counter]:
+    """Return the counts of all processes of a distributed run, the first process's images first; every process
+    gets them."""
+    return reduce(lambda total, part: [a + b for a, b in zip(total, part, strict=True)], gather_object([counters]))
+
+
+def summarise(
+    counters: Sequence[Counter], benchmark: Benchmark, inference: str, bootstrap: int = 1000, seed: int = 0
+) -> Evaluation:
+    """Return the scores of what `count` counted, by the official protocol."""
+    matrix, *more = counters
     iou = iou_per_class(matrix.class_sums, benchmark.protocol).tolist()
     return Evaluation(
         benchmark=benchmark.name,
@@ -74,8 +91,16 @@ def score(
         pixel_accuracy=matrix.pixel_accuracy,
         iou=dict(zip(benchmark.classes, iou, strict=True)),
         groups={name: matrix.group_iou(ids) for name, ids in benchmark.groups.items()},
-        extras=extra.compute() if extra is not None else {},
+        extras=more[0].compute() if more else {},
+        confusion=matrix.counts,
     )
+
+
+def score(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], benchmark: Benchmark, inference: str, **options: int
+) -> Evaluation:
+    """Score (label, prediction) pairs; `options` are those of `summarise` (bootstrap, seed)."""
+    return summarise(count(pairs, benchmark), benchmark, inference, **options)
 
 
 def evaluate_folder(folder: str | os.PathLike, dataset: Dataset, benchmark: Benchmark, **options: int) -> Evaluation:
@@ -112,14 +137,18 @@ def evaluate(
     `predict` takes float32 images N x 3 x H x W in 0..1 on `device` and returns scores (logits, N x K x h x w
     of any size, resized here bilinearly) or a label map (integers, N x H x W). Images of one size share a
     batch. With several `scales`, or `flip` (left-right), the softmax of every view is averaged at the image's
-    size. `refine` takes (image uint8 3 x H x W, probabilities K x H x W) and returns probabilities, e.g. a
-    dense CRF. `write_to` keeps the predictions in the server's format. Raises a DiffsegError for a prediction
-    of another size or number of classes.
+    size. `refine` takes (image uint8 3 x H x W, probabilities K x H x W) and returns probabilities: see `crf`.
+    `write_to` keeps the predictions in the server's format. Several processes (started by `accelerate launch` or
+    torchrun) share the images, and each returns the scores of all. Raises a DiffsegError for a prediction of
+    another size or number of classes.
     """
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    state = PartialState()
+    first, last = (len(dataset) * k // state.num_processes for k in (state.process_index, state.process_index + 1))
+    part = Subset(dataset, range(first, last))  # one after the other, so the images' order is that of one process
+    loader = DataLoader(part, batch_size=batch_size, num_workers=workers, collate_fn=list)
 
     def pairs() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        with tqdm(total=len(dataset), desc=f"evaluate {benchmark.name}", unit="image") as progress:
+        with tqdm(total=len(part), desc=f"evaluate {benchmark.name}", unit="image") as progress:
             for samples in loader:
                 one_size = len({sample[1].shape for sample in samples}) == 1
                 for group in [samples] if one_size else [[sample] for sample in samples]:
@@ -132,7 +161,17 @@ def evaluate(
                         yield label.to(device), prediction
                     progress.update(len(group))
 
-    return score(pairs(), benchmark, describe_inference(scales, flip, refine), bootstrap, seed)
+    counters = merge_processes(count(pairs(), benchmark))
+    return summarise(counters, benchmark, describe_inference(scales, flip, refine), bootstrap, seed)
+
+
+def crf(image: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Refine a prediction by a dense CRF, for `evaluate`: image uint8 3 x H x W, probabilities K x H x W.
+
+    The constants are those of the mask step (`refiners.refine_crf`). Raises a DiffsegError without its package.
+    """
+    # the refiner puts a background before the classes, which has no score if beta is next to 1
+    return get_refiner("crf")(image.float() / 255, probabilities, 1 - 1e-6)[1:]
 
 
 def describe_inference(scales: Sequence[float], flip: bool, refine: Callable | None) -> str:

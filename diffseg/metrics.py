@@ -42,20 +42,23 @@ class ConfusionMatrix:
         size = self.num_classes
         pairs = [(label, prediction)] if label.ndim == 2 else zip(label, prediction, strict=True)
         for truth, guess in pairs:
+            # no pixel is taken out, which would cost more than all the rest: ignored ones get a count of their own
             valid = truth != self.ignore
-            truth, guess = truth[valid].long(), guess[valid].long()
-            self._check_range("A label map", truth)
-            self._check_range("A prediction", guess)
-            matrix = torch.bincount(truth * size + guess, minlength=size**2).view(size, size).cpu().numpy()
+            truth, guess = (torch.where(valid, ids, 0).long() for ids in (truth, guess))
+            limits = torch.stack([*truth.aminmax(), *guess.aminmax()]).tolist()  # one transfer from a GPU
+            self._check_range("A label map", limits[:2])
+            self._check_range("A prediction", limits[2:])
+            codes = torch.where(valid, truth * size + guess, size**2).flatten()
+            matrix = torch.bincount(codes, minlength=size**2 + 1)[:-1].view(size, size).cpu().numpy()
             self.counts += matrix
             sums = (matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0))
             self.per_image.append(np.stack(sums, axis=-1).astype(np.int32))
 
-    def _check_range(self, what: str, ids: torch.Tensor) -> None:
-        if ids.numel() and (ids.min() < 0 or ids.max() >= self.num_classes):
-            wrong = ids.min() if ids.min() < 0 else ids.max()
+    def _check_range(self, what: str, limits: Sequence[int]) -> None:
+        wrong = [value for value in limits if not 0 <= value < self.num_classes]
+        if wrong:
             raise DiffsegError(
-                f"{what} holds the id {int(wrong)}, but the classes are 0 to {self.num_classes - 1} and "
+                f"{what} holds the id {wrong[0]}, but the classes are 0 to {self.num_classes - 1} and "
                 f"{self.ignore} is ignored; read labels with benchmarks.read_label, which converts labelIds."
             )
 

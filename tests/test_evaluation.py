@@ -1,8 +1,14 @@
 """The metric against its definition, second libraries and hand-made cases."""
 
+import importlib.util
 import json
 import math
+import os
 import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +21,7 @@ from torch.utils.data import Dataset
 
 from diffseg.benchmarks import BENCHMARKS, CITYSCAPES, VOC, imagenet_s, write_label
 from diffseg.errors import DiffsegError
-from diffseg.evaluation import describe_inference, evaluate, evaluate_folder, score
+from diffseg.evaluation import crf, describe_inference, evaluate, evaluate_folder, score
 from diffseg.metrics import (
     ConfusionMatrix,
     ImageNetSScores,
@@ -375,6 +381,12 @@ def red_is_the_class(benchmark):
     return predict
 
 
+def wrong_here_and_there(images):
+    """A network that gives label maps, every third column class 1."""
+    red = (images[:, 0] * 255).round().long()
+    return torch.where((red + torch.arange(red.shape[-1])) % 3 == 0, 1, red)
+
+
 SIZES = [(32, 48), (32, 48), (48, 32), (40, 40), (32, 48)]
 
 
@@ -428,6 +440,63 @@ def test_refinement_gets_picture_and_probabilities_and_is_named():
     assert describe_inference((0.75, 1.25), False, None) == "scales 0.75, 1.25"
 
 
+def test_a_crf_moves_the_prediction_to_the_pictures_edge():
+    pytest.importorskip("pydensecrf.densecrf")
+    label = torch.zeros(32, 32, dtype=torch.int64)
+    label[:, 16:] = 15
+    image = torch.where(label > 0, 220, 30).to(torch.uint8).expand(3, -1, -1).contiguous()
+    unsure = torch.zeros(1, 21, 32, 32)
+    unsure[:, 0, :, :19], unsure[:, 15, :, 19:] = 2.0, 2.0  # the edge is three pixels off
+    scenes = [("one", image, label)]
+    plain = evaluate(lambda images: unsure, scenes, VOC, bootstrap=5)
+    refined = evaluate(lambda images: unsure, scenes, VOC, refine=crf, bootstrap=5)
+    assert refined.inference == "single scale + crf" and refined.miou > plain.miou and refined.miou > 0.97
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is not None, reason="the package is there")
+def test_a_crf_without_its_package_says_so():
+    with pytest.raises(DiffsegError, match="pip install pydensecrf2"):
+        evaluate(red_is_the_class(VOC), Scenes(VOC, SIZES), VOC, refine=crf)
+
+
+TWO_PROCESSES = """
+import json, sys, test_evaluation as t
+benchmark = t.BENCHMARKS["imagenet-s-50"]
+result = t.evaluate(t.wrong_here_and_there, t.Scenes(benchmark, t.SIZES), benchmark, bootstrap=20, device="cpu")
+json.dump([result.metrics(), result.confusion.tolist()], open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_scores_of_one(tmp_path):
+    """Five pictures over two processes of torch.distributed (gloo): both have the scores of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = os.environ | {name: str(value) for name, value in place.items()} | {"ACCELERATE_USE_CPU": "1"}
+        command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / f"{rank}.json")]
+        processes.append(subprocess.Popen(command, env=variables, cwd=Path(__file__).parent))
+    assert [process.wait(300) for process in processes] == [0, 0]
+    benchmark = BENCHMARKS["imagenet-s-50"]
+    alone = evaluate(wrong_here_and_there, Scenes(benchmark, SIZES), benchmark, bootstrap=20)
+    for rank in range(2):
+        metrics, confusion = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert confusion == alone.confusion.tolist() and metrics["images"] == 5
+        assert metrics == pytest.approx(alone.metrics(), abs=1e-12)
+
+
+def test_the_confusion_matrix_is_handed_on():
+    result = evaluate(wrong_here_and_there, Scenes(VOC, SIZES), VOC, bootstrap=5)
+    expected = ConfusionMatrix(21, 255)
+    for _, image, label in Scenes(VOC, SIZES).samples:
+        expected.update(label[None], wrong_here_and_there(image[None] / 255))
+    np.testing.assert_array_equal(result.confusion, expected.counts)
+    assert result.confusion.trace() / result.confusion.sum() == result.pixel_accuracy
+
+
 def test_wrong_networks_get_one_clear_sentence():
     scenes = Scenes(VOC, SIZES)
     with pytest.raises(DiffsegError, match="needs 21 classes"):
@@ -443,11 +512,7 @@ def test_written_predictions_score_what_the_network_scored(tmp_path, name):
     benchmark = BENCHMARKS[name]
     scenes = Scenes(benchmark, SIZES)
 
-    def sometimes_wrong(images):
-        red = (images[:, 0] * 255).round().long()
-        return torch.where((red + torch.arange(red.shape[-1])) % 3 == 0, 1, red)
-
-    direct = evaluate(sometimes_wrong, scenes, benchmark, write_to=tmp_path, bootstrap=20)
+    direct = evaluate(wrong_here_and_there, scenes, benchmark, write_to=tmp_path, bootstrap=20)
     again = evaluate_folder(tmp_path, scenes, benchmark, bootstrap=20)
     assert again.inference == "predictions from files"
     assert {**again.metrics(), "inference": ""} == {**direct.metrics(), "inference": ""}

@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.benchmarks import MINI_IMAGENET_S, VOC, write_label
+from diffseg.benchmarks import CITYSCAPES, MINI_IMAGENET_S, VOC, write_label
 from diffseg.errors import DiffsegError
 from diffseg.manifest import project_root
+from diffseg.miniworld.cityscapes import write_cityscapes
 from diffseg.miniworld.imagenet_s import write_imagenet_s
 from diffseg.miniworld.scenes import Scene, sample_scene
 from diffseg.seeds import derive_seed
@@ -22,6 +23,7 @@ WORLD = {
     "seed": 0,
     "voc": {"train": 2000, "val": 600},
     "imagenet-s": {"train-semi": 960, "validation": 768},  # ten and eight pictures of each of 96 classes
+    "cityscapes": {"train": 800, "val": 400},
 }
 
 
@@ -85,4 +87,8 @@ def write_voc(folder: Path, sizes: dict[str, int], seed: int) -> None:
         (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
 
 
-WRITERS = {"voc": (VOC.folder, write_voc), "imagenet-s": (MINI_IMAGENET_S.folder, write_imagenet_s)}
+WRITERS = {
+    "voc": (VOC.folder, write_voc),
+    "imagenet-s": (MINI_IMAGENET_S.folder, write_imagenet_s),
+    "cityscapes": (CITYSCAPES.folder, write_cityscapes),
+}
