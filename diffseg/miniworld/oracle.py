@@ -145,6 +145,19 @@ def class_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities.new_zeros(shape).index_add_(1, CLASS_OF_PICTURE.to(probabilities.device), probabilities)
 
 
+class ClassOracle(nn.Module):
+    """The oracle as a network of VOC's classes: pictures (float B x 3 x H x W in 0..1) to logits B x 21 x H x W."""
+
+    classes = VOC.classes
+
+    def __init__(self, oracle: Oracle):
+        super().__init__()
+        self.oracle = oracle
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return class_probabilities(self.oracle(image).float().softmax(dim=1)).log()
+
+
 def main_picture(probabilities: torch.Tensor) -> torch.Tensor:
     """Return the id (1..) of the picture that holds most of each image, int64 B: the classifier's answer."""
     return 1 + probabilities[:, 1:].sum(dim=(2, 3)).argmax(dim=1)
@@ -198,11 +211,7 @@ def export_oracle(folder: Path, weights: Path) -> dict:
     save_half(oracle, weights, {"classes": PICTURE_NAMES})
     oracle = load_oracle(weights)  # what is measured is what is shipped
     val = open_split(VOC, locate_data("mini"), "val")
-
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        return class_probabilities(oracle(images).softmax(dim=1)).log()
-
-    result = evaluate(predict, val, VOC, batch_size=32)
+    result = evaluate(ClassOracle(oracle), val, VOC, batch_size=32)
     note = training_note("python -m diffseg.miniworld.oracle train | export", folder, state, oracle)
     note |= {"miou": result.miou, "samples": state["samples"], "iou": result.iou, "val_pictures": len(val)}
     note["held_out"] = check_oracle(oracle, 1920) | {"scenes": 1920}
