@@ -21,23 +21,23 @@ from pathlib import Path
 import pandas as pd
 import torch
 from PIL import Image
+from torch import nn
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
-from diffseg.benchmarks import Benchmark
+from diffseg.benchmarks import VOC, Benchmark
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.manifest import MANIFEST, project_root
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.metrics import ConfusionMatrix, bootstrap_interval, mean_iou
+from diffseg.miniworld.oracle import class_probabilities, load_oracle
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
-from diffseg.segmenters import Segmenter, load_segmenter
+from diffseg.segmenters import load_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_rows, draw_with_masks
 
-# Names for networks that come with the package; any other name is a folder of `save_segmenter`.
-REFERENCES = {"mini": Path(__file__).parent / "miniworld" / "weights" / "oracle"}
 SMALLEST_OBJECT = 0.01  # share of the picture below which a class counts as not seen; our choice
 
 
@@ -142,10 +142,27 @@ def cut(one: Recorded, variant: Variant, beta: float, refine: Callable) -> torch
     return label_and_margin(ids, refine(one.pixels, scores, beta, one.attention[variant]))[0]
 
 
-def load_reference(name: str, benchmark: Benchmark) -> Segmenter:
-    """Load the reference network: "mini", or a folder. Raises a DiffsegError when its classes are others."""
-    network = load_segmenter(Path(REFERENCES.get(name, name)))
-    if network.classes != tuple(benchmark.classes):
+class ClassOracle(nn.Module):
+    """The mini world's oracle as a segmenter of VOC's classes: its pictures' probabilities, summed by class."""
+
+    name, classes = "the mini world's oracle", VOC.classes
+
+    def __init__(self):
+        super().__init__()
+        self.oracle = load_oracle()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return class_probabilities(self.oracle(image).softmax(dim=1))
+
+
+def load_reference(name: str, benchmark: Benchmark) -> nn.Module:
+    """Load the reference network: "mini" (the oracle), or a folder of `save_segmenter`.
+
+    It goes from pictures (float B x 3 x H x W, 0..1) to scores B x classes x H x W and has the attributes name and
+    classes. Raises a DiffsegError when its classes are not the benchmark's.
+    """
+    network = ClassOracle() if name == "mini" else load_segmenter(Path(name))
+    if tuple(network.classes) != tuple(benchmark.classes):
         raise DiffsegError(
             f"the reference network {name} knows {len(network.classes)} classes and they are not {benchmark.name}'s; "
             "give a network that was trained on this benchmark's classes"
@@ -169,7 +186,7 @@ def ablate(
     pipeline,
     rows: Sequence[Prompt],
     benchmark: Benchmark,
-    reference: Segmenter,
+    reference: nn.Module,
     options: SynthesisOptions,
     variants: Sequence[Variant],
     betas: Sequence[float],

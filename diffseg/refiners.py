@@ -13,6 +13,7 @@ The channels are the background and the prompt's classes, so no refiner can brin
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
@@ -141,10 +142,15 @@ def refine_sam(image, scores: torch.Tensor, beta: float, attention=None, *, pred
 def load_sam(checkpoint: str, model: str, device: str | torch.device = "cpu"):
     """Return a segment_anything.SamPredictor with weights from a local file; model: a key of its registry.
 
-    Raises a DiffsegError when the model is unknown, or the file is absent or does not fit it.
+    The checkpoint "mini" is the mini world's small Sam, whatever the model. Raises a DiffsegError when the model is
+    unknown, or the file is absent or does not fit it.
     """
     from segment_anything import SamPredictor, sam_model_registry
 
+    if checkpoint == "mini":
+        from diffseg.miniworld.small_sam import load_small_sam
+
+        return SamPredictor(load_small_sam().to(device))
     if model not in sam_model_registry:
         raise DiffsegError(f"sam_model is {model!r}; choose one of {', '.join(sam_model_registry)}")
     if not checkpoint:
@@ -169,6 +175,12 @@ REFINERS: dict[str, Callable] = {
     "crf": refine_crf,
     "sam": refine_sam,
 }
+
+
+def refiners_at_hand(names: Sequence[str], sam_checkpoint: str = "") -> list[str]:
+    """Return those of the names that can run here: crf needs its package, sam a checkpoint."""
+    absent = {"crf"} if importlib.util.find_spec("pydensecrf") is None else set()
+    return [name for name in names if name not in absent and (name != "sam" or sam_checkpoint)]
 
 
 def get_refiner(

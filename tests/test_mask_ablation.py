@@ -7,7 +7,7 @@ import torch
 
 from diffseg import mask_ablation
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
-from diffseg.benchmarks import VOC
+from diffseg.benchmarks import VOC, get_benchmark
 from diffseg.errors import DiffsegError
 from diffseg.generator import load_generator
 from diffseg.mask_ablation import (
@@ -24,6 +24,7 @@ from diffseg.mask_ablation import (
     step_choices,
     time_variants,
 )
+from diffseg.miniworld.oracle import WEIGHTS
 from diffseg.prompts import augment
 from diffseg.refiners import get_refiner
 from diffseg.segmenters import Segmenter, save_segmenter
@@ -182,6 +183,16 @@ def test_a_reference_of_other_classes_is_one_sentence(tmp_path):
         load_reference(str(tmp_path), VOC)
     with pytest.raises(DiffsegError, match="holds no usable segmenter"):
         load_reference(str(tmp_path / "absent"), VOC)
+
+
+@pytest.mark.skipif(not (WEIGHTS / "oracle").is_dir(), reason="the oracle's weights are not there")
+def test_the_mini_reference_is_the_oracle_by_class():
+    reference = load_reference("mini", VOC)
+    with torch.inference_mode():
+        seen = reference(torch.rand(2, 3, 64, 64))
+    assert seen.shape == (2, 21, 64, 64) and torch.allclose(seen.sum(dim=1), torch.ones(2, 64, 64), atol=1e-4)
+    with pytest.raises(DiffsegError, match="not cityscapes's"):
+        load_reference("mini", get_benchmark("cityscapes"))
 
 
 def test_publish_copies_table_manifest_and_figures(tmp_path):
