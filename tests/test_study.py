@@ -19,6 +19,7 @@ from diffseg.cli import main
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_file
 from diffseg.publish import main as publish
+from diffseg.publish import run_table
 from diffseg.sharing import claimed
 from diffseg.study import load_study, study_files
 from diffseg.study_results import caption, class_table, table
@@ -326,3 +327,9 @@ def test_publish_is_one_sentence_for_studies_and_unfinished_runs(root, capsys):
         assert publish(arguments) == 1
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1
+
+
+def test_the_table_of_a_run_without_the_real_network_has_one_row():
+    summary = json.loads((REPOSITORY / "results" / "mini-voc" / "summary.json").read_text())
+    lines = run_table(summary | {"miou_real": None, "miou_real_interval": None, "ratio": None}).splitlines()
+    assert lines[:3] == run_table(summary).splitlines()[:3] and lines[3] == ""
