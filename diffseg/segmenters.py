@@ -6,14 +6,16 @@ from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
+from diffseg.seeds import derive_seed
 
 # Name -> (architecture, encoder, options) of segmentation-models-pytorch.
-SEGMENTERS = {
+SMP_SEGMENTERS = {
     # half the usual decoder: a third of the computation at 64 pixels, where a CPU trains it in minutes
     "unet-resnet18": ("unet", "resnet18", {"decoder_channels": (128, 64, 32, 32, 16)}),
     "fpn-resnet18": ("fpn", "resnet18", {}),
@@ -23,25 +25,102 @@ SEGMENTERS = {
     "segformer-b0": ("segformer", "mit_b0", {}),
     "segformer-b2": ("segformer", "mit_b2", {}),
 }
+# Name -> (architecture, Swin backbone, options) of transformers; "tiny" is the published size, "mini" a CPU's.
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+SWIN_MINI = {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
+SWIN_TINY = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
+MASK2FORMER_MINI = {
+    "feature_size": 64,
+    "mask_feature_size": 64,
+    "hidden_dim": 64,
+    "encoder_feedforward_dim": 128,
+    "dim_feedforward": 128,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "num_attention_heads": 4,
+    "num_queries": 40,
+}
+TRANSFORMERS_SEGMENTERS = {
+    "upernet-swin-mini": ("UperNet", SWIN_MINI, {"hidden_size": 64}),
+    "upernet-swin-tiny": ("UperNet", SWIN_TINY, {"hidden_size": 512}),
+    "mask2former-swin-mini": ("Mask2Former", SWIN_MINI, MASK2FORMER_MINI),
+    "mask2former-swin-tiny": ("Mask2Former", SWIN_TINY, {}),
+}
+ARCHITECTURES = {
+    "UperNet": (transformers.UperNetConfig, transformers.UperNetForSemanticSegmentation),
+    "Mask2Former": (transformers.Mask2FormerConfig, transformers.Mask2FormerForUniversalSegmentation),
+}
+SEGMENTERS = (*SMP_SEGMENTERS, *TRANSFORMERS_SEGMENTERS)
+
+
+class FromTransformers(nn.Module):
+    """UperNet or Mask2Former as a map from normalised pictures to logits at the picture's size.
+
+    Mask2Former gives a class distribution and a mask for each query, and its own loss matches queries to segments.
+    A per-pixel label with holes and weights fits no such matching, so its output becomes per-class scores by the
+    semantic inference of its paper, s_c = sum over queries of p(c) * sigmoid(mask), and log s_c are the logits: their
+    softmax is s_c / sum s, and the argmax is unchanged. It is thus trained by per-pixel losses as the others are.
+    """
+
+    def __init__(self, name: str, classes: int, weights: str | None, config: dict | None):
+        super().__init__()
+        architecture, swin, options = TRANSFORMERS_SEGMENTERS[name]
+        config_class, model_class = ARCHITECTURES[architecture]
+        if weights:  # a hub id or a local folder; its backbone may have any size, its classes give way to ours
+            self.model = model_class.from_pretrained(weights, num_labels=classes, ignore_mismatched_sizes=True)
+        else:
+            backbone = transformers.SwinConfig(**swin, out_features=STAGES)
+            own = config_class(backbone_config=backbone, num_labels=classes, **options)
+            self.model = model_class(config_class.from_dict(config) if config else own)
+        if architecture == "UperNet":
+            self.model.auxiliary_head = None  # a second loss that no other network here has
+            self.model.config.use_auxiliary_head = False
+        self.is_mask2former = architecture == "Mask2Former"
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        output = self.model(pixel_values=image)
+        if not self.is_mask2former:
+            return output.logits
+        shares = output.class_queries_logits.float().softmax(dim=-1)[..., :-1]  # the last is "no object"
+        masks = output.masks_queries_logits.float().sigmoid()
+        scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
+        return nn.functional.interpolate(scores.clamp(min=1e-6).log(), image.shape[-2:], mode="bilinear")
 
 
 class Segmenter(nn.Module):
     """A network from pictures (float B x 3 x H x W, 0..1) to logits (B x classes x H x W).
 
     Normalisation and padding to a multiple of 32 happen inside, so a saved network needs no further knowledge.
+    encoder_weights: "imagenet" for a pretrained encoder of segmentation-models-pytorch; for the networks of
+    transformers the hub id or local folder of a whole pretrained network; None: from scratch.
+    config: a saved network's configuration, where transformers has one. Raises a DiffsegError for an unknown name
+    and for weights that cannot be had.
     """
 
-    def __init__(self, name: str, classes: Sequence[str], encoder_weights: str | None = None):
+    def __init__(
+        self, name: str, classes: Sequence[str], encoder_weights: str | None = None, config: dict | None = None
+    ):
         super().__init__()
         if name not in SEGMENTERS:
             raise DiffsegError(f"there is no segmenter {name!r}; choose one of {', '.join(SEGMENTERS)}")
-        architecture, encoder, options = SEGMENTERS[name]
         self.name, self.classes = name, tuple(classes)
-        self.network = smp.create_model(
-            architecture, encoder, encoder_weights=encoder_weights, classes=len(self.classes), **options
-        )
+        try:
+            if name in TRANSFORMERS_SEGMENTERS:
+                self.network = FromTransformers(name, len(self.classes), encoder_weights, config)
+            else:
+                architecture, encoder, options = SMP_SEGMENTERS[name]
+                self.network = smp.create_model(
+                    architecture, encoder, encoder_weights=encoder_weights, classes=len(self.classes), **options
+                )
+        except (OSError, KeyError, ValueError, ImportError) as error:
+            raise DiffsegError(f"{name} cannot be made with encoder_weights {encoder_weights!r}: {error}") from error
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    @property
+    def config(self) -> dict | None:
+        """The configuration that rebuilds the network where its name alone does not (transformers), else None."""
+        return self.network.model.config.to_dict() if isinstance(self.network, FromTransformers) else None
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[-2:]
@@ -50,20 +129,81 @@ class Segmenter(nn.Module):
         return self.network(padded)[..., :height, :width]
 
 
-def save_segmenter(segmenter: Segmenter, folder: Path) -> None:
+class Ensemble(nn.Module):
+    """Networks of one architecture that answer as one: the mean of their logits.
+
+    Of the logits, not of the softmax, because BECO tests with the mean of both networks' logits, and because the
+    result is then logits as any network's, which the evaluation can resize and average over scales.
+    """
+
+    def __init__(self, networks: Sequence[Segmenter]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.name, self.classes, self.config = networks[0].name, networks[0].classes, networks[0].config
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.stack([network(image) for network in self.networks]).mean(dim=0)
+
+
+def new_networks(
+    count: int,
+    name: str,
+    classes: Sequence[str],
+    seed: int,
+    encoder_weights: str | None = None,
+    initial_network: str = "",
+) -> Segmenter | Ensemble:
+    """Make one network, or an ensemble of `count` whose initial weights differ (by seeds from `seed` and the index).
+
+    initial_network: the folder of a saved network of the same name whose weights are the start (of an ensemble the
+    k-th for the k-th); the last layer starts anew where the classes differ. One folder for two networks gives them
+    the same start but for that layer. Raises a DiffsegError where the architectures differ.
+    """
+    networks = []
+    for index in range(count):
+        torch.manual_seed(derive_seed(seed, "network", index))
+        networks.append(Segmenter(name, classes, encoder_weights))
+    if initial_network:
+        saved = load_segmenter(Path(initial_network))
+        starts = list(saved.networks) if isinstance(saved, Ensemble) else [saved]
+        for index, network in enumerate(networks):
+            start_from(network, starts[index % len(starts)])
+    return networks[0] if count == 1 else Ensemble(networks)
+
+
+def start_from(network: Segmenter, start: Segmenter) -> None:
+    """Copy the weights of `start`, all but the layers whose shape depends on the number of classes if these differ."""
+    if start.name != network.name:
+        raise DiffsegError(f"initial_network is a {start.name}, not a {network.name}; set segmenter to {start.name}")
+    weights = start.state_dict()
+    if start.classes != network.classes:
+        more, config = (*start.classes, "one more"), start.config
+        if config:  # transformers counts the classes by their names
+            config |= {"id2label": dict(enumerate(more)), "label2id": {c: k for k, c in enumerate(more)}}
+        with torch.device("meta"):  # one class more shows which layers depend on the classes; nothing is computed
+            other = Segmenter(start.name, more, config=config).state_dict()
+        weights = {key: value for key, value in weights.items() if value.shape == other[key].shape}
+    network.load_state_dict(weights, strict=False)
+
+
+def save_segmenter(segmenter: Segmenter | Ensemble, folder: Path) -> None:
     """Write model.safetensors (contiguous float32) and config.json to `folder`."""
     weights = {key: value.contiguous() for key, value in segmenter.state_dict().items()}
     with atomic_path(folder / "model.safetensors") as path:
         save_file(weights, path)
+    networks = len(segmenter.networks) if isinstance(segmenter, Ensemble) else 1
+    config = {"name": segmenter.name, "classes": segmenter.classes, "networks": networks, "config": segmenter.config}
     with atomic_path(folder / "config.json") as path:
-        path.write_text(json.dumps({"name": segmenter.name, "classes": segmenter.classes}, indent=1))
+        path.write_text(json.dumps(config, indent=1))
 
 
-def load_segmenter(folder: Path) -> Segmenter:
-    """Read a network that `save_segmenter` wrote, in evaluation mode."""
+def load_segmenter(folder: Path) -> Segmenter | Ensemble:
+    """Read what `save_segmenter` wrote, in evaluation mode: one module, also of an ensemble."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        segmenter = Segmenter(config["name"], config["classes"])
+        saved = json.loads((folder / "config.json").read_text())
+        count, name, classes, config = saved.get("networks", 1), saved["name"], saved["classes"], saved.get("config")
+        networks = [Segmenter(name, classes, config=config) for _ in range(count)]
+        segmenter = networks[0] if count == 1 else Ensemble(networks)
         segmenter.load_state_dict(load_file(folder / "model.safetensors"))
     except DiffsegError:
         raise

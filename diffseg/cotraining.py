@@ -1,0 +1,131 @@
+"""The terms of reliability-aware training, each a pure function of tensors.
+
+Pseudo-labels are weak labels: where they are sure they teach, where they are not the other of two networks does,
+or they count little. The co-training is BECO's (CVPR 2023), which the paper modifies; the weights are URN's (AAAI
+2022). Every loss is a sum over pixels divided by the number of pixels that are not ignored, so a pixel weighs the
+same in every picture, and a picture without a single reliable or valid pixel adds zero and no nan.
+
+Shapes: images float32 B x 3 x H x W; logits float32 B x K x H x W; labels int64 B x H x W; masks bool B x H x W.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+
+def cross_entropies(logits: torch.Tensor, label: torch.Tensor, ignore: int) -> torch.Tensor:
+    """Return the cross-entropy of every pixel, float32 B x H x W; 0 where the label is `ignore`."""
+    return F.cross_entropy(logits.float(), label, ignore_index=ignore, reduction="none")
+
+
+def mean_over_valid(losses: torch.Tensor, label: torch.Tensor, ignore: int) -> torch.Tensor:
+    """Return the sum of per-pixel losses divided by the number of pixels whose label is not `ignore`."""
+    return losses.sum() / (label != ignore).sum().clamp(min=1)
+
+
+def plain_loss(logits: torch.Tensor, label: torch.Tensor, ignore: int) -> torch.Tensor:
+    """The baseline: cross-entropy to the pseudo-label, whatever its reliability."""
+    return mean_over_valid(cross_entropies(logits, label, ignore), label, ignore)
+
+
+def reliable_loss(
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    reliable: torch.Tensor,
+    ignore: int,
+    band: torch.Tensor | None = None,
+    band_weight: float = 0.2,
+) -> torch.Tensor:
+    """Cross-entropy to the pseudo-label on reliable pixels only, times 1 + band_weight on the boundary band (BECO)."""
+    weights = reliable.float()
+    if band is not None:
+        weights = weights * (1 + band_weight * band)
+    return mean_over_valid(weights * cross_entropies(logits, label, ignore), label, ignore)
+
+
+def peer_loss(
+    logits: torch.Tensor, peer: torch.Tensor, label: torch.Tensor, reliable: torch.Tensor, ignore: int
+) -> torch.Tensor:
+    """Cross-entropy to the OTHER network's argmax on pixels that are neither reliable nor ignored (BECO).
+
+    peer: the other network's logits, through which no gradient flows.
+    """
+    target = peer.detach().argmax(dim=1).masked_fill(reliable | (label == ignore), ignore)
+    return mean_over_valid(cross_entropies(logits, target, ignore), label, ignore)
+
+
+def weighted_loss(
+    logits: torch.Tensor, label: torch.Tensor, certain: torch.Tensor, ignore: int, uncertain_weight: float = 0.05
+) -> torch.Tensor:
+    """URN's loss: cross-entropy times 1 on certain pixels and `uncertain_weight` on the others."""
+    weights = uncertain_weight + (1 - uncertain_weight) * certain.float()
+    return mean_over_valid(weights * cross_entropies(logits, label, ignore), label, ignore)
+
+
+def certain_pixels(label: torch.Tensor, margin: torch.Tensor, powers: Sequence[float], beta: float) -> torch.Tensor:
+    """Return the pixels (bool H x W) whose label survives response scaling, after URN.
+
+    URN raises the class map to several powers, cuts each, and calls a pixel uncertain where its normalised
+    variance u over the results leaves 1 - u <= 0.05. The label and its 8-bit margin (H x W) hold what that needs
+    for one class: with a_bg = 1 - beta - a (`diffseg.masks`) the class score is a = (1 - beta + margin) / 2 on the
+    object and (1 - beta - margin) / 2 off it, and the cut lies at (1 - beta) / 2. In two things this is simpler
+    than URN: no CRF runs on each result (six a class and picture), and of several classes only the winner counts.
+    Ignored pixels may come out either way; no loss counts them.
+    """
+    signed = torch.where(label > 0, 1, -1) * margin.float() / 255
+    score = ((1 - beta + signed) / 2).clamp(0, 1)
+    scaled = torch.stack([score**power >= (1 - beta) / 2 for power in powers]).float()
+    uncertainty = 4 * scaled.var(dim=0, correction=0)  # of a yes-or-no result at most 1/4
+    return 1 - uncertainty > 0.05
+
+
+@torch.no_grad()
+def online_labels(logits: Sequence[torch.Tensor], label: torch.Tensor, confidence: float, ignore: int) -> torch.Tensor:
+    """Return the networks' common labels: argmax of their mean probability, `ignore` where it is not confident.
+
+    logits: one tensor a network. A pixel is confident where its largest mean probability exceeds `confidence`
+    (BECO: 0.95). Where `label` is ignored (padding, say) the result is, too.
+    """
+    best, online = torch.stack([each.float().softmax(dim=1) for each in logits]).mean(dim=0).max(dim=1)
+    return online.masked_fill((best <= confidence) | (label == ignore), ignore)
+
+
+def half_of_the_classes(
+    online: torch.Tensor, background: int | None, ignore: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Return the region (bool H x W) of a random half, rounded up, of the foreground classes of one label map."""
+    classes = [value for value in online.unique().tolist() if value not in (background, ignore)]
+    order = torch.randperm(len(classes), generator=generator).tolist()
+    chosen = [classes[k] for k in order[: (len(classes) + 1) // 2]]
+    return torch.isin(online, torch.tensor(chosen, dtype=online.dtype, device=online.device))
+
+
+def boundary_band(region: torch.Tensor) -> torch.Tensor:
+    """Return the 3 x 3 dilation minus the 3 x 3 erosion of a region, bool B x H x W (BECO's boundary band)."""
+    pixels = region.float()
+    dilated, eroded = F.max_pool2d(pixels, 3, 1, 1), 1 - F.max_pool2d(1 - pixels, 3, 1, 1)
+    return dilated > eroded
+
+
+def paste(
+    images: torch.Tensor,
+    label: torch.Tensor,
+    reliable: torch.Tensor,
+    source_images: torch.Tensor,
+    region: torch.Tensor,
+    online: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Paste the `region` (bool B x H x W) of other pictures, with their online labels, on pictures of a batch.
+
+    Returns images, label, reliable and the boundary band. Pasted pixels are reliable, with the online label that
+    the networks are confident of; the others keep their pseudo-label and its reliability (our choice: the source
+    does not say). An empty region changes nothing and has no band.
+    """
+    mixed = torch.where(region[:, None], source_images, images)
+    return mixed, torch.where(region, online, label), reliable | region, boundary_band(region)
+
+
+def partners(count: int) -> torch.Tensor:
+    """Return whom each picture of a batch takes from: neighbours exchange, an odd last one keeps to itself."""
+    return torch.tensor([k ^ 1 if k ^ 1 < count else k for k in range(count)])
