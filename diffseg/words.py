@@ -259,15 +259,21 @@ def drop_shared(words: Sequence[Word]) -> list[Word]:
 
 
 def known_words(words: Iterable[str], tokenizer) -> set[str]:
-    """Return those of `words` of which a transformers tokenizer knows every token (none is its unknown one).
+    """Return those of `words` that a generator with this transformers tokenizer can draw, as far as it says.
 
-    A byte-level vocabulary such as Stable Diffusion's knows every word; a small one may not.
+    Its tokenizer must know every token (none is its unknown one). A byte-level vocabulary such as Stable
+    Diffusion's knows every word; a small one may not. A tokenizer_config.json may also list the `phrases` of the
+    captions that the generator learnt from: then a compound must be one of them, for knowing "racing" and
+    "boat" is not knowing a racing boat (of such compounds the mini generator drew the class in 47 % of 108
+    pictures, of words from its captions in 82 %).
     """
     words = list(words)
     if not words:
         return set()
     tokens = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-    return {word for word, ids in zip(words, tokens, strict=True) if ids and tokenizer.unk_token_id not in ids}
+    known = {word for word, ids in zip(words, tokens, strict=True) if ids and tokenizer.unk_token_id not in ids}
+    phrases = tokenizer.init_kwargs.get("phrases")
+    return known if phrases is None else {word for word in known if " " not in word or word in phrases}
 
 
 def select_words(
@@ -288,14 +294,14 @@ def select_words(
     if missing:
         some = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DiffsegError(
-            f"The generator's tokenizer does not know the class word {some}: choose "
+            f"The generator does not know the class word {some}, by its tokenizer: choose "
             "another generator, or a class list whose words it knows."
         )
     result = []
     for row in words:
         reason = ""
         if row.word not in known:
-            reason = "unknown to the generator's tokenizer"
+            reason = "unknown to the generator's tokenizer or captions"
         elif hyponym_depth is not None and row.depth > hyponym_depth:
             reason = f"deeper than hyponym_depth = {hyponym_depth}"
         elif row.frequency < minimum_frequency and row.relation != "plain":

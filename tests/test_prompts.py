@@ -14,6 +14,7 @@ from diffseg import words as W
 from diffseg.benchmarks import BENCHMARKS
 from diffseg.english import plural, with_article
 from diffseg.errors import DiffsegError
+from diffseg.generator import load_tokenizer
 from diffseg.seeds import derive_seed
 from diffseg.synsets import synset_table, write_table
 
@@ -135,6 +136,16 @@ def test_words_that_the_tokenizer_does_not_know_are_dropped():
     assert [word.keep for word in words] == [True, True, False] and "tokenizer" in words[2].reason
     with pytest.raises(DiffsegError, match="'cat'"):
         W.select_words(table(cat=["cat"]), tokenizer)
+
+
+def test_compounds_that_the_generators_captions_did_not_hold_are_dropped(tmp_path):
+    tokenizer = load_tokenizer("mini")
+    words = ["boat", "racing boat", "racing car", "unicorn"]
+    tokenizer.init_kwargs.pop("phrases", None)
+    assert W.known_words(words, tokenizer) == {"boat", "racing boat", "racing car"}
+    tokenizer.init_kwargs["phrases"] = ["racing car"]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")  # the list travels with the generator's folder
+    assert W.known_words(words, load_tokenizer(str(tmp_path))) == {"boat", "racing car"}
 
 
 # one's own list
