@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from diffseg.errors import DiffsegError
 from diffseg.masks import add_background, class_scores, label_and_margin, reliable_pixels
-from diffseg.refiners import REFINERS, get_refiner, pamr
+from diffseg.miniworld.oracle import WEIGHTS
+from diffseg.refiners import REFINERS, get_refiner, pamr, refiners_at_hand
 
 CAT, DOG = 8, 12
 
@@ -286,6 +287,23 @@ def test_sam_is_prompted_with_points_and_box(small_sam):
         return_logits=True,
     )
     assert torch.allclose(refined[2], torch.from_numpy(logits[0]).sigmoid())
+
+
+@pytest.mark.skipif(not (WEIGHTS / "sam").is_dir(), reason="the small Sam's weights are not there")
+def test_the_mini_worlds_sam_refines():
+    image, scores, truth = red_square()
+    label, _ = label_and_margin([CAT], get_refiner("sam", "mini")(image, scores, 0.2, None))
+    assert set(label.unique().tolist()) == {0, CAT}
+    assert iou(label == CAT, truth) > 0.5
+
+
+def test_refiners_at_hand(monkeypatch):
+    names = ["none", "crf", "sam", "pamr"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert refiners_at_hand(names) == ["none", "pamr"]
+    assert refiners_at_hand(names, "a.pth") == ["none", "sam", "pamr"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert refiners_at_hand(names) == ["none", "crf", "pamr"]
 
 
 def test_a_sam_checkpoint_that_does_not_fit_raises(small_sam):
