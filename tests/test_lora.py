@@ -3,7 +3,11 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,6 +215,36 @@ def test_gradient_checkpointing_changes_nothing_and_mixed_precision_little(tmp_p
     fresh = tiny_pipeline()
     load_lora(fresh, tmp_path / "half")
     assert (picture(fresh) == picture(pipeline)).all()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path, pictures):
+    """Gloo on the CPU: a batch of four, cut into two halves, and gone on with in two processes after a stop."""
+    options = dataclasses.replace(OPTIONS, batch=4)
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_lora as t
+for steps in (2, 4):
+    options = t.dataclasses.replace(t.OPTIONS, batch=4, steps=steps)
+    t.tune(t.tiny_pipeline(), Path({str(pictures)!r}), t.CAPTIONS, options, {str(tmp_path / "two")!r})
+"""
+    (tmp_path / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = tune(tiny_pipeline(), pictures, CAPTIONS, options, tmp_path / "one")
+    rows = list(csv.DictReader((tmp_path / "two" / lora.LOSSES).open()))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(losses, rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    odd = script.replace("batch=4", "batch=3")
+    (tmp_path / "script.py").write_text(odd)
+    done = subprocess.run([*launch, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "lora_batch 3 must be a multiple of the 2 processes" in done.stderr
 
 
 def test_the_loss_falls_on_one_picture(tmp_path):
