@@ -70,7 +70,9 @@ class Scenes(Dataset):
 
 def stream(scenes: Scenes, start: int, batch: int, workers: int, stop: int = 10**12) -> Iterator:
     """Yield batches of the scenes from number `start` on; the workers' count changes nothing but the speed."""
-    return iter(DataLoader(scenes, batch, sampler=range(start, stop), num_workers=workers))
+    numbers = range(start, stop)
+    own = torch.Generator()  # a loader draws from it when it starts; the training's must stay as resumed
+    return iter(DataLoader(scenes, batch, sampler=numbers, num_workers=workers, generator=own))
 
 
 def degrade(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -111,7 +113,7 @@ class Oracle(nn.Module):
         self.network.encoder.layer4 = nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = None  # a count, which the trainer's average of weights cannot hold
+                module.num_batches_tracked = module.num_batches_tracked.float()  # the trainer averages all it holds
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.network(4 * image - 2)

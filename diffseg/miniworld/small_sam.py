@@ -26,7 +26,6 @@ from diffseg.miniworld.oracle import WEIGHTS, Scenes, degrade, parser_of, save_h
 from diffseg.miniworld.trainer import Trainer, mixed_precision
 
 SIDE = 64  # pixels; patches of 4 give 16 x 16 tokens, and the decoder's fourfold upscaling a mask for every pixel
-SMALL_SAMS = {"mini": WEIGHTS / "sam"}  # names that sam_checkpoint may have besides a path
 CONFIG = {"side": SIDE, "patch": 4, "width": 160, "depth": 4, "heads": 4, "prompt_width": 128}
 
 
@@ -267,7 +266,7 @@ def check_sam(sam: Sam, count: int, seed: int = 0) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in ious.items()}
 
 
-def export_sam(folder: Path, weights: Path) -> dict:
+def export_sam(folder: Path, weights: Path, scenes: int = 960) -> dict:
     """Write the averaged weights in half precision with their numbers and their model card; return the numbers."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     sam = build_small_sam(**CONFIG)
@@ -275,7 +274,7 @@ def export_sam(folder: Path, weights: Path) -> dict:
     save_half(sam, weights, CONFIG)
     sam = load_small_sam(weights)  # what is measured is what is shipped
     note = training_note("python -m diffseg.miniworld.small_sam train | export", folder, state, sam)
-    note["held_out"] = check_sam(sam, 960) | {"scenes": 960}
+    note["held_out"] = check_sam(sam, scenes) | {"scenes": scenes}
     write_card(weights, note, CARD)
     return note
 
