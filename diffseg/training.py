@@ -59,7 +59,7 @@ class TrainingOptions:
     mixing: float = 0.5
     mixing_confidence: float = 0.95
     band_weight: float = 0.2
-    urn_powers: tuple[float, ...] = (0.15, 0.2, 0.25, 4.0, 5.0, 6.0)
+    urn_powers: tuple[float, ...] = (0.5, 0.6, 0.75, 1.33, 1.67, 2.0)
     uncertain_weight: float = 0.05
     beta: float = 0.2
     checkpoint_every: int = 100
