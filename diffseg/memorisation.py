@@ -13,7 +13,8 @@ import torch
 from diffseg.errors import DiffsegError
 from diffseg.target_domain import kernel_distance
 
-ONE_SIDED_5_PERCENT = 1.645  # standard deviations of the normal distribution; our choice of the test's level
+LEVEL = 0.95  # of the test for copies, and its number of random splits; our choice
+SPLITS = 1000
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ class Memorisation:
 
     to_tuned, held_out_to_tuned: median distance to the nearest tuned picture, of the drawn ones and of the held-out
     real ones. Below the latter may mean copies, or only that drawn pictures are smoother than real ones; so the
-    test is `tuned_share`: the share of drawn pictures whose nearest real picture is a tuned one. Without copying it
-    is `expected_share` = tuned / (tuned + held out), as then nothing distinguishes the two; `limit` is what it
-    passes by chance in one case of twenty (normal approximation of the binomial). distance: kernel distance of the
-    drawn to the held-out pictures.
+    test is `tuned_share`: the share of drawn pictures whose nearest real picture is a tuned one. Without copying
+    nothing distinguishes tuned from held-out ones, so it would be the same for any split of the real pictures by
+    lot: `expected_share` = tuned / (tuned + held out) on average, above `limit` for one split in twenty (a
+    permutation test; a real picture that is near to many drawn ones widens it). distance: kernel distance of the drawn
+    to the held-out pictures.
     """
 
     steps: int
@@ -39,12 +41,17 @@ class Memorisation:
     @property
     def copies(self) -> bool:
         """Whether more drawn pictures lie next to tuned ones than chance explains."""
-        return self.tuned_share > self.limit
+        return self.tuned_share > self.limit + 1e-6  # sums in another order differ by rounding
+
+
+def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the distance of each row of a (N x D) to each row of b (M x D), float64 N x M."""
+    return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the distance of each row of a (N x D) to its nearest row of b (M x D), float64 N."""
-    return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+    return distances(a, b).amin(dim=1)
 
 
 def measure_memorisation(steps: int, drawn: torch.Tensor, tuned: torch.Tensor, held_out: torch.Tensor) -> Memorisation:
@@ -57,16 +64,18 @@ def measure_memorisation(steps: int, drawn: torch.Tensor, tuned: torch.Tensor, h
             f"{len(drawn)} drawn, {len(tuned)} tuned and {len(held_out)} held-out pictures are too few to tell copies; "
             "raise lora_pictures or lora_held_out, or set lora_candidates to 1."
         )
-    to_tuned = nearest(drawn, tuned)
-    expected = len(tuned) / (len(tuned) + len(held_out))
+    real = torch.cat([tuned, held_out])
+    neighbours = distances(drawn, real).argmin(dim=1).bincount(minlength=len(real)) / len(drawn)
+    lots = torch.Generator().manual_seed(0)
+    splits = [neighbours[torch.randperm(len(real), generator=lots)[: len(tuned)]].sum() for _ in range(SPLITS)]
     return Memorisation(
         steps=steps,
         distance=kernel_distance(drawn, held_out),
-        to_tuned=to_tuned.median().item(),
+        to_tuned=nearest(drawn, tuned).median().item(),
         held_out_to_tuned=nearest(held_out, tuned).median().item(),
-        tuned_share=(to_tuned < nearest(drawn, held_out)).double().mean().item(),
-        expected_share=expected,
-        limit=expected + ONE_SIDED_5_PERCENT * (expected * (1 - expected) / len(drawn)) ** 0.5,
+        tuned_share=neighbours[: len(tuned)].sum().item(),
+        expected_share=len(tuned) / len(real),
+        limit=torch.stack(splits).quantile(LEVEL).item(),
     )
 
 

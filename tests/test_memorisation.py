@@ -1,5 +1,7 @@
 """The test for copies and the rule for the number of steps, on hand-made features."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,7 +28,9 @@ def test_the_numbers_by_hand():
     assert found.held_out_to_tuned == 3.0  # 4, 3
     assert found.tuned_share == 0.75  # all but the second, which lies next to 4
     assert found.expected_share == 0.6
-    assert found.limit == pytest.approx(0.6 + 1.645 * (0.6 * 0.4 / 4) ** 0.5)
+    counts = (1, 0, 2, 1, 0)  # drawn pictures next to each real one; one split in ten has all four
+    assert sum(sum(three) == 4 for three in itertools.combinations(counts, 3)) == 1
+    assert found.limit == 1.0 and not found.copies
     assert found.distance == kernel_distance(drawn, held_out)
 
 
@@ -41,6 +45,13 @@ def test_fresh_pictures_are_no_copies_and_copies_are_found():
     tuned, held_out = sample(60, 1), sample(20, 2)
     copied = measure_memorisation(1, tuned[:32] + sample(32, 3, 0.05), tuned, held_out)
     assert copied.copies and copied.tuned_share == 1.0 and copied.to_tuned < 0.2 * copied.held_out_to_tuned
+
+
+def test_one_picture_that_is_near_to_all_proves_nothing():
+    tuned, held_out = torch.eye(60)[:, :6].double(), 5 + sample(20, 2)
+    tuned[7] = 0.1
+    found = measure_memorisation(1, 0.1 + sample(32, 3, 0.01), tuned, held_out)
+    assert found.tuned_share == 1.0 and found.limit == 1.0 and not found.copies
 
 
 def test_smooth_pictures_are_near_to_all_and_yet_no_copies():
