@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffseg import cotraining as terms
+from diffseg.miniworld.noise import STRENGTHS, distance_margin, disturb
 
 IGNORE = 255
 
@@ -178,3 +179,41 @@ def test_pasting_takes_pixels_labels_and_trust_from_the_region_only():
 
 def test_neighbours_exchange():
     assert terms.partners(4).tolist() == [1, 0, 3, 2] and terms.partners(3).tolist() == [1, 0, 2]
+
+
+def scene() -> torch.Tensor:
+    label = torch.zeros(16, 16, dtype=torch.int64)
+    label[4:8, 4:8], label[10:14, 2:6], label[0] = 3, 7, IGNORE
+    return label
+
+
+def test_noise_is_what_it_is_called():
+    label = scene()
+    grown = disturb(label, "dilation", 2, 0, 21, IGNORE)
+    assert (grown[2:10, 2:10] == 3).sum() >= 64 - 12 and (grown[4:8, 4:8] == 3).all()
+    assert (grown == 3).sum() <= 64
+    # the centre of a shifted object lies where it should, wherever the direction points
+    for seed in range(5):
+        moved = disturb(label, "shift", 3, seed, 21, IGNORE)
+        centre = (moved == 3).nonzero().float().mean(dim=0)
+        assert (centre - torch.tensor([5.5, 5.5])).norm() == pytest.approx(3, abs=0.75)
+    dropped = disturb(label, "dropped", 1.0, 0, 21, IGNORE)
+    assert set(dropped.unique().tolist()) == {0, IGNORE}
+    wrong = disturb(label, "wrong class", 1.0, 0, 21, IGNORE)
+    assert torch.equal(wrong > 0, label > 0) and not ((wrong == label) & (label > 0) & (label != IGNORE)).any()
+    assert 0 < wrong[5, 5] < 21 and 0 < wrong[11, 3] < 21
+    for kind in STRENGTHS:
+        noisy = disturb(label, kind, 0.5, 0, 21, IGNORE)
+        assert (noisy[0] == IGNORE).all() and torch.equal(disturb(label, kind, 0, 0, 21, IGNORE), label)
+        assert torch.equal(noisy, disturb(label, kind, 0.5, 0, 21, IGNORE))
+    hits = [int(disturb(label, "dropped", 0.3, seed, 21, IGNORE)[5, 5] == 0) for seed in range(300)]
+    assert sum(hits) / 300 == pytest.approx(0.3, abs=0.08)
+
+
+def test_the_margin_of_a_mask_is_the_distance_to_its_edge():
+    label = torch.zeros(9, 20, dtype=torch.int64)
+    label[:, 10:] = 1
+    margin = distance_margin(label, 5)
+    left = [255, 255, 255, 255, 255, 204, 153, 102, 51, 0]
+    assert margin[4].tolist() == left + left[::-1]
+    assert (distance_margin(torch.zeros(4, 4, dtype=torch.int64)) == 255).all()
