@@ -336,7 +336,8 @@ def test_export_writes_a_small_sam_that_the_predictor_takes(tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [oracle, small_sam], ids=["oracle", "small_sam"])
 def test_the_loss_falls(module, tmp_path):
-    train_some(module, tmp_path, steps=40, batch=16, every=10)
+    rate = 1e-2 if module is oracle else 2e-3  # higher than in earnest, as 40 steps are a fifth of the warm-up
+    train_some(module, tmp_path, steps=40, batch=16, every=10, rate=rate)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -356,4 +357,4 @@ def test_the_generator_is_measured_in_one_go(network, tmp_path):
     for part in (report, report["real"]):
         for name in (*measure.MEASURES, "both_present", "class_present_plain_words", "mask_iou_object_plain_words"):
             assert 0 <= part[name] <= 1, name
-    assert set(report["refined"]) == {"pamr"} and len(list((tmp_path / "results" / "figures").iterdir())) == 3
+    assert set(report["refined"]) == {"pamr"} and len(list((tmp_path / "results" / "figures").glob("*.png"))) == 3

@@ -205,7 +205,7 @@ def train_oracle(folder: Path, options: argparse.Namespace) -> Trainer:
     return trainer
 
 
-def export_oracle(folder: Path, weights: Path) -> dict:
+def export_oracle(folder: Path, weights: Path, scenes: int = 1920) -> dict:
     """Write the averaged weights in half precision with their numbers and their model card; return the numbers."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     oracle = Oracle()
@@ -216,7 +216,7 @@ def export_oracle(folder: Path, weights: Path) -> dict:
     result = evaluate(ClassOracle(oracle), val, VOC, batch_size=32)
     note = training_note("python -m diffseg.miniworld.oracle train | export", folder, state, oracle)
     note |= {"miou": result.miou, "samples": state["samples"], "iou": result.iou, "val_pictures": len(val)}
-    note["held_out"] = check_oracle(oracle, 1920) | {"scenes": 1920}
+    note["held_out"] = check_oracle(oracle, scenes) | {"scenes": scenes}
     write_card(weights, note, CARD)
     return note
 
