@@ -154,7 +154,7 @@ def evaluate(
                 for group in [samples] if one_size else [[sample] for sample in samples]:
                     images = torch.stack([sample[1] for sample in group]).to(device)
                     with torch.inference_mode():
-                        predictions = _predict(predict, images, benchmark, scales, flip, refine)
+                        predictions = predict_labels(predict, images, benchmark, scales, flip, refine)
                     for (name, _, label, *_), prediction in zip(group, predictions, strict=True):
                         if write_to is not None:
                             write_prediction(write_to, name, prediction.cpu(), benchmark, tuple(label.shape))
@@ -182,15 +182,15 @@ def describe_inference(scales: Sequence[float], flip: bool, refine: Callable | N
     return words + (f" + {getattr(refine, '__name__', 'refined')}" if refine is not None else "")
 
 
-def _predict(
+def predict_labels(
     predict: Callable[[torch.Tensor], torch.Tensor],
     images: torch.Tensor,
     benchmark: Benchmark,
-    scales: Sequence[float],
-    flip: bool,
-    refine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    refine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return the label maps int64 N x H x W of uint8 images N x 3 x H x W."""
+    """Return the label maps int64 N x H x W of uint8 images N x 3 x H x W; the options are those of `evaluate`."""
     size = images.shape[-2:]
     inputs = images.float() / 255
     views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]

@@ -1,5 +1,6 @@
 """The metric against its definition, second libraries and hand-made cases."""
 
+import csv
 import importlib.util
 import json
 import math
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffseg import agreement
 from diffseg.benchmarks import BENCHMARKS, CITYSCAPES, VOC, imagenet_s, write_label
 from diffseg.errors import DiffsegError
 from diffseg.evaluation import crf, describe_inference, evaluate, evaluate_folder, score
+from diffseg.manifest import project_root
 from diffseg.metrics import (
     ConfusionMatrix,
     ImageNetSScores,
@@ -109,6 +112,17 @@ def test_counts_and_scores_are_those_of_torchmetrics(seed):
     np.testing.assert_allclose(iou[union > 0], (theirs.diagonal() / union.clip(1))[union > 0], rtol=0, atol=1e-9)
     np.testing.assert_allclose(np.nan_to_num(iou), metric.compute(), rtol=0, atol=2e-7)
     assert abs(mean_iou(matrix.class_sums, "voc") - float(macro.compute())) <= 2e-7
+
+
+def test_the_published_agreement_is_measured_and_below_a_billionth():
+    with open(project_root() / "results" / "tables" / "agreement.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["benchmark"] for row in rows} == {"voc", "cityscapes", "imagenet-s-50"}
+    assert {row["reference"] for row in rows} == {"definition", "torchmetrics", "cityscapesscripts"}
+    assert all(0 <= float(row["largest_difference"]) <= 1e-9 for row in rows)
+    assert agreement.compare(VOC, "definition", 3) <= 1e-9
+    assert agreement.largest_difference([0.5, math.nan], [0.5, 0.0]) == math.inf, "one that is nan alone is seen"
+    assert agreement.largest_difference([0.5, math.nan], [0.25, math.nan]) == 0.25
 
 
 def test_groups_are_the_iou_of_merged_classes():
