@@ -75,6 +75,9 @@ def build_tokenizer() -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=MAX_TOKENS)
     ordered = sorted(words | set(STREET_WORDS))
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True, lstrip=True) for word in ordered])
+    # declared for diffseg.words.known_words: a compound of known words that no caption holds was never learnt
+    compounds = {word for picture in load_pictures() for word in picture.words if " " in word}
+    tokenizer.init_kwargs["phrases"] = sorted(compounds)
     return tokenizer
 
 
