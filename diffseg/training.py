@@ -228,7 +228,8 @@ def train(
         scaler.load_state_dict(saved["scaler"])
         first, history, average = saved["step"], saved["history"], saved["average"]
     if state.num_processes > 1:
-        networks = [nn.parallel.DistributedDataParallel(each) for each in networks]
+        # Swin has a norm that the decoders here do not read
+        networks = [nn.parallel.DistributedDataParallel(each, find_unused_parameters=True) for each in networks]
 
     batch, count = options.training_batch, options.iterations
     mine = slice(state.process_index, None, state.num_processes)

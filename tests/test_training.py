@@ -134,7 +134,14 @@ class Cut(list):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("options", ({"optimizer": "adamw"}, {"optimizer": "sgd", "ema": 0.9, "precision": "bf16"}))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"optimizer": "adamw"},
+        pytest.param({"optimizer": "sgd", "ema": 0.9, "precision": "bf16"}, marks=pytest.mark.slow),
+    ),
+    ids=str,
+)
 def test_a_cut_cotraining_goes_on_to_the_same_bytes(tmp_path, options):
     options = changed(training_mode="cotrain", iterations=8, checkpoint_every=3, mixing_confidence=0.5, **options)
     whole, history = trained(Cut(halves(margin=True)), options)
