@@ -25,12 +25,12 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 # The official table (name, labelId, trainId, colour), carried by torchvision; 19 of 35 labels are evaluated.
-_CITYSCAPES = [row for row in torchvision.datasets.Cityscapes.classes if 0 <= row.train_id < 255]
-_LABEL_ID_OF_TRAIN_ID = np.array([row.id for row in sorted(_CITYSCAPES, key=lambda row: row.train_id)])
+_EVALUATED = [row for row in torchvision.datasets.Cityscapes.classes if 0 <= row.train_id < 255]
+_CITYSCAPES = sorted(_EVALUATED, key=lambda row: row.train_id)
+_THINGS = [row for row in _CITYSCAPES if row.category in ("human", "vehicle")]
+_STUFF = [row for row in _CITYSCAPES if row not in _THINGS]
 _LAST_LABEL_ID = 33  # bicycle; "license plate" is -1 and never drawn into the official files
 _UNLABELED = 0  # the labelId that ignored pixels are written as
-_TRAIN_ID_OF_LABEL_ID = np.full(_LAST_LABEL_ID + 1, 255)
-_TRAIN_ID_OF_LABEL_ID[_LABEL_ID_OF_TRAIN_ID] = np.arange(len(_LABEL_ID_OF_TRAIN_ID))
 
 
 def voc_palette(size: int) -> tuple[tuple[int, int, int], ...]:
@@ -56,7 +56,8 @@ class Benchmark:
     `classes[i]` is the name of id i, background first where the protocol has one. `protocol` ("voc",
     "imagenet-s", "cityscapes") settles the folder tree and how mIoU is counted; `coding` ("palette", "r256g",
     "labelids") how a label map is written as PNG. `training_split` has the real masks that a comparison trains on.
-    `groups` are sets of ids that are also scored as one merged class.
+    `groups` are sets of ids that are also scored as one merged class. `label_ids` are, for "labelids", the
+    labelIds that are read as each class; the first is written.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Benchmark:
     source: str
     folder: str = ""
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    label_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -129,19 +131,31 @@ CITYSCAPES = Benchmark(
     name="cityscapes",
     protocol="cityscapes",
     coding="labelids",
-    classes=tuple(row.name for row in sorted(_CITYSCAPES, key=lambda row: row.train_id)),
+    classes=tuple(row.name for row in _CITYSCAPES),
     ignore=255,
     splits=("train", "val"),
     training_split="train",
     evaluation_split="val",
-    palette=tuple(row.color for row in sorted(_CITYSCAPES, key=lambda row: row.train_id)),
+    palette=tuple(row.color for row in _CITYSCAPES),
     source="Cityscapes (www.cityscapes-dataset.com, leftImg8bit_trainvaltest and gtFine_trainvaltest)",
     # DiffuMask's protocol; the same merged classes as the official "human" and "vehicle" categories.
     groups={"Human": (11, 12), "Vehicle": (13, 14, 15, 16, 17, 18)},
+    label_ids=tuple((row.id,) for row in _CITYSCAPES),
+)
+# Its eight things, and the eleven evaluated kinds of stuff (road, sky, ...) as one background: what prompts and their
+# masks can tell, as no prompt draws a sky. The things' IoU, Human and Vehicle are those of the official protocol,
+# which counts the same pixels; the mIoU is another one. The background is written as "road", which is stuff.
+CITYSCAPES_THINGS = replace(
+    CITYSCAPES,
+    name="cityscapes-things",
+    classes=("background", *(row.name for row in _THINGS)),
+    palette=((0, 0, 0), *(row.color for row in _THINGS)),
+    groups={"Human": (1, 2), "Vehicle": (3, 4, 5, 6, 7, 8)},
+    label_ids=(tuple(row.id for row in _STUFF), *((row.id,) for row in _THINGS)),
 )
 IMAGENET_S = [_listed_imagenet_s(f"imagenet-s-{size}", size) for size in (50, 300, 919)]
 MINI_IMAGENET_S = _listed_imagenet_s("mini-imagenet-s", "mini")  # every picture of the mini world is a class
-BENCHMARKS = {b.name: b for b in (VOC, *IMAGENET_S, CITYSCAPES, MINI_IMAGENET_S)}
+BENCHMARKS = {b.name: b for b in (VOC, *IMAGENET_S, CITYSCAPES, CITYSCAPES_THINGS, MINI_IMAGENET_S)}
 
 
 def get_benchmark(name: str) -> Benchmark:
@@ -180,7 +194,7 @@ def read_label(path: str | os.PathLike, benchmark: Benchmark) -> np.ndarray:
 
     - palette: the index itself, PNG mode P or L; a file converted to RGB has lost the ids and is refused.
     - r256g: id = R + 256 * G, computed in int64 (in uint8 the product overflows).
-    - labelids: Cityscapes labelIds 0..33, returned as the 19 trainIds; every other label is ignored.
+    - labelids: Cityscapes labelIds 0..33, returned as the benchmark's classes; every other label is ignored.
 
     Raises a DiffsegError, naming the file, for a truncated file, another kind of PNG, or an id out of range.
     """
@@ -207,7 +221,10 @@ def read_label(path: str | os.PathLike, benchmark: Benchmark) -> np.ndarray:
                 f"which are 0 to {_LAST_LABEL_ID} in one channel (255 occurs in trainIds only); use the file "
                 "..._gtFine_labelIds.png, or write predictions as labelIds."
             )
-        label = _TRAIN_ID_OF_LABEL_ID[label]
+        class_of = np.full(_LAST_LABEL_ID + 1, benchmark.ignore)
+        for index, label_ids in enumerate(benchmark.label_ids):
+            class_of[list(label_ids)] = index
+        label = class_of[label]
     check_ids(label, benchmark, str(path))
     return label
 
@@ -230,7 +247,8 @@ def write_label(path: str | os.PathLike, label: np.ndarray | torch.Tensor, bench
         picture = Image.fromarray(channels.astype(np.uint8))
     else:
         ignored = label == benchmark.ignore
-        ids = np.where(ignored, _UNLABELED, _LABEL_ID_OF_TRAIN_ID[np.where(ignored, 0, label)])
+        written = np.array([label_ids[0] for label_ids in benchmark.label_ids])
+        ids = np.where(ignored, _UNLABELED, written[np.where(ignored, 0, label)])
         picture = Image.fromarray(ids.astype(np.uint8))
     with atomic_path(path) as temporary:
         picture.save(temporary)

@@ -50,6 +50,10 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
     Raises a DiffsegError for an unknown split, and for missing or wrong folders with the official source and
     tree.
     """
+    if not benchmark.splits:
+        raise DiffsegError(
+            f"{benchmark.name} has no labelled pictures; set train_real to false and stop after step 4 (--only 1-4)"
+        )
     if split not in benchmark.splits:
         raise DiffsegError(f"{benchmark.name} has no split {split!r}; it has {', '.join(benchmark.splits)}.")
     base = Path(root) / benchmark.folder
@@ -108,7 +112,7 @@ def _cityscapes_items(benchmark: Benchmark, root: Path, base: Path, split: str) 
     # trainIds are valid labelIds too, so a single file cannot tell; but vegetation, sky, people and vehicles
     # are all above 18, and eight street scenes without any of them are trainIds.
     spread = items[:: max(1, len(items) // 8)][:8]
-    if spread and max(read_pixels(label)[0].max() for _, _, label in spread) < benchmark.num_classes:
+    if spread and max(read_pixels(label)[0].max() for _, _, label in spread) < 19:
         raise DiffsegError(
             f"The files ..._gtFine_labelIds.png in {base / 'gtFine' / split} hold trainIds (none above 18); "
             "put the official labelIds back, since they are converted to trainIds on reading."

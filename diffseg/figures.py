@@ -34,9 +34,13 @@ def overlay(image: Picture, label: Picture, palette: Sequence[tuple[int, int, in
 
 
 def picture_rows(rows: Mapping[str, Sequence[Picture]], titles: Sequence[str] = (), size: float = 1.0) -> Figure:
-    """Draw named rows of pictures, one column each (inches per picture: size); H x W arrays become heat maps 0..1."""
+    """Draw named rows of pictures, one column each (size: inches of a picture's width); H x W arrays become heat maps 0..1."""
     columns = max(len(pictures) for pictures in rows.values())
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * size + 1, len(rows) * size + 0.3), squeeze=False)
+    height, width = as_array(next(iter(rows.values()))[0]).shape[:2]
+    row_height = size * height / width
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(columns * size + 1, len(rows) * row_height + 0.3), squeeze=False
+    )
     for row, (name, pictures) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         for axis, picture in zip(row, [*pictures, *[None] * (columns - len(pictures))], strict=True):
@@ -63,13 +67,17 @@ def loss_curves(curves: Mapping[str, Sequence[float]], window: int = 20) -> Figu
 
 
 def iou_bars(per_class: Mapping[str, Mapping[str, float | None]]) -> Figure:
-    """Draw per-class IoU as horizontal bars, one colour a network."""
-    names = list(next(iter(per_class.values())))
+    """Draw per-class IoU as horizontal bars, one colour a network; of more than 40 classes the 15 best and worst."""
+    first = next(iter(per_class.values()))
+    names = list(first)
+    if len(names) > 40:
+        ranked = sorted(names, key=lambda name: -np.nan_to_num(first[name] or 0))
+        names = [*ranked[:15], *ranked[-15:]]
     figure, axis = plt.subplots(figsize=(5, 0.28 * len(names) + 1))
     height = 0.8 / len(per_class)
     for k, (network, values) in enumerate(per_class.items()):
         positions = np.arange(len(names)) + (k - (len(per_class) - 1) / 2) * height
-        axis.barh(positions, [100 * (values[name] or 0) for name in names], height, label=network)
+        axis.barh(positions, [100 * np.nan_to_num(values[name] or 0) for name in names], height, label=network)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="IoU (%)", xlim=(0, 100))

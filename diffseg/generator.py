@@ -27,9 +27,13 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
     """Load the tokenizer of a generator. Raises a DiffsegError when there is none."""
     place = locate_generator(name)
     try:
-        return CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
     except (OSError, ValueError) as error:
         raise DiffsegError(_unloadable(name, place, error)) from error
+    # for a folder or id that is not there, transformers 5 makes an empty tokenizer instead of raising
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise DiffsegError(_unloadable(name, place, OSError("it has no vocabulary")))
+    return tokenizer
 
 
 def load_generator(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> StableDiffusionPipeline:

@@ -52,6 +52,7 @@ def load_words(benchmark: str) -> list[Word]:
     Rows stand in the order of the benchmark's classes, of which Cityscapes has its eight things here. The
     classes of ImageNet-S are called by their tags (n01443537). Raises DiffsegError for another name.
     """
+    benchmark = benchmark.removesuffix("-things")  # Cityscapes' table holds its things only
     size = re.fullmatch(r"imagenet-s-(50|300|919)", benchmark)
     if not size and benchmark not in ("voc", "cityscapes", "mini-imagenet-s"):
         raise DiffsegError(

@@ -12,6 +12,7 @@ from PIL import Image
 from diffseg.benchmarks import (
     BENCHMARKS,
     CITYSCAPES,
+    CITYSCAPES_THINGS,
     MINI_IMAGENET_S,
     VOC,
     get_benchmark,
@@ -92,6 +93,7 @@ def test_class_lists_have_the_official_sizes_and_no_name_twice():
         "imagenet-s-300": 301,
         "imagenet-s-919": 920,
         "cityscapes": 19,
+        "cityscapes-things": 9,
         "mini-imagenet-s": 97,
     }
     for benchmark in BENCHMARKS.values():
@@ -349,6 +351,27 @@ def test_an_official_voc_folder_is_a_picture_set_too(tmp_path):
     assert len(dataset) == 2 and torch.equal(dataset[1][2], open_split(VOC, tmp_path, "val")[1][2])
     with pytest.raises(DiffsegError, match="train.txt is missing"):
         pictures_set(base, VOC)
+
+
+def test_cityscapes_things_are_the_official_classes_and_the_other_evaluated_pixels_are_background(tmp_path):
+    everything = np.arange(34, dtype=np.uint8)[None]
+    Image.fromarray(everything).save(tmp_path / "label.png")
+    official, things = (read_label(tmp_path / "label.png", b)[0] for b in (CITYSCAPES, CITYSCAPES_THINGS))
+    assert ((official == 255) == (things == 255)).all()  # the same pixels count
+    for train_id, thing in zip(official, things, strict=True):
+        name = CITYSCAPES.classes[train_id] if train_id != 255 else None
+        if name in CITYSCAPES_THINGS.classes:
+            assert CITYSCAPES_THINGS.classes[thing] == name
+        else:
+            assert thing == (255 if name is None else 0)
+    for group, ids in CITYSCAPES_THINGS.groups.items():
+        names = [CITYSCAPES.classes[k] for k in CITYSCAPES.groups[group]]
+        assert [CITYSCAPES_THINGS.classes[k] for k in ids] == names
+    write_label(tmp_path / "again.png", np.arange(9)[None], CITYSCAPES_THINGS)
+    np.testing.assert_array_equal(read_label(tmp_path / "again.png", CITYSCAPES_THINGS), np.arange(9)[None])
+    assert [word.class_name for word in load_words("cityscapes-things") if word.relation == "plain"] == list(
+        CITYSCAPES_THINGS.foreground
+    )
 
 
 # Mini ImageNet-S
