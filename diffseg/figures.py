@@ -34,7 +34,7 @@ def overlay(image: Picture, label: Picture, palette: Sequence[tuple[int, int, in
 
 
 def picture_rows(rows: Mapping[str, Sequence[Picture]], titles: Sequence[str] = (), size: float = 1.0) -> Figure:
-    """Draw named rows of pictures, one column each (size: inches of a picture's width); H x W arrays become heat maps 0..1."""
+    """Draw named rows of pictures, `size` inches wide, one column each; H x W arrays become heat maps of 0..1."""
     columns = max(len(pictures) for pictures in rows.values())
     height, width = as_array(next(iter(rows.values()))[0]).shape[:2]
     row_height = size * height / width
