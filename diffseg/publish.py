@@ -45,18 +45,27 @@ def run_table(summary: Mapping) -> str:
 
 def generator_table(report: Mapping) -> str:
     """Return results/mini_generator.json as a Markdown table."""
-    training, oracle = report["training"], report["oracle"]
-    lines = ["| measure | all words | plain class words |", "|---|---|---|"]
+    training, oracle, real = report["training"], report["oracle"], report["real"]
+    lines = ["| measure | all words | plain class words | drawn scenes |", "|---|---|---|---|"]
     for name, key in (
         ("the prompted class is the largest object (%)", "class_present"),
+        ("the picture is the word's own, not another of its class (%)", "own_picture"),
+        ("the background is the prompted one (%)", "background"),
         ("IoU of the attention mask with the oracle's mask of that class, before any refiner (%)", "mask_iou"),
         ("the same with the oracle's mask of the object, whatever it takes it for (%)", "mask_iou_object"),
     ):
-        lines.append(f"| {name} | {percent(report[key])} | {percent(report[f'{key}_plain_words'])} |")
+        cells = [percent(report[key]), percent(report[f"{key}_plain_words"]), percent(real[key])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(
+        f"| of two prompted objects both are there (%) | {percent(report['both_present'])} | "
+        f"| {percent(real['both_present'])} |"
+    )
     hours = training["seconds"] / 3600
     lines.append("")
     lines.append(
-        f"{report['pictures']} single-object pictures; the oracle's own mIoU on real mini scenes is "
+        f"{report['pictures']} pictures of one object and {report['pairs']} of two, "
+        f"{report['pictures_per_second']} a second on {report['measured_on']['cores']} cores. Drawn scenes, with their "
+        f"true masks, are what a perfect generator would get; the oracle's own mIoU on mini VOC is "
         f"{percent(oracle['miou'])} %. Trained on {training['samples_seen']:,} samples in {hours:.1f} hours on "
         f"{training['hardware']['cores']} CPU cores."
     )

@@ -79,15 +79,16 @@ def test_every_step_has_its_notebook_and_every_licence_is_there():
     assert citation["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2309.01369"
 
 
-def test_weights_are_safetensors_below_twenty_megabytes():
+def test_weights_are_safetensors_below_forty_megabytes():
     weights = [path for path in (ROOT / "diffseg" / "miniworld" / "weights").rglob("*") if path.is_file()]
     assert {path.suffix for path in weights} <= {".safetensors", ".json", ".md"}
-    assert sum(path.stat().st_size for path in weights) < 20e6
+    assert sum(path.stat().st_size for path in weights) < 40e6
 
 
 def test_every_number_of_the_readme_comes_from_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count("<!-- table: ") == 2
+    tables = re.findall(r"<!-- table: (\S+) -->", readme)
+    assert {"results/mini-voc/summary.json", "results/mini_generator.json"} <= set(tables)
     assert readme_with_tables(readme, ROOT / "results") == readme, "run python -m diffseg.publish results/runs/mini-voc"
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme):
         assert picture.startswith("results/") and (ROOT / picture).is_file()
