@@ -261,8 +261,10 @@ def make_pipeline(folder: Path, average: dict, tokenizer: CLIPTokenizer) -> Stab
     text_encoder.load_state_dict(average["text_encoder"])
     unet.load_state_dict(average["unet"])
     tuned = folder.parent / "decoder" / "vae"
+    vae = AutoencoderKL.from_pretrained(tuned if tuned.is_dir() else folder.parent / "vae" / "vae")
+    vae.register_to_config(_name_or_path="")  # else the saved configuration would hold this machine's folder
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(tuned if tuned.is_dir() else folder.parent / "vae" / "vae"),
+        vae=vae,
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
