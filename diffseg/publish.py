@@ -61,10 +61,11 @@ def generator_table(report: Mapping) -> str:
         f"| {percent(real['both_present'])} |"
     )
     hours = training["seconds"] / 3600
+    threads = report["measured_on"]["threads"] or report["measured_on"]["cores"]
     lines.append("")
     lines.append(
         f"{report['pictures']} pictures of one object and {report['pairs']} of two, "
-        f"{report['pictures_per_second']} a second on {report['measured_on']['cores']} cores. Drawn scenes, with their "
+        f"{report['pictures_per_second']} a second on {threads} thread(s). Drawn scenes, with their "
         f"true masks, are what a perfect generator would get; the oracle's own mIoU on mini VOC is "
         f"{percent(oracle['miou'])} %. Trained on {training['samples_seen']:,} samples in {hours:.1f} hours on "
         f"{training['hardware']['cores']} CPU cores."
