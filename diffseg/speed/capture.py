@@ -17,7 +17,6 @@ On a GPU, if there is one: sd15 in fp16 at batch 1, 4 and 8. No GPU was at hand 
 import argparse
 import dataclasses
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -178,8 +177,9 @@ def memory_here(name: str, steps: int, captured: bool) -> dict[str, int]:
         held = recorder_bytes(capture(pipeline, rows, options, resolutions=[8, 16], self_resolution=16))
     else:
         draw_rows(pipeline, rows, options)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak": peak * (1 if sys.platform == "darwin" else 1024), "recorder": held}
+    # getrusage would give the parent's peak where that is larger: it survives the start of a process
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return {"peak": int(peak.split()[1]) * 1024, "recorder": held}
 
 
 def measure_memory(name: str, step_counts: Sequence[int]) -> list[dict]:
