@@ -36,6 +36,7 @@ from diffseg.miniworld.oracle import class_probabilities, load_oracle
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
 from diffseg.segmenters import load_segmenter
+from diffseg.speed import time_in_turn
 from diffseg.synthesis import SynthesisOptions, draw_rows, draw_with_masks
 
 SMALLEST_OBJECT = 0.01  # share of the picture below which a class counts as not seen; our choice
@@ -271,14 +272,8 @@ def time_variants(
         own = options_of(variant, options.beta, options)
         calls[variant] = lambda own=own: draw_with_masks(pipeline, rows, benchmark, own)
     draw_rows(pipeline, rows, options)  # the first call pays for memory and kernels
-    times: dict[Variant | None, list[tuple[float, float]]] = {variant: [] for variant in calls}
-    for _ in tqdm(range(repetitions), "timing", unit="repetition"):
-        for variant, call in calls.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            times[variant].append((time.perf_counter() - wall, time.process_time() - cpu))
     table = []
-    for variant, found in times.items():
+    for variant, found in time_in_turn(calls, repetitions).items():
         wall, cpu = (statistics.median(values) / len(rows) for values in zip(*found, strict=True))
         columns = variant.columns if variant else dict.fromkeys(("resolutions", "steps", "refiner"), "-")
         table.append({**columns, "seconds": wall, "cpu_seconds": cpu})

@@ -9,7 +9,6 @@ from diffseg import mask_ablation
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
 from diffseg.benchmarks import VOC, get_benchmark
 from diffseg.errors import DiffsegError
-from diffseg.generator import load_generator
 from diffseg.mask_ablation import (
     Variant,
     ablate,
@@ -29,7 +28,6 @@ from diffseg.prompts import augment
 from diffseg.refiners import get_refiner
 from diffseg.segmenters import Segmenter, save_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_rows, draw_with_masks
-from diffseg.words import load_words, select_words
 
 OPTIONS = SynthesisOptions(64, 64, 4, 4.0, (16,), "all", 0.2, "none")
 BASE = Variant((16,), "2-3", "none")
@@ -38,14 +36,13 @@ CAT, DOG = VOC.classes.index("cat"), VOC.classes.index("dog")
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    return load_generator("mini")
+def pipeline(mini_pipeline):
+    return mini_pipeline
 
 
 @pytest.fixture(scope="module")
-def rows(pipeline):
-    words = select_words(load_words("voc"), pipeline.tokenizer)
-    return augment(words, 3, templates=["a photo of {} {place}"], places=["on the grass"], classes_per_prompt=2)
+def rows(mini_words):
+    return augment(mini_words, 3, templates=["a photo of {} {place}"], places=["on the grass"], classes_per_prompt=2)
 
 
 def test_step_choices():

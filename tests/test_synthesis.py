@@ -15,20 +15,18 @@ from diffseg.files import sha256_file
 from diffseg.generator import draw, load_generator, load_tokenizer, locate_generator
 from diffseg.prompts import augment
 from diffseg.synthesis import SynthesisOptions, draw_with_masks, synthesise
-from diffseg.words import load_words, select_words
 
 OPTIONS = SynthesisOptions(64, 64, 3, 4.0, (16,), "all", 0.2, "none")
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    return load_generator("mini")
+def pipeline(mini_pipeline):
+    return mini_pipeline
 
 
 @pytest.fixture(scope="module")
-def rows(pipeline):
-    words = select_words(load_words("voc"), pipeline.tokenizer)
-    return augment(words, 10, templates=["a photo of {} {place}"], places=["on the grass", "at night"], seed=0)
+def rows(mini_words):
+    return augment(mini_words, 10, templates=["a photo of {} {place}"], places=["on the grass", "at night"], seed=0)
 
 
 def fingerprints(folder):

@@ -25,10 +25,9 @@ from diffseg.datasets import open_split
 from diffseg.errors import DiffsegError
 from diffseg.evaluation import evaluate
 from diffseg.files import atomic_path
-from diffseg.manifest import hardware, versions
 from diffseg.miniworld.disk import locate_data
 from diffseg.miniworld.scenes import PLACES, Scene, draw_scene, load_pictures
-from diffseg.miniworld.trainer import Trainer, mixed_precision
+from diffseg.miniworld.trainer import Trainer, mixed_precision, training_note
 from diffseg.seeds import derive_seed
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -227,23 +226,6 @@ def save_half(network: nn.Module, weights: Path, config: dict) -> None:
         save_file({key: value.half().contiguous() for key, value in network.state_dict().items()}, path)
     with atomic_path(weights / "config.json") as path:
         path.write_text(json.dumps(config, indent=1) + "\n")
-
-
-def training_note(recipe: str, folder: Path, state: dict, network: nn.Module) -> dict:
-    """Return what is to be known of a training: budget, hardware, versions, loss curve."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {
-        "recipe": recipe,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "samples_seen": state["samples"],
-        "steps": state["step"],
-        "seconds": round(state["seconds"], 1),
-        "batch": state["samples"] // state["step"],
-        "peak_learning_rate": max(row["rate"] for row in log),
-        "hardware": hardware(),
-        "versions": versions(),
-        "loss_curve": [[row["samples"], row["loss"]] for row in log],
-    }
 
 
 def write_card(weights: Path, note: dict, card: str) -> None:

@@ -28,9 +28,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffseg.files import atomic_path
-from diffseg.manifest import hardware, versions
 from diffseg.miniworld.scenes import PLACES, TEMPLATES, load_pictures, sample_scene
-from diffseg.miniworld.trainer import Trainer, mixed_precision
+from diffseg.miniworld.trainer import Trainer, mixed_precision, training_note
 from diffseg.seeds import derive_seed
 
 MAX_TOKENS = 20  # the longest caption has 18 tokens
@@ -296,24 +295,12 @@ def export(folder: Path, weights: Path) -> None:
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     pipeline = make_pipeline(folder, state["average"], build_tokenizer())
     pipeline.to(dtype=torch.float16).save_pretrained(weights)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    note = {
-        "recipe": "python -m diffseg.miniworld.pretrain corpus | vae | diffusion | decoder | export",
-        "samples_seen": state["samples"],
-        "steps": state["step"],
-        "seconds": round(state["seconds"], 1),
-        "batch": state["samples"] // state["step"],
-        "peak_learning_rate": max(row["rate"] for row in log),
-        "scenes": len(np.load(folder.parent / "images.npy", mmap_mode="r")),
-        **{
-            name: json.loads((folder.parent / name / f"{name}.json").read_text())
-            for name in ("vae", "decoder")
-            if (folder.parent / name / f"{name}.json").is_file()
-        },
-        "hardware": hardware(),
-        "versions": versions(),
-        "loss_curve": [[row["samples"], row["loss"]] for row in log],
-    }
+    recipe = "python -m diffseg.miniworld.pretrain corpus | vae | diffusion | decoder | export"
+    note = training_note(recipe, folder, state, pipeline.text_encoder, pipeline.unet, pipeline.vae)
+    note["scenes"] = len(np.load(folder.parent / "images.npy", mmap_mode="r"))
+    for name in ("vae", "decoder"):
+        if (folder.parent / name / f"{name}.json").is_file():
+            note[name] = json.loads((folder.parent / name / f"{name}.json").read_text())
     with atomic_path(weights / "training.json") as path:
         path.write_text(json.dumps(note, indent=1) + "\n")
     print({key: note[key] for key in ("samples_seen", "steps", "seconds")})

@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffseg.errors import DiffsegError
-from diffseg.miniworld.oracle import WEIGHTS, Scenes, degrade, parser_of, save_half, stream, training_note, write_card
-from diffseg.miniworld.trainer import Trainer, mixed_precision
+from diffseg.miniworld.oracle import WEIGHTS, Scenes, degrade, parser_of, save_half, stream, write_card
+from diffseg.miniworld.trainer import Trainer, mixed_precision, training_note
 
 SIDE = 64  # pixels; patches of 4 give 16 x 16 tokens, and the decoder's fourfold upscaling a mask for every pixel
 CONFIG = {"side": SIDE, "patch": 4, "width": 160, "depth": 4, "heads": 4, "prompt_width": 128}

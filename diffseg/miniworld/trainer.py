@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from diffseg.files import atomic_path
+from diffseg.manifest import hardware, versions
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -105,3 +106,20 @@ class Trainer:
         """Put the averaged weights into the modules."""
         for name, module in self.modules.items():
             module.load_state_dict(self.average[name])
+
+
+def training_note(recipe: str, folder: Path, state: dict, *networks: torch.nn.Module) -> dict:
+    """Return what is to be known of a training whose checkpoint is `state`: budget, hardware, versions, loss curve."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {
+        "recipe": recipe,
+        "parameters": sum(p.numel() for network in networks for p in network.parameters()),
+        "samples_seen": state["samples"],
+        "steps": state["step"],
+        "seconds": round(state["seconds"], 1),
+        "batch": state["samples"] // state["step"],
+        "peak_learning_rate": max(row["rate"] for row in log),
+        "hardware": hardware(),
+        "versions": versions(),
+        "loss_curve": [[row["samples"], row["loss"]] for row in log],
+    }

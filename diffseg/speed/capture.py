@@ -20,13 +20,11 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffseg.attention import AttentionRecorder, token_positions
@@ -36,6 +34,7 @@ from diffseg.generator import load_generator, load_tokenizer
 from diffseg.manifest import git_state, hardware, project_root, versions
 from diffseg.prompts import Prompt, augment
 from diffseg.refiners import REFINERS, refiners_at_hand
+from diffseg.speed import time_in_turn
 from diffseg.synthesis import SynthesisOptions, draw_rows, draw_with_masks
 from diffseg.words import load_words, select_words
 
@@ -139,13 +138,9 @@ def compare(calls: dict[str, Callable], pictures: int, repetitions: int) -> dict
     (median over the repetitions). CPU seconds are those of this process's threads; another process on the same
     cores disturbs them less than the wall time.
     """
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for repetition in tqdm(range(repetitions + 1), "repetitions"):
-        for name, call in calls.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            if repetition:  # the first round pays for memory and kernels
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    for call in calls.values():
+        call()  # the first round pays for memory and kernels
+    times = time_in_turn(calls, repetitions)
     base = next(iter(times.values()))
     found = {}
     for name, measured in times.items():
