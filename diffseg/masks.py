@@ -9,7 +9,7 @@ a_c = (1 - beta) / 2). The margin as reliability is BECO's (CVPR 2023). Between 
 a refiner (`diffseg.refiners`) may sharpen the scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -80,3 +80,24 @@ def reliable_pixels(label: torch.Tensor, margin: torch.Tensor, share: float = 0.
         pixels = by_margin[labels == value]
         reliable[pixels[: max(1, round(share * len(pixels)))]] = True
     return reliable.view(label.shape)
+
+
+def margin_thresholds(pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]], share: float = 0.5) -> dict[int, int]:
+    """Return for each class of a whole set the margin from which on its pixels are reliable (our choice).
+
+    Where `reliable_pixels` trusts the best part of every picture, however bad, this trusts the `share` of each
+    class's pixels in the set that have the largest margins; a picture may have none, or all. pairs: label (H x W) and
+    margin (uint8 H x W, or None: a picture without reliability, which is left out) of each image.
+    """
+    counts: dict[int, torch.Tensor] = {}
+    for label, margin in pairs:
+        for value in label.unique().tolist() if margin is not None else ():
+            found = torch.bincount(margin[label == value].flatten().long(), minlength=256)
+            counts[value] = counts.get(value, 0) + found
+    thresholds = {}
+    for value, found in counts.items():
+        at_least = found.flip(0).cumsum(0).flip(0)  # pixels whose margin is k or more
+        # the smallest margin that leaves at most the share; where the best margin alone exceeds it, that one
+        within = (at_least <= share * at_least[0]) & (at_least > 0)
+        thresholds[value] = int(within.nonzero()[0]) if within.any() else int(found.nonzero()[-1])
+    return thresholds

@@ -28,13 +28,14 @@ from tqdm import tqdm
 from diffseg import cotraining as terms
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.masks import reliable_pixels
+from diffseg.masks import margin_thresholds, reliable_pixels
 from diffseg.seeds import derive_seed
 from diffseg.segmenters import Ensemble, Segmenter
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NETWORKS = {"plain": 1, "ensemble": 2, "cotrain": 2, "urn": 1}  # training mode -> number of networks
 OPTIMIZERS = ("adamw", "sgd")
+RULES = ("picture", "set")  # cotrain: of what the reliable share is taken
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TrainingOptions:
     blur: float = 0.0
     ema: float = 0.0
     reliable_share: float = 0.5
+    reliable_rule: str = "picture"
     warmup: float = 0.25
     mixing: float = 0.5
     mixing_confidence: float = 0.95
@@ -65,7 +67,12 @@ class TrainingOptions:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", PRECISIONS), ("training_mode", NETWORKS), ("optimizer", OPTIMIZERS)):
+        for name, known in (
+            ("precision", PRECISIONS),
+            ("training_mode", NETWORKS),
+            ("optimizer", OPTIMIZERS),
+            ("reliable_rule", RULES),
+        ):
             if getattr(self, name) not in known:
                 raise DiffsegError(f"there is no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name in ("blur", "warmup", "mixing", "mixing_confidence", "uncertain_weight"):
@@ -89,6 +96,12 @@ class Augmented(Dataset):
         count = options.iterations * options.training_batch
         epochs = -(-count // len(dataset))
         self.order = torch.cat([torch.randperm(len(dataset), generator=generator) for _ in range(epochs)])[:count]
+        self.thresholds = None
+        if options.training_mode == "cotrain" and options.reliable_rule == "set":
+            pairs = (
+                (item[2], item[3] if len(item) > 3 else None) for item in map(dataset.__getitem__, range(len(dataset)))
+            )
+            self.thresholds = margin_thresholds(pairs, options.reliable_share)
         strength = options.colour_jitter
         self.transform = v2.Compose(
             [
@@ -111,7 +124,7 @@ class Augmented(Dataset):
         """Return picture `index` of the data set under the k-th augmentation."""
         name, image, label, *margin = self.dataset[index]
         # on the whole picture, so that a class keeps its share of reliable pixels wherever the crop falls
-        trusted = trusted_pixels(label, margin[0] if margin else None, self.options)
+        trusted = trusted_pixels(label, margin[0] if margin else None, self.options, self.thresholds)
         masks = torch.stack([label, trusted.to(label.dtype)])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(derive_seed(self.seed, "augmentation", k))
@@ -120,8 +133,19 @@ class Augmented(Dataset):
         return name, image.as_subclass(torch.Tensor), label, (trusted == 1) & (label != self.ignore)
 
 
-def trusted_pixels(label: torch.Tensor, margin: torch.Tensor | None, options: TrainingOptions) -> torch.Tensor:
-    """Return the pixels (bool H x W) of a whole picture whose label the mode trusts; without a margin all of them."""
+def trusted_pixels(
+    label: torch.Tensor,
+    margin: torch.Tensor | None,
+    options: TrainingOptions,
+    thresholds: dict[int, int] | None = None,
+) -> torch.Tensor:
+    """Return the pixels (bool H x W) of a whole picture whose label the mode trusts; without a margin all of them.
+
+    thresholds: of the whole set's margins (`diffseg.masks.margin_thresholds`), for the reliable_rule "set".
+    """
+    if margin is not None and thresholds is not None:
+        limits = torch.tensor([thresholds.get(value, 256) for value in range(int(label.max()) + 1)])
+        return margin >= limits[label]
     if margin is not None and options.training_mode == "cotrain":
         return reliable_pixels(label, margin, options.reliable_share)
     if margin is not None and options.training_mode == "urn":

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffseg.errors import DiffsegError
-from diffseg.masks import add_background, class_scores, label_and_margin, reliable_pixels
+from diffseg.masks import add_background, class_scores, label_and_margin, margin_thresholds, reliable_pixels
 from diffseg.miniworld.oracle import WEIGHTS
 from diffseg.refiners import REFINERS, get_refiner, pamr, refiners_at_hand
 
@@ -120,6 +120,16 @@ def test_ties_are_scattered_over_the_image():
     reliable = reliable_pixels(torch.zeros(64, 64, dtype=torch.uint8), torch.full((64, 64), 255).byte(), 0.5)
     for half in (reliable[:32], reliable[32:], reliable[:, :32], reliable[:, 32:]):
         assert 0.45 < half.float().mean() < 0.55
+
+
+def test_margin_thresholds_trust_a_share_of_each_class_in_the_set():
+    first = torch.tensor([[0, 0, 0, CAT]]), torch.tensor([[9, 8, 7, 1]], dtype=torch.uint8)
+    second = torch.tensor([[0, 0, 0, CAT]]), torch.tensor([[1, 2, 2, 50]], dtype=torch.uint8)
+    # of six background pixels the best three (above 2), all of the first picture; of two cats the second's (above 1)
+    assert margin_thresholds([first, second], 0.5) == {0: 3, CAT: 2}
+    assert margin_thresholds([first, second, (first[0], None)], 1.0) == {0: 0, CAT: 0}
+    # the best margin alone has more pixels than the share: it stays
+    assert margin_thresholds([(torch.zeros(1, 4), torch.full((1, 4), 255).byte())], 0.5) == {0: 255}
 
 
 # -------------------------------------------------------------------------------------------- refiners

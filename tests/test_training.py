@@ -100,6 +100,18 @@ def test_half_of_each_class_is_trusted_on_the_whole_picture():
     assert trusted_pixels(label, None, changed(training_mode="cotrain")).all()
 
 
+def test_the_reliable_share_of_the_whole_set_may_leave_a_picture_without_any():
+    name, image, label, margin = halves(margin=True)[0]
+    weak = (name, image, label, margin // 4)
+    options = changed(training_mode="cotrain", reliable_rule="set", scale_jitter=(1.0, 1.0))
+    pictures = [(name, image, label, margin), weak, (name, image, torch.full_like(label, 255), margin)]
+    seen = Augmented(pictures, 255, options, seed=0)
+    trusted = [seen.view(k, 0)[3] for k in range(3)]
+    assert trusted[0].sum() > trusted[1].sum() and not trusted[2].any()
+    _, history = trained(pictures, changed(training_mode="cotrain", reliable_rule="set", iterations=6, warmup=0.5))
+    assert torch.tensor(history["loss"]).isfinite().all()
+
+
 def test_mixing_pastes_confident_classes_of_the_neighbour(plain):
     images = torch.stack([image for _, image, *_ in halves(4)]).float() / 255
     images[1::2] = images[1::2].flip(2)  # the neighbours' objects lie below
