@@ -319,7 +319,7 @@ def imagenet_s_by_definition(labels, predictions, size):
 def test_boundary_map_is_region_minus_erosion(seed, height, width):
     coarse = np.random.default_rng(seed).choice([0, 1, 7, 919, 1000], size=(1 + height // 9, 1 + width // 9))
     label = np.kron(coarse, np.ones((9, 9), np.int64))[:height, :width]
-    np.testing.assert_array_equal(boundary_map(torch.from_numpy(label)), boundary_by_erosion(label))
+    np.testing.assert_array_equal(boundary_map(torch.from_numpy(label)), boundary_by_erosion(label) > 0)
 
 
 @settings(max_examples=15, deadline=None)
@@ -327,6 +327,7 @@ def test_boundary_map_is_region_minus_erosion(seed, height, width):
 def test_imagenet_s_scores_are_those_of_the_definition(seed):
     labels, predictions = corner_cases(TINY.num_classes, TINY.ignore, seed, images=6, side=20)
     labels[4, :14], predictions[5] = 0, 0
+    predictions[0][labels[0] == TINY.ignore] = 1200  # never counted, whatever it is
     scores = ImageNetSScores(TINY.num_classes, TINY.ignore)
     halves = [ImageNetSScores(TINY.num_classes, TINY.ignore) for _ in range(2)]
     for index, (label, prediction) in enumerate(zip(labels, predictions, strict=True)):
