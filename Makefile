@@ -16,7 +16,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with the table
 	$(BIN)/diffseg run mini-voc
 
-study: install  ## every study of notebooks/studies, with three seeds: hours; what was cut goes on
+study: install  ## the mini benchmarks, then every study of notebooks/studies: hours; what was cut goes on
+	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
 	for name in $(basename $(notdir $(wildcard notebooks/studies/*.yaml))); do $(BIN)/diffseg study $$name || exit 1; done
 
 test: install  ## the tests that CI runs

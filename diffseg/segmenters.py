@@ -12,6 +12,7 @@ from torch import nn
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
+from diffseg.manifest import project_root
 from diffseg.seeds import derive_seed
 
 # Name -> (architecture, encoder, options) of segmentation-models-pytorch.
@@ -155,16 +156,17 @@ def new_networks(
 ) -> Segmenter | Ensemble:
     """Make one network, or an ensemble of `count` whose initial weights differ (by seeds from `seed` and the index).
 
-    initial_network: the folder of a saved network of the same name whose weights are the start (of an ensemble the
-    k-th for the k-th); the last layer starts anew where the classes differ. One folder for two networks gives them
-    the same start but for that layer. Raises a DiffsegError where the architectures differ.
+    initial_network: the folder (a relative one counts from the project's root) of a saved network of the same name
+    whose weights are the start (of an ensemble the k-th for the k-th); the last layer starts anew where the classes
+    differ. One folder for two networks gives them the same start but for that layer. Raises a DiffsegError where the
+    architectures differ.
     """
     networks = []
     for index in range(count):
         torch.manual_seed(derive_seed(seed, "network", index))
         networks.append(Segmenter(name, classes, encoder_weights))
     if initial_network:
-        saved = load_segmenter(Path(initial_network))
+        saved = load_segmenter(project_root() / initial_network)
         starts = list(saved.networks) if isinstance(saved, Ensemble) else [saved]
         for index, network in enumerate(networks):
             start_from(network, starts[index % len(starts)])
