@@ -200,6 +200,23 @@ def test_another_coding_is_refused_with_the_name_of_the_file(tmp_path, name, pix
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("mode", "words"), [("RGB", "never convert it to RGB"), ("RGBA", "RGBA"), ("L", "label id 147")]
+)
+def test_a_palette_png_that_lost_its_index_is_refused_as_label_and_as_prediction(tmp_path, mode, words):
+    base = make_voc(tmp_path)
+    path = base / "SegmentationClass" / "2007_000033.png"
+    write_label(path, np.full((6, 8), 15), VOC)
+    with Image.open(path) as picture:
+        converted = picture.convert(mode)
+    converted.save(path)
+    with pytest.raises(DiffsegError, match=words) as caught:
+        open_split(VOC, tmp_path, "val")[0]
+    assert str(path) in str(caught.value)
+    with pytest.raises(DiffsegError, match=words):
+        read_prediction(base / "SegmentationClass", "2007_000033", VOC, (6, 8))
+
+
 def test_a_file_named_as_train_ids_is_refused(tmp_path):
     path = tmp_path / "munster_000001_000019_gtFine_labelTrainIds.png"
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(path)
@@ -231,6 +248,26 @@ def test_predictions_in_the_servers_format_come_back(tmp_path, name):
         read_prediction(tmp_path, "other", benchmark, (5, 7))
 
 
+def test_predictions_are_coded_as_the_servers_ask(tmp_path):
+    """The PNG's mode and numbers, looked at without our reader."""
+    for name, ids, mode, pixels in (
+        ("voc", [[0, 15, 20]], "P", [[0, 15, 20]]),
+        ("cityscapes", [[0, 13, 18]], "L", [[7, 26, 33]]),
+        ("imagenet-s-919", [[0, 255, 919]], "RGB", [[[0, 0, 0], [255, 0, 0], [151, 3, 0]]]),
+    ):
+        path = write_prediction(tmp_path, name, np.array(ids), BENCHMARKS[name], (1, 3))
+        with Image.open(path) as picture:
+            assert (picture.format, picture.mode, np.array(picture).tolist()) == ("PNG", mode, pixels)
+            if mode == "P":
+                assert picture.getpalette()[45:48] == [192, 128, 128], "VOC's colour of a person"
+
+
+def test_cityscapes_predictions_in_train_ids_are_refused_with_the_remedy(tmp_path):
+    Image.fromarray(np.arange(19, dtype=np.uint8)[None]).save(tmp_path / "a.png")
+    with pytest.raises(DiffsegError, match="without a class of cityscapes.*labelId \\(not trainId\\)"):
+        read_prediction(tmp_path, "a", CITYSCAPES, (1, 19))
+
+
 # Readers
 
 
@@ -257,17 +294,20 @@ def test_trainaug_reads_lists_of_names_and_of_paths_and_says_what_it_needs(tmp_p
     assert dataset.items == names and len(dataset[0]) == 3
 
 
-def test_imagenet_s_split_is_read_by_its_label_files(tmp_path):
-    make_imagenet_s(tmp_path)
-    dataset = open_split(IMAGENET_S_50, tmp_path, "validation")
-    first, second = IMAGENET_S_50.classes[1:3]
+@pytest.mark.parametrize("size", [50, 300, 919])
+def test_imagenet_s_split_is_read_by_its_label_files(tmp_path, size):
+    benchmark = BENCHMARKS[f"imagenet-s-{size}"]
+    folder = make_imagenet_s(tmp_path, benchmark) / "validation-segmentation"
+    assert folder.parent.name == f"ImageNetS{size}"
+    dataset = open_split(benchmark, tmp_path, "validation")
+    first, second = benchmark.classes[1:3]
     assert [name for name, _, _ in dataset.items] == [f"{first}/{first}_1", f"{second}/{second}_1"]
-    np.testing.assert_array_equal(dataset[0][2], random_label(IMAGENET_S_50))
-    (tmp_path / "ImageNetS50" / "validation-segmentation" / first).rename(
-        tmp_path / "ImageNetS50" / "validation-segmentation" / "n00000001"
-    )
+    label = dataset[0][2]
+    np.testing.assert_array_equal(label, random_label(benchmark))
+    assert {size, 1000} <= set(label.flatten().tolist())
+    (folder / first).rename(folder / "n00000001")
     with pytest.raises(DiffsegError, match="n00000001 is no class"):
-        open_split(IMAGENET_S_50, tmp_path, "validation")
+        open_split(benchmark, tmp_path, "validation")
 
 
 def test_cityscapes_split_is_sorted_and_in_train_ids(tmp_path):
@@ -293,6 +333,32 @@ def test_a_missing_tree_names_what_is_missing_where_it_is_had_and_the_tree(tmp_p
     assert message.count("\n") == 0
     with pytest.raises(DiffsegError, match="has no split 'best'; it has"):
         open_split(benchmark, tmp_path, "best")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "make", "part"),
+    [
+        (VOC, make_voc, "VOCdevkit/VOC2012/JPEGImages"),
+        (VOC, make_voc, "VOCdevkit/VOC2012/SegmentationClass"),
+        (VOC, make_voc, "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"),
+        (IMAGENET_S_50, make_imagenet_s, "ImageNetS50/validation"),
+        (IMAGENET_S_50, make_imagenet_s, "ImageNetS50/validation-segmentation"),
+        (CITYSCAPES, make_cityscapes, "leftImg8bit/val"),
+        (CITYSCAPES, make_cityscapes, "gtFine/val"),
+    ],
+)
+def test_a_wrong_tree_is_answered_with_the_missing_part_its_source_and_the_tree(tmp_path, benchmark, make, part):
+    make(tmp_path)
+    open_split(benchmark, tmp_path, benchmark.evaluation_split)
+    (tmp_path / part).rename(tmp_path / "elsewhere")
+    with pytest.raises(DiffsegError) as caught:
+        open_split(benchmark, tmp_path, benchmark.evaluation_split)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{tmp_path / part} is missing: get {benchmark.source} and unpack it so that there is")
+    assert sentence.count(str(tmp_path / benchmark.folder)) >= 3 and "\n" not in sentence
+    (tmp_path / "elsewhere").rename(tmp_path / part)
+    with pytest.raises(DiffsegError, match="is missing"):  # the root itself is one folder too deep
+        open_split(benchmark, (tmp_path / part).parent, benchmark.evaluation_split)
 
 
 def test_broken_files_are_named(tmp_path):

@@ -125,6 +125,15 @@ def test_the_published_agreement_is_measured_and_below_a_billionth():
     assert agreement.largest_difference([0.5, math.nan], [0.25, math.nan]) == 0.25
 
 
+def test_the_published_metric_costs_less_than_a_tenth_of_the_evaluation():
+    report = json.loads((project_root() / "results" / "benchmarks" / "metrics.json").read_text(encoding="utf-8"))
+    assert (report["pixels"], report["classes"]) == ([512, 512], 21) and report["rows"]
+    for row in report["rows"]:
+        extras = row["imagenet_s_extras_ms"]
+        counted = row["metric_ms"] + row["bootstrap_ms_of_1449_pictures"] / 1449 + extras
+        assert row["metric_share"] < 0.1 and counted < 0.1 * (row["decode_ms"] + row["network_ms"] + counted)
+
+
 def test_groups_are_the_iou_of_merged_classes():
     label, prediction = corner_cases(19, 255, seed=3)
     matrix = counted(label, prediction, 19, 255)
@@ -183,6 +192,32 @@ def test_a_gpu_counts_the_same():
     label, prediction = corner_cases(21, 255, seed=1)
     on_gpu = counted(label.cuda(), prediction.cuda(), 21, 255)
     np.testing.assert_array_equal(on_gpu.counts, counted(label, prediction, 21, 255).counts)
+    scores = {}
+    for device in ("cpu", "cuda"):
+        extras = ImageNetSScores(21, 255)
+        for pair in zip(label.to(device), prediction.to(device), strict=True):
+            extras.update(*pair)
+        scores[device] = extras.compute()
+    assert scores["cuda"] == pytest.approx(scores["cpu"], abs=0, nan_ok=True)
+
+
+def test_no_pixel_is_lost_on_streams_longer_than_floats_can_count():
+    """2**53 + 1 pixels: float64 has no such number, nor float32 one of 2**24 + 1."""
+    one = torch.tensor([[1]])
+    matrix = ConfusionMatrix(2, 255)
+    matrix.counts[1, 1] = 2**53
+    matrix.update(one, one)
+    merged = matrix + counted(one, one, 2, 255)
+    assert (matrix.counts[1, 1], merged.counts[1, 1]) == (2**53 + 1, 2**53 + 2)
+    assert matrix.class_sums[1].tolist() == [2**53 + 1] * 3
+    scores = ImageNetSScores(2, 1000)
+    streams = [scores.boundary, scores.bins["L"], scores.boundary_bins["L"]]
+    for sums in streams:
+        sums[1] = 2**53
+    scores.update(one, one)
+    again = scores + ImageNetSScores(2, 1000)
+    for sums in [*streams, again.boundary, again.bins["L"], again.boundary_bins["L"]]:
+        assert sums.dtype == np.int64 and sums[1].tolist() == [2**53 + 1] * 3
 
 
 @settings(max_examples=20, deadline=None)
@@ -413,6 +448,29 @@ def test_a_perfect_network_scores_one_whatever_the_sizes_and_batches(batch_size,
     assert (result.images, result.inference, list(result.iou)) == (5, "single scale", list(VOC.classes))
 
 
+class DecodedSomewhere(Scenes):
+    """The name tells which process read the picture."""
+
+    def __getitem__(self, index):
+        return (f"{index}-{os.getpid()}", *self.samples[index][1:])
+
+
+def test_pictures_are_decoded_by_workers_and_predicted_in_batches_of_one_size(tmp_path):
+    scenes, seen = DecodedSomewhere(VOC, SIZES), []
+
+    def watching(images):
+        seen.append(tuple(images.shape))
+        return wrong_here_and_there(images)
+
+    options = {"batch_size": 2, "bootstrap": 20}
+    result = evaluate(watching, scenes, VOC, workers=2, write_to=tmp_path, **options)
+    assert [shape[0] for shape in seen] == [2, 1, 1, 1], "48 x 32 and 40 x 40 cannot share a batch"
+    names = sorted(path.stem.split("-") for path in tmp_path.iterdir())
+    assert [index for index, _ in names] == list("01234")
+    assert len({pid for _, pid in names}) == 2 and str(os.getpid()) not in {pid for _, pid in names}
+    assert result == evaluate(watching, scenes, VOC, **options)
+
+
 def test_label_maps_and_scores_of_another_resolution_are_taken():
     scenes, network = Scenes(CITYSCAPES, SIZES), red_is_the_class(CITYSCAPES)
     maps = evaluate(lambda images: network(images).argmax(1), scenes, CITYSCAPES, bootstrap=20)
@@ -453,6 +511,10 @@ def test_refinement_gets_picture_and_probabilities_and_is_named():
     assert result.inference == "single scale + to_background"
     assert result.iou["person"] == 0.0 and result.iou["background"] > 0
     assert describe_inference((0.75, 1.25), False, None) == "scales 0.75, 1.25"
+    everything = describe_inference([0.75, 1.0, 1.25], True, crf)
+    assert everything == "scales 0.75, 1, 1.25 + flip + crf"
+    label = torch.zeros(2, 2, dtype=torch.int64)
+    assert score([(label, label)], VOC, everything, bootstrap=5).metrics()["inference"] == everything
 
 
 def test_a_crf_moves_the_prediction_to_the_pictures_edge():
