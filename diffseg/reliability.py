@@ -1,0 +1,111 @@
+"""Whom should a pixel believe, its pseudo-label or the network? Both judged by a reference network.
+
+python -m diffseg.reliability results/runs/mini-voc [more runs]     results/tables/reliability.csv, figure of that name
+
+Co-training replaces the pseudo-label by a network's opinion on the pixels of small margin. That can help only where the
+network is right more often than the label. So each class's pixels of each picture are ordered by margin, as
+`diffseg.masks.reliable_pixels` orders them, and cut into ten tenths; in each the label and the run's trained network
+are compared with the reference (in the mini world the oracle, which was trained on true masks).
+"""
+
+import argparse
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch.utils.data import Dataset
+
+from diffseg.benchmarks import VOC
+from diffseg.datasets import pictures_set
+from diffseg.figures import save_figure
+from diffseg.files import atomic_path
+from diffseg.manifest import project_root, read_manifest
+from diffseg.mask_ablation import load_reference
+from diffseg.masks import reliable_pixels
+from diffseg.segmenters import load_segmenter
+
+TENTHS = 10
+
+
+def tenths(label: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+    """Return for each pixel (H x W) in which tenth of its class's margins it lies: 0 the largest, 9 the smallest."""
+    within = [reliable_pixels(label, margin, (k + 1) / TENTHS) for k in range(TENTHS)]
+    return TENTHS - torch.stack(within).sum(dim=0)
+
+
+@torch.no_grad()
+def accuracies(
+    pictures: Dataset, reference: Callable, networks: dict[str, Callable], objects_only: bool = False
+) -> list[dict[str, float]]:
+    """Return a row per tenth of the margin: tenth, pixels, and the accuracy (0..1) of "label" and of each network.
+
+    pictures: items (name, image uint8 3 x H x W, label int64 H x W, margin uint8 H x W). reference, networks: from
+    images (float B x 3 x H x W, 0..1) to scores B x K x H x W. objects_only: leave out the label's background.
+    """
+    right = {name: torch.zeros(TENTHS, dtype=torch.int64) for name in ("label", *networks)}
+    count = torch.zeros(TENTHS, dtype=torch.int64)
+    for k in range(len(pictures)):
+        _, image, label, margin = pictures[k]
+        batch = image[None].float() / 255
+        truth, where = reference(batch).argmax(dim=1)[0], tenths(label, margin)
+        counted = label > 0 if objects_only else torch.ones_like(label, dtype=torch.bool)
+        count += where[counted].bincount(minlength=TENTHS)
+        opinions = {"label": label} | {name: network(batch).argmax(dim=1)[0] for name, network in networks.items()}
+        for name, opinion in opinions.items():
+            right[name] += where[counted & (opinion == truth)].bincount(minlength=TENTHS)
+    return [
+        {"tenth": tenth + 1, "pixels": int(count[tenth])}
+        | {name: round(int(found[tenth]) / max(1, int(count[tenth])), 4) for name, found in right.items()}
+        for tenth in range(TENTHS)
+    ]
+
+
+def reliability_figure(rows: Sequence[dict]) -> Figure:
+    """Draw accuracy over the tenth of the margin: a panel for all pixels and one for objects, a line an opinion."""
+    regions = list(dict.fromkeys(row["region"] for row in rows))
+    figure, axes = plt.subplots(1, len(regions), figsize=(3.3 * len(regions), 2.8), squeeze=False, sharex=True)
+    for axis, region in zip(axes[0], regions, strict=True):
+        for opinion in dict.fromkeys(row["opinion"] for row in rows):
+            found = [row for row in rows if row["region"] == region and row["opinion"] == opinion]
+            values = [100 * row["accuracy"] for row in found]
+            style = {"color": "black", "linestyle": "--"} if opinion == "label" else {}
+            axis.plot([row["tenth"] for row in found], values, marker="o", markersize=3, label=opinion, **style)
+        axis.set(title=region, xlabel="tenth of the margins (1: largest)", ylim=(None, 100))
+    axes[0][0].set_ylabel("agrees with the oracle (%)")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="their synthetic pictures must be the same (the first's)")
+    parser.add_argument("--reference", default="mini", help="mini, or the folder of a saved network")
+    parser.add_argument("--out", type=Path, default=project_root() / "results")
+    chosen = parser.parse_args(arguments)
+    networks = {}
+    for run in chosen.runs:
+        used = read_manifest(run / "04_robust_training")["parameters"]
+        name = f"{run.name}, {used['training_mode']}, {used['iterations']} iterations"
+        networks[name] = load_segmenter(run / "04_robust_training" / "synthetic")
+    pictures, reference = pictures_set(chosen.runs[0] / "03_synthesis", VOC), load_reference(chosen.reference, VOC)
+    rows = [
+        {"region": region, "tenth": row["tenth"], "pixels": row["pixels"], "opinion": name, "accuracy": row[name]}
+        for region, objects_only in (("all pixels", False), ("labelled as objects", True))
+        for row in accuracies(pictures, reference.eval(), networks, objects_only)
+        for name in ("label", *networks)
+    ]
+    with atomic_path(chosen.out / "tables" / "reliability.csv") as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = reliability_figure(rows)
+    save_figure(figure, chosen.out / "figures" / "reliability.png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
