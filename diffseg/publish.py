@@ -1,6 +1,6 @@
 """Put a run's numbers into results/ and into the README, so that both tell what was measured.
 
-python -m diffseg.publish results/runs/mini-voc   # copies the run's numbers
+python -m diffseg.publish results/runs/mini-voc   # copies the run's numbers, and its notebooks as pages
 python -m diffseg.publish                          # fills the README's tables only, as after a study
 """
 
@@ -9,37 +9,102 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.manifest import STEPS, altered, project_root, read_manifest
+from diffseg.report import network_rows, percent
+from diffseg.runs import EXECUTED
 from diffseg.study import study_files
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
 def run_table(summary: Mapping) -> str:
-    """Return a run's summary.json as a Markdown table."""
-    rows = [("synthetic pictures, masks from attention", "images", "miou", "miou_interval")]
-    rows.append(("real pictures, true masks (the upper line)", "images_real", "miou_real", "miou_real_interval"))
-    lines = ["| trained on | images | mIoU (%) | 95 % interval over pictures |", "|---|---|---|---|"]
-    for name, images, miou, interval in rows:
-        if summary[miou] is None:  # a run without the real network
-            continue
-        low, high = map(percent, summary[interval])
-        lines.append(f"| {name} | {summary[images]} | {percent(summary[miou])} | {low} to {high} |")
+    """Return a run's summary.json as a Markdown table; merged classes have a column each."""
+    rows = network_rows(summary)
+    groups = list(rows[0]["groups"])
+    lines = [
+        row_of(
+            ["trained on", "images", "mIoU (%)", "95 % interval over pictures", *(f"{name} (%)" for name in groups)]
+        ),
+        "|---" * (4 + len(groups)) + "|",
+    ]
+    for row in rows:
+        name = row["name"].replace("true masks", "true masks (the upper line)")
+        merged = [percent(row["groups"].get(group)) for group in groups]
+        lines.append(
+            row_of([name, row["images"], percent(row["miou"]), " to ".join(map(percent, row["interval"])), *merged])
+        )
     if summary["ratio"] is not None:
-        lines.append(f"| **ratio** | | **{summary['ratio']:.2f}** | |")
-    minutes = sum(summary["seconds"].values()) / 60
+        lines.append(row_of(["**ratio**", "", f"**{summary['ratio']:.2f}**", "", *[""] * len(groups)]))
     lines.append("")
     lines.append(
         f"{summary['segmenter']} from scratch, {summary['validation_images']} validation pictures, "
-        f"{summary['inference']}, seed {summary['seed']}; {minutes:.1f} minutes on {summary['hardware']}."
+        f"{summary['inference']}, seed {summary['seed']}; {minutes(summary):.1f} minutes on {summary['hardware']}."
     )
+    return "\n".join(lines)
+
+
+def row_of(cells: Iterable[object]) -> str:
+    """Return a row of a Markdown table; an empty cell is a single space."""
+    return "|" + "|".join(f" {cell} " if cell != "" else " " for cell in cells) + "|"
+
+
+def minutes(summary: Mapping) -> float:
+    return sum(summary["seconds"].values()) / 60
+
+
+def benchmarks_table(summaries: Sequence[Path]) -> str:
+    """Return one row a published run: its benchmark, ours, the real upper line and their ratio, in Markdown.
+
+    The number of classes is that of the IoUs in the evaluation's manifest, background included where it is one.
+    """
+    titles = ["run", "benchmark", "classes", "images", "synthetic, mIoU (%)", "real, mIoU (%)", "ratio", "minutes"]
+    lines = [row_of(titles), "|---" * len(titles) + "|"]
+    for path in summaries:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads((path.parent / "manifests" / "05_evaluation.json").read_text(encoding="utf-8"))
+        scores = [
+            f"{percent(row['miou'])} ({' to '.join(map(percent, row['interval']))})" for row in network_rows(summary)
+        ]
+        ratio = "-" if summary["ratio"] is None else f"{summary['ratio']:.2f}"
+        lines.append(
+            row_of(
+                [
+                    path.parent.name,
+                    summary["benchmark"],
+                    sum(name.startswith("iou/") for name in manifest["metrics"]["synthetic"]),
+                    summary["images"],
+                    scores[0],
+                    scores[1] if len(scores) > 1 else "-",
+                    ratio,
+                    f"{minutes(summary):.1f}",
+                ]
+            )
+        )
+    return "\n".join([*lines, "", "In brackets the 95 % interval over validation pictures; one seed each."])
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def published_table(path: Path) -> str:
+    """Return results/published.csv, the numbers of others, as a Markdown table."""
+    titles = ["method", "benchmark", "segmenter", "images", "mIoU (%)", "real data (%)", "source", "how sure", "note"]
+    rows = read_rows(path)
+    return "\n".join([row_of(titles), "|---" * len(titles) + "|", *(row_of(row.values()) for row in rows)])
+
+
+def claims_table(path: Path) -> str:
+    """Return results/claims.csv, the paper's claims and what became of them here, as a Markdown table."""
+    lines = [row_of(["the paper's claim", "its numbers", "mini", "found", "the paper's scale"]), "|---" * 5 + "|"]
+    for row in read_rows(path):
+        links = {name: f" ([file]({row[name]}))" if row[name] else "" for name in ("mini_file", "paper_scale_file")}
+        cells = [row["claim"], row["paper"], f"**{row['mini']}**", row["mini_finding"] + links["mini_file"]]
+        lines.append(row_of([*cells, f"**{row['paper_scale']}**{links['paper_scale_file']}"]))
     return "\n".join(lines)
 
 
@@ -75,8 +140,7 @@ def generator_table(report: Mapping) -> str:
 
 def study_table(path: Path) -> str:
     """Return results/tables/<study>.csv as a Markdown table, a score's mean and spread in one cell."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     scores = [name.removesuffix("_spread") for name in rows[0] if name.endswith("_spread")]
     titles = [f"{score.replace('_', ', ').replace('miou', 'mIoU')} (%)" for score in scores]
     lines = [f"| configuration | seeds | images | {' | '.join(titles)} | seconds |", "|---" * (len(scores) + 4) + "|"]
@@ -90,15 +154,22 @@ def study_table(path: Path) -> str:
 
 
 def readme_with_tables(readme: str, results: Path) -> str:
-    """Return the README with every block `<!-- table: results/FILE --> ... <!-- /table -->` made anew."""
-    makers = {"summary.json": run_table, "mini_generator.json": generator_table}
+    """Return the README with every block `<!-- table: results/FILE --> ... <!-- /table -->` made anew.
+
+    FILE is a published run's summary.json, `*/summary.json` for all of them in one table, mini_generator.json,
+    published.csv, claims.csv, or the table of a study.
+    """
+    from_json = {"summary.json": run_table, "mini_generator.json": generator_table}
+    from_csv = {"published.csv": published_table, "claims.csv": claims_table}
 
     def fill(match: re.Match) -> str:
         file = results.parent / match[1]
-        if file.suffix == ".csv":
-            table = study_table(file)
+        if "*" in match[1]:
+            table = benchmarks_table(sorted(results.parent.glob(match[1])))
+        elif file.suffix == ".csv":
+            table = from_csv.get(file.name, study_table)(file)
         else:
-            table = makers[file.name](json.loads(file.read_text(encoding="utf-8")))
+            table = from_json[file.name](json.loads(file.read_text(encoding="utf-8")))
         return f"<!-- table: {match[1]} -->\n{table}\n<!-- /table -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", fill, readme, flags=re.DOTALL)
@@ -107,6 +178,7 @@ def readme_with_tables(readme: str, results: Path) -> str:
 def publish(run: Path) -> None:
     """Copy a finished run's summary, table, figures and manifests to results/, and fill the README's tables.
 
+    Its executed notebooks become pages, results/notebooks/<run>/<step>.html, for readers without Python.
     Raises a DiffsegError when a step of the run is not finished, and for a study, which writes its own results.
     """
     root = project_root()
@@ -123,13 +195,23 @@ def publish(run: Path) -> None:
         files[target / "manifests" / f"{step.name}.json"] = step / "manifest.json"
         for figure in manifest["metrics"].get("figures", []):
             files[target / "figures" / figure] = step / figure
-        for name in ("summary.json", "table.txt"):
+        for name in ("summary.json", "table.txt", "figures.txt"):
             if name in manifest["outputs"]:
                 files[target / name] = step / name
     for path, source in files.items():
         with atomic_path(path) as temporary:
             shutil.copyfile(source, temporary)
+    write_pages(run, root / "results" / "notebooks" / run.name)
     fill_readme(root)
+
+
+def write_pages(run: Path, target: Path) -> None:
+    """Write the executed notebooks of a finished run as HTML, one page a step, each without need of another file."""
+    from diffseg.pages import page  # here: nbconvert takes seconds to load, and the README's tables need none of it
+
+    for step in STEPS:
+        with atomic_path(target / f"{step}.html") as temporary:
+            temporary.write_text(page(run / step / EXECUTED, run.name, list(STEPS)), encoding="utf-8")
 
 
 def fill_readme(root: Path) -> None:

@@ -1,0 +1,121 @@
+"""A run's executed notebooks as small HTML pages: pictures and formulas inside, no script, nothing is fetched.
+
+nbconvert (it comes with JupyterLab) turns each cell into HTML; the page around it, the formulas and the size of the
+pictures are ours, because nbconvert's own pages load MathJax from the network and are mostly style sheet.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import nbformat
+from matplotlib.mathtext import math_to_image
+from nbconvert import HTMLExporter
+from PIL import Image
+from pygments.formatters import HtmlFormatter
+
+from diffseg.errors import DiffsegError
+
+STYLE = """
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
+pre { font: 13px/1.4 ui-monospace, monospace; overflow-x: auto; margin: 0; }
+code { font: 0.9em ui-monospace, monospace; background: #f3f3f3; }
+.input { border-left: 3px solid #0072b2; background: #f7f7f7; padding: 0.5rem 0.8rem; margin: 1rem 0 0.3rem; }
+.output { margin: 0.3rem 0 1.2rem; overflow-x: auto; }
+.output img { max-width: 100%; }
+.prompt { display: none; }
+.anchor-link { display: none; }
+table { border-collapse: collapse; font-size: 13px; margin: 0.5rem 0; }
+th, td { padding: 0.2rem 0.6rem; text-align: left; border-bottom: 1px solid #ddd; }
+nav { font-size: 14px; } nav b, nav a { margin-right: 0.8em; }
+"""
+FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\s](?:[^$\n]*[^$\s])?)\$|```.*?```|`[^`\n]+`", re.DOTALL)
+# what matplotlib's mathtext does not know: sizes, without which a formula reads as well, and other names of symbols
+UNKNOWN = re.compile(r"\\(displaystyle|[bB]igg?[lr]?|le|ge|[lr]Vert)(?![a-zA-Z])")
+INSTEAD = {"le": r"\leq", "ge": r"\geq", "lVert": r"\|", "rVert": r"\|"}
+
+
+def embedded(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def smaller(png: bytes) -> bytes:
+    """Return a picture as WebP, lossless where that is the smaller one, as it is for bars and curves."""
+    picture = Image.open(io.BytesIO(png))
+    coded = []
+    for options in ({"lossless": True}, {"quality": 75}):
+        file = io.BytesIO()
+        picture.save(file, "WEBP", method=4, **options)
+        coded.append(file.getvalue())
+    return min(coded, key=len)
+
+
+def with_formulas(markdown: str) -> str:
+    """Return Markdown whose `$...$` and `$$...$$` are pictures that hold their TeX as text; code stays as it is.
+
+    Drawn by matplotlib's mathtext; a formula that it cannot read stays TeX.
+    """
+
+    def draw(match: re.Match) -> str:
+        tex = match["block"] or match["inline"]
+        if tex is None:  # code
+            return match[0]
+        file, words = io.BytesIO(), UNKNOWN.sub(lambda found: INSTEAD.get(found[1], ""), " ".join(tex.split()))
+        words = words.replace(r"\frac", r"\dfrac") if match["block"] else words
+        try:
+            depth = math_to_image(f"${words}$", file, dpi=200, format="png")
+        except ValueError:
+            return match[0]
+        width, height = (side / 2 for side in Image.open(file).size)  # sharp on dense screens too, as tall as the text
+        style = f"width:{width:.0f}px;height:{height:.0f}px;vertical-align:-{depth / 2:.0f}px"
+        alt = escape(tex).replace("|", "&#124;")  # a bar would end the cell of a table
+        image = f'<img alt="{alt}" style="{style}" src="{embedded(file.getvalue(), "png")}">'
+        return f'\n\n<div style="text-align:center">{image}</div>\n\n' if match["block"] else image
+
+    return FORMULA.sub(draw, markdown)
+
+
+def tidy(notebook: nbformat.NotebookNode, run: str) -> None:
+    """Drop progress bars and places on this machine from an executed notebook, and make its pictures small."""
+    place = re.compile(rf"/[^\s'\"<>]*/({re.escape(run)}(?:/|(?=['\"\s])|$))")
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_formulas(cell.source)
+            continue
+        cell.source = re.sub(r"(?m)^out = ['\"].*['\"]$", 'out = ""', cell.source)
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                output.text = place.sub(r"results/runs/\1", output.text)
+                continue
+            data = output.get("data", {})
+            for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}:
+                data[kind] = place.sub(r"results/runs/\1", data[kind])
+            if "image/png" in data:
+                coded = smaller(base64.b64decode(data["image/png"]))
+                output["data"] = {"text/html": f'<img alt="figure" src="{embedded(coded, "webp")}">'}
+
+
+def page(executed: Path, run: str, pages: Sequence[str] = ()) -> str:
+    """Return an executed notebook as one HTML page.
+
+    `run` is the name of its run, `pages` the names of all pages of the run (a line of links on top). The page holds
+    all it needs. Raises a DiffsegError for a file that is no notebook.
+    """
+    try:
+        notebook = nbformat.read(executed, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        raise DiffsegError(f"{executed} is no executed notebook ({error}); run its step again.") from error
+    tidy(notebook, run)
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    name = executed.parent.name
+    links = " ".join(f"<b>{other}</b>" if other == name else f'<a href="{other}.html">{other}</a>' for other in pages)
+    style = STYLE + HtmlFormatter(style="default").get_style_defs(".highlight")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} ({escape(run)})</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>\n'
+        f"<body><nav>{links}</nav>\n{body}\n</body></html>\n"
+    )
