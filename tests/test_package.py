@@ -88,7 +88,7 @@ def test_weights_are_safetensors_below_forty_megabytes():
 def test_every_number_of_the_readme_comes_from_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = re.findall(r"<!-- table: (\S+) -->", readme)
-    assert {"results/mini-voc/summary.json", "results/mini_generator.json"} <= set(tables)
+    assert {"results/*/summary.json", "results/mini_generator.json"} <= set(tables)
     assert readme_with_tables(readme, ROOT / "results") == readme, "run python -m diffseg.publish results/runs/mini-voc"
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme):
         assert picture.startswith("results/") and (ROOT / picture).is_file()
