@@ -1,6 +1,6 @@
 """Whom should a pixel believe, its pseudo-label or the network? Both judged by a reference network.
 
-python -m diffseg.reliability results/runs/mini-voc [more runs]     results/tables/reliability.csv, figure of that name
+python -m diffseg.reliability results/runs/mini-voc [more runs]     results/tables/reliability.csv and .json, a figure
 
 Co-training replaces the pseudo-label by a network's opinion on the pixels of small margin. That can help only where the
 network is right more often than the label. So each class's pixels of each picture are ordered by margin, as
@@ -10,6 +10,7 @@ are compared with the reference (in the mini world the oracle, which was trained
 
 import argparse
 import csv
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from torch.utils.data import Dataset
 from diffseg.benchmarks import VOC
 from diffseg.datasets import pictures_set
 from diffseg.figures import save_figure
-from diffseg.files import atomic_path
-from diffseg.manifest import project_root, read_manifest
+from diffseg.files import atomic_path, sha256_file
+from diffseg.manifest import MANIFEST, git_state, hardware, project_root, read_manifest, versions
 from diffseg.mask_ablation import load_reference
 from diffseg.masks import reliable_pixels
 from diffseg.segmenters import load_segmenter
@@ -102,6 +103,10 @@ def main(arguments: list[str] | None = None) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    about = {"reference": chosen.reference, "git": git_state(project_root()), "hardware": hardware()}
+    about["runs"] = {run.name: sha256_file(run / "04_robust_training" / MANIFEST) for run in chosen.runs}
+    with atomic_path(chosen.out / "tables" / "reliability.json") as path:
+        path.write_text(json.dumps(about | {"versions": versions()}, indent=1))
     figure = reliability_figure(rows)
     save_figure(figure, chosen.out / "figures" / "reliability.png")
     plt.close(figure)
