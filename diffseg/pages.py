@@ -80,7 +80,8 @@ def with_formulas(markdown: str) -> str:
 
 def tidy(notebook: nbformat.NotebookNode, run: str) -> None:
     """Drop progress bars and places on this machine from an executed notebook, and make its pictures small."""
-    place = re.compile(rf"/[^\s'\"<>]*/({re.escape(run)}(?:/|(?=['\"\s])|$))")
+    # this run's folder wherever it lay, and that of another run of the same root, whose step it shares
+    place = re.compile(rf"/[^\s'\"<>]*/(?:(?={re.escape(run)}(?:[/'\"\s]|$))|results/runs/)")
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_formulas(cell.source)
@@ -89,11 +90,11 @@ def tidy(notebook: nbformat.NotebookNode, run: str) -> None:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.outputs:
             if output.output_type == "stream":
-                output.text = place.sub(r"results/runs/\1", output.text)
+                output.text = place.sub("results/runs/", output.text)
                 continue
             data = output.get("data", {})
             for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}:
-                data[kind] = place.sub(r"results/runs/\1", data[kind])
+                data[kind] = place.sub("results/runs/", data[kind])
             if "image/png" in data:
                 coded = smaller(base64.b64decode(data["image/png"]))
                 output["data"] = {"text/html": f'<img alt="figure" src="{embedded(coded, "webp")}">'}

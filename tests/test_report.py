@@ -197,7 +197,11 @@ def write_executed(path: Path) -> None:
     begin = nbformat.v4.new_code_cell('out = "/far/away/runs"\nstep.folder')
     begin.outputs = [
         output("execute_result", {"text/plain": "PosixPath('/far/away/runs/tiny/05_evaluation')"}),
-        output("stream", name="stdout", text="wrote /far/away/runs/tiny and 3 < 4\n"),
+        output(
+            "stream",
+            name="stdout",
+            text="wrote /far/away/runs/tiny and /far/away/results/runs/other/03 and 3 < 4\n",
+        ),
         output("stream", name="stderr", text="\r 20%|##   | 1/5\r100%|#####| 5/5"),
     ]
     draw = nbformat.v4.new_code_cell("plot()")
@@ -218,6 +222,7 @@ def test_a_page_needs_no_other_file_and_names_no_foreign_folder(tmp_path):
     html = page(executed, "tiny", ["04_robust_training", "05_evaluation"])
     assert html.startswith("<!doctype html>") and "<h1" in html and "05_evaluation (tiny)" in html
     assert "far/away" not in html and "results/runs/tiny/05_evaluation" in html and "3 &lt; 4" in html
+    assert "wrote results/runs/tiny and results/runs/other/03" in html
     assert "5/5" not in html and "<script" not in html and not re.search(r"""(src|href)=["']?(https?:)?//""", html)
     assert '<a href="04_robust_training.html">' in html and "<b>05_evaluation</b>" in html
     assert html.count("<td") == 2  # the bar of |I| did not end the cell
