@@ -291,10 +291,10 @@ def _check_prediction(prediction: np.ndarray, benchmark: Benchmark, size: tuple[
             "(height x width); resize the scores to the picture before taking the best class."
         )
     if (prediction == benchmark.ignore).any():
-        remedy = "predict one of its classes" + (
-            ", written as labelId (not trainId)" * (benchmark.coding == "labelids")
+        coding = ", written as labelId (not trainId)" if benchmark.coding == "labelids" else ""
+        raise DiffsegError(
+            f"{what} leaves pixels without a class of {benchmark.name}; predict one of its classes{coding}."
         )
-        raise DiffsegError(f"{what} leaves pixels without a class of {benchmark.name}; {remedy}.")
 
 
 def write_picture_label(path: str | os.PathLike, label: np.ndarray | torch.Tensor, benchmark: Benchmark) -> None:

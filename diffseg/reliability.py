@@ -29,6 +29,7 @@ from diffseg.masks import reliable_pixels
 from diffseg.segmenters import load_segmenter
 
 TENTHS = 10
+REGIONS = ("all pixels", "labelled as objects")
 
 
 def tenths(label: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
@@ -39,29 +40,33 @@ def tenths(label: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracies(
-    pictures: Dataset, reference: Callable, networks: dict[str, Callable], objects_only: bool = False
-) -> list[dict[str, float]]:
-    """Return a row per tenth of the margin: tenth, pixels, and the accuracy (0..1) of "label" and of each network.
+    pictures: Dataset, reference: Callable, networks: dict[str, Callable]
+) -> dict[str, list[dict[str, float]]]:
+    """Return, for all pixels and for those labelled as objects, a row per tenth of the margin.
 
-    pictures: items (name, image uint8 3 x H x W, label int64 H x W, margin uint8 H x W). reference, networks: from
-    images (float B x 3 x H x W, 0..1) to scores B x K x H x W. objects_only: leave out the label's background.
+    A row holds tenth, pixels, and the accuracy (0..1) of "label" and of each network. pictures: items (name, image
+    uint8 3 x H x W, label int64 H x W, margin uint8 H x W). reference, networks: from images (float B x 3 x H x W,
+    0..1) to scores B x K x H x W.
     """
-    right = {name: torch.zeros(TENTHS, dtype=torch.int64) for name in ("label", *networks)}
-    count = torch.zeros(TENTHS, dtype=torch.int64)
+    names = ("pixels", "label", *networks)
+    counts = {region: {name: torch.zeros(TENTHS, dtype=torch.int64) for name in names} for region in REGIONS}
     for k in range(len(pictures)):
         _, image, label, margin = pictures[k]
         batch = image[None].float() / 255
         truth, where = reference(batch).argmax(dim=1)[0], tenths(label, margin)
-        counted = label > 0 if objects_only else torch.ones_like(label, dtype=torch.bool)
-        count += where[counted].bincount(minlength=TENTHS)
-        opinions = {"label": label} | {name: network(batch).argmax(dim=1)[0] for name, network in networks.items()}
-        for name, opinion in opinions.items():
-            right[name] += where[counted & (opinion == truth)].bincount(minlength=TENTHS)
-    return [
-        {"tenth": tenth + 1, "pixels": int(count[tenth])}
-        | {name: round(int(found[tenth]) / max(1, int(count[tenth])), 4) for name, found in right.items()}
-        for tenth in range(TENTHS)
-    ]
+        right = {"pixels": torch.ones_like(label, dtype=torch.bool), "label": label == truth}
+        right |= {name: network(batch).argmax(dim=1)[0] == truth for name, network in networks.items()}
+        for region, counted in zip(REGIONS, (right["pixels"], label > 0), strict=True):
+            for name, pixels in right.items():
+                counts[region][name] += where[counted & pixels].bincount(minlength=TENTHS)
+    return {
+        region: [
+            {"tenth": k + 1, "pixels": int(found["pixels"][k])}
+            | {name: round(int(found[name][k]) / max(1, int(found["pixels"][k])), 4) for name in names[1:]}
+            for k in range(TENTHS)
+        ]
+        for region, found in counts.items()
+    }
 
 
 def reliability_figure(rows: Sequence[dict]) -> Figure:
@@ -95,8 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     pictures, reference = pictures_set(chosen.runs[0] / "03_synthesis", VOC), load_reference(chosen.reference, VOC)
     rows = [
         {"region": region, "tenth": row["tenth"], "pixels": row["pixels"], "opinion": name, "accuracy": row[name]}
-        for region, objects_only in (("all pixels", False), ("labelled as objects", True))
-        for row in accuracies(pictures, reference.eval(), networks, objects_only)
+        for region, found in accuracies(pictures, reference.eval(), networks).items()
+        for row in found
         for name in ("label", *networks)
     ]
     with atomic_path(chosen.out / "tables" / "reliability.csv") as path, open(path, "w", newline="") as file:

@@ -25,10 +25,9 @@ def test_accuracies_by_tenth_of_the_margin():
     margin[1, :2] = 1  # and it is not sure of them
     pictures = [("one", torch.zeros(3, 2, 20, dtype=torch.uint8), label, margin)]
     always = {"right": lambda image: scores(truth), "background": lambda image: scores(torch.zeros_like(truth))}
-    rows = accuracies(pictures, lambda image: scores(truth), always)
+    rows, objects = accuracies(pictures, lambda image: scores(truth), always).values()
     assert sum(row["pixels"] for row in rows) == 40 and all(row["right"] == 1 for row in rows)
     assert rows[0]["label"] == 1 and rows[-1]["label"] == 0.5  # two of the four pixels of the last tenth
-    objects = accuracies(pictures, lambda image: scores(truth), always, objects_only=True)
     assert sum(row["pixels"] for row in objects) == 18
     assert all(row["label"] == 1 and row["background"] == 0 for row in objects if row["pixels"])
     table = [
