@@ -137,6 +137,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def provenance() -> dict[str, Any]:
+    """Return {"git", "hardware", "versions"}: by which code, machine and packages a result is made now."""
+    return {"git": git_state(project_root()), "hardware": hardware(), "versions": versions()}
+
+
 def git_state(root: Path) -> dict | None:
     """Return {"revision", "dirty"} of the repository whose top is `root`, None when it is not one."""
 

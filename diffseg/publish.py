@@ -4,7 +4,6 @@ python -m diffseg.publish results/runs/mini-voc   # copies the run's numbers, an
 python -m diffseg.publish                          # fills the README's tables only, as after a study
 """
 
-import csv
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.manifest import STEPS, altered, project_root, read_manifest
-from diffseg.report import network_rows, percent
+from diffseg.report import network_rows, percent, read_rows
 from diffseg.runs import EXECUTED
 from diffseg.study import study_files
 
@@ -86,11 +85,6 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
     return "\n".join([*lines, "", "In brackets the 95 % interval over validation pictures; one seed each."])
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def published_table(path: Path) -> str:
     """Return results/published.csv, the numbers of others, as a Markdown table."""
     titles = ["method", "benchmark", "segmenter", "images", "mIoU (%)", "real data (%)", "source", "how sure", "note"]
@@ -126,7 +120,7 @@ def generator_table(report: Mapping) -> str:
         f"| {percent(real['both_present'])} |"
     )
     hours = training["seconds"] / 3600
-    threads = report["measured_on"]["threads"] or report["measured_on"]["cores"]
+    threads = report["hardware"]["threads"] or report["hardware"]["cores"]
     lines.append("")
     lines.append(
         f"{report['pictures']} pictures of one object and {report['pairs']} of two, "

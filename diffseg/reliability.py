@@ -23,7 +23,7 @@ from diffseg.benchmarks import VOC
 from diffseg.datasets import pictures_set
 from diffseg.figures import save_figure
 from diffseg.files import atomic_path, sha256_file
-from diffseg.manifest import MANIFEST, git_state, hardware, project_root, read_manifest, versions
+from diffseg.manifest import MANIFEST, project_root, provenance, read_manifest
 from diffseg.mask_ablation import load_reference
 from diffseg.masks import reliable_pixels
 from diffseg.segmenters import load_segmenter
@@ -108,10 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    about = {"reference": chosen.reference, "git": git_state(project_root()), "hardware": hardware()}
-    about["runs"] = {run.name: sha256_file(run / "04_robust_training" / MANIFEST) for run in chosen.runs}
+    trained = {run.name: sha256_file(run / "04_robust_training" / MANIFEST) for run in chosen.runs}
     with atomic_path(chosen.out / "tables" / "reliability.json") as path:
-        path.write_text(json.dumps(about | {"versions": versions()}, indent=1))
+        path.write_text(json.dumps({"reference": chosen.reference, "runs": trained, **provenance()}, indent=1))
     figure = reliability_figure(rows)
     save_figure(figure, chosen.out / "figures" / "reliability.png")
     plt.close(figure)

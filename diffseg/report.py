@@ -1,6 +1,8 @@
 """The numbers of a run, from its manifests alone, and the published ones that stand beside them."""
 
+import csv
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 
@@ -96,14 +98,22 @@ def caption(summary: Mapping) -> str:
     )
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file of results/, every cell a text."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def published_numbers(protocol: str) -> pd.DataFrame:
     """Return the rows of results/published.csv on a benchmark ("voc", "imagenet-s", "cityscapes"), in its columns.
 
     mIoUs are in %, nan where they are not known to us; `sure` is "read" (in the source) or "second-hand" (in
     somebody else's account of it).
     """
-    rows = pd.read_csv(project_root() / "results" / "published.csv").astype({"training_images": "Int64"})
-    return rows[rows.benchmark.str.lower() == protocol].drop(columns="benchmark")
+    table = pd.DataFrame(read_rows(project_root() / "results" / "published.csv"))
+    numbers = ["training_images", "miou", "miou_real"]
+    table = table.assign(**table[numbers].apply(pd.to_numeric)).astype({"training_images": "Int64"})
+    return table[table.benchmark.str.lower() == protocol].drop(columns="benchmark")
 
 
 def beside_published(summary: Mapping, published: pd.DataFrame) -> pd.DataFrame:

@@ -26,18 +26,16 @@ from diffseg.manifest import (
     UNFINISHED,
     WHERE,
     altered,
-    git_state,
-    hardware,
     notebook_path,
     plain,
     project_root,
+    provenance,
     read_json,
     read_manifest,
     run_folder,
     step_key,
     trouble,
     upstream,
-    versions,
 )
 from diffseg.parameters import check, declared, merge, read_yaml
 from diffseg.sharing import claimed, confirm, link, remove
@@ -99,9 +97,7 @@ class Step:
                 "run": self.folder.parent.name,
                 "key": self.key,
                 "parameters": {name: value for name, value in self.parameters.items() if name not in WHERE},
-                "versions": versions(),
-                "git": git_state(project_root()),
-                "hardware": hardware(),
+                **provenance(),
                 "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(),
                 "seconds": round(time.time() - self.started, 2),  # of this attempt, when the step was resumed
                 "resumed": self.resumed,

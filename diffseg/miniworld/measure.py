@@ -20,7 +20,7 @@ from diffseg.benchmarks import VOC
 from diffseg.figures import overlay, picture_rows, save_figure
 from diffseg.files import atomic_path
 from diffseg.generator import load_generator, locate_generator
-from diffseg.manifest import git_state, hardware, project_root, versions
+from diffseg.manifest import project_root, provenance
 from diffseg.masks import label_and_margin
 from diffseg.miniworld.oracle import (
     CLASS_IDS,
@@ -327,9 +327,7 @@ def measure_generator(options: argparse.Namespace) -> dict:
         "oracle": {name: note[name] for name in ("miou", "samples", "parameters", "held_out")},
         "per_class": per_class(single.rows),
         "training": json.loads((Path(locate_generator(options.generator)) / "training.json").read_text()),
-        "measured_on": hardware(),
-        "versions": versions(),
-        "git": git_state(project_root()),
+        **provenance(),
     }
     with atomic_path(options.results / "mini_generator.json") as path:
         path.write_text(json.dumps(report, indent=1) + "\n")

@@ -29,7 +29,7 @@ from diffseg.errors import DiffsegError
 from diffseg.evaluation import evaluate
 from diffseg.figures import save_figure
 from diffseg.files import atomic_path
-from diffseg.manifest import git_state, hardware, project_root, read_json, versions
+from diffseg.manifest import project_root, provenance, read_json
 from diffseg.metrics import ConfusionMatrix, mean_iou
 from diffseg.miniworld.disk import locate_data
 from diffseg.seeds import derive_seed
@@ -182,8 +182,7 @@ def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
                     rows.append(dict(zip(COLUMNS, values, strict=True)))
                     print(*values, flush=True)
                 with atomic_path(manifest) as path:
-                    about = {"settings": settings, "git": git_state(project_root()), "hardware": hardware()}
-                    about |= {"versions": versions(), "started": started, "rows": len(rows)}
+                    about = {"settings": settings, **provenance(), "started": started, "rows": len(rows)}
                     path.write_text(json.dumps(about, indent=1))
                 with atomic_path(table) as path, open(path, "w", newline="", encoding="utf-8") as file:
                     writer = csv.DictWriter(file, COLUMNS)

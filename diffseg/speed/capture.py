@@ -31,7 +31,7 @@ from diffseg.attention import AttentionRecorder, token_positions
 from diffseg.benchmarks import VOC
 from diffseg.files import atomic_path
 from diffseg.generator import load_generator, load_tokenizer
-from diffseg.manifest import git_state, hardware, project_root, versions
+from diffseg.manifest import project_root, provenance
 from diffseg.prompts import Prompt, augment
 from diffseg.refiners import REFINERS, refiners_at_hand
 from diffseg.speed import time_in_turn
@@ -238,7 +238,7 @@ def main() -> None:
         if torch.cuda.is_available()
         else "no GPU was at hand"
     )
-    report |= {"measured_on": hardware(), "versions": versions(), "git": git_state(project_root())}
+    report |= provenance()
     with atomic_path(arguments.output) as path:
         path.write_text(json.dumps(report, indent=1) + "\n")
     print(arguments.output)

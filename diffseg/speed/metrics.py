@@ -25,7 +25,7 @@ from diffseg.benchmarks import VOC, write_label
 from diffseg.datasets import LabelledPictures
 from diffseg.evaluation import predict_labels
 from diffseg.files import atomic_path
-from diffseg.manifest import git_state, hardware, project_root, versions
+from diffseg.manifest import project_root, provenance
 from diffseg.metrics import ConfusionMatrix, ImageNetSScores, bootstrap_interval
 from diffseg.segmenters import Segmenter
 
@@ -105,9 +105,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "repetitions": arguments.repetitions,
         "rows": rows,
-        "hardware": hardware(),
-        "versions": versions(),
-        "git": git_state(project_root()),
+        **provenance(),
     }
     with atomic_path(project_root() / "results" / "benchmarks" / "metrics.json") as path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
