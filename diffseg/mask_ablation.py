@@ -26,13 +26,13 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
-from diffseg.benchmarks import VOC, Benchmark
+from diffseg.benchmarks import Benchmark
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.manifest import MANIFEST, project_root
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.metrics import ConfusionMatrix, bootstrap_interval, mean_iou
-from diffseg.miniworld.oracle import class_probabilities, load_oracle
+from diffseg.miniworld.oracle import ClassOracle, load_oracle
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
 from diffseg.segmenters import load_segmenter
@@ -143,26 +143,13 @@ def cut(one: Recorded, variant: Variant, beta: float, refine: Callable) -> torch
     return label_and_margin(ids, refine(one.pixels, scores, beta, one.attention[variant]))[0]
 
 
-class ClassOracle(nn.Module):
-    """The mini world's oracle as a segmenter of VOC's classes: its pictures' probabilities, summed by class."""
-
-    name, classes = "the mini world's oracle", VOC.classes
-
-    def __init__(self):
-        super().__init__()
-        self.oracle = load_oracle()
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return class_probabilities(self.oracle(image).softmax(dim=1))
-
-
 def load_reference(name: str, benchmark: Benchmark) -> nn.Module:
     """Load the reference network: "mini" (the oracle), or a folder of `save_segmenter`.
 
-    It goes from pictures (float B x 3 x H x W, 0..1) to scores B x classes x H x W and has the attributes name and
+    It goes from pictures (float B x 3 x H x W, 0..1) to logits B x classes x H x W and has the attributes name and
     classes. Raises a DiffsegError when its classes are not the benchmark's.
     """
-    network = ClassOracle() if name == "mini" else load_segmenter(Path(name))
+    network = ClassOracle(load_oracle()) if name == "mini" else load_segmenter(Path(name))
     if tuple(network.classes) != tuple(benchmark.classes):
         raise DiffsegError(
             f"the reference network {name} knows {len(network.classes)} classes and they are not {benchmark.name}'s; "

@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffseg.benchmarks import VOC
 from diffseg.datasets import open_split
+from diffseg.english import with_article
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_file
 from diffseg.generator import load_tokenizer
@@ -90,6 +91,11 @@ def test_the_shipped_tokenizer_is_the_one_that_is_built():
     text = "a photo of a potted plant and a police car in front of a brick wall"
     assert built.get_vocab() == shipped.get_vocab()
     assert built(text).input_ids == shipped(text).input_ids
+
+
+def test_captions_take_the_articles_of_english_but_for_cattle():
+    words = {word for picture in scenes.load_pictures() for word in picture.words}
+    assert {word for word in words if scenes.article(word) != with_article(word)} == {"cattle"}
 
 
 def test_mini_voc_is_read_by_the_voc_reader_and_repeats_byte_for_byte(tmp_path):

@@ -104,10 +104,10 @@ class Oracle(nn.Module):
     of the weights, and a decoder back to every pixel.
     """
 
-    def __init__(self, architecture: str = "deeplabv3plus"):
+    def __init__(self):
         super().__init__()
         self.network = smp.create_model(
-            architecture, "resnet18", encoder_weights=None, encoder_depth=4, classes=len(PICTURE_NAMES)
+            "deeplabv3plus", "resnet18", encoder_weights=None, encoder_depth=4, classes=len(PICTURE_NAMES)
         )
         self.network.encoder.layer4 = nn.Identity()
         for module in self.modules():
@@ -149,7 +149,7 @@ def class_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
 class ClassOracle(nn.Module):
     """The oracle as a network of VOC's classes: pictures (float B x 3 x H x W in 0..1) to logits B x 21 x H x W."""
 
-    classes = VOC.classes
+    name, classes = "the mini world's oracle", VOC.classes
 
     def __init__(self, oracle: Oracle):
         super().__init__()

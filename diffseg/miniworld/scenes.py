@@ -28,6 +28,9 @@ PLACES = {
     "on a wooden floor": ((196, 154, 104), (150, 108, 66)),
     "at night": ((16, 20, 44), (44, 48, 82)),
 }
+SIDE = 64  # of a scene, in pixels
+# Range of an object's longer side as a share of SIDE, alone and beside another one.
+SIZES, PAIR_SIZES = (0.55, 0.85), (0.4, 0.55)
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}")
 
 
@@ -78,6 +81,7 @@ def load_art(word: str) -> Image.Image:
 
 
 def article(word: str) -> str:
+    """Return "an owl", "a cat", and "a cattle": `english.with_article` knows better, but the corpus stays as it was."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
@@ -93,35 +97,25 @@ def paint_background(rng: np.random.Generator, place: str, height: int, width: i
     return picture
 
 
-def draw_scene(
-    rng: np.random.Generator,
-    pictures: list[Picture],
-    words: list[str],
-    place: str,
-    height: int = 64,
-    width: int = 64,
-    sizes: tuple[float, float] = (0.55, 0.85),
-    pair_sizes: tuple[float, float] = (0.4, 0.55),
-) -> Scene:
+def draw_scene(rng: np.random.Generator, pictures: list[Picture], words: list[str], place: str) -> Scene:
     """Draw one or two pictures side by side on a background and caption them with `words`, in any order.
 
     The caption's order says nothing about the places, so a generator has to bind each word to a place by attention.
-    sizes, pair_sizes: range of an object's longer side as a share of its half or whole of the canvas' height.
     """
-    canvas = paint_background(rng, place, height, width)
-    instances = np.zeros((height, width), np.uint8)
-    column = width / len(pictures)
-    low, high = sizes if len(pictures) == 1 else pair_sizes
+    canvas = paint_background(rng, place, SIDE, SIDE)
+    instances = np.zeros((SIDE, SIDE), np.uint8)
+    column = SIDE / len(pictures)
+    low, high = SIZES if len(pictures) == 1 else PAIR_SIZES
     for k, picture in enumerate(pictures):
-        size = round(rng.uniform(low, high) * height)
+        size = round(rng.uniform(low, high) * SIDE)
         art = load_art(picture.word)
         if rng.random() < 0.5:
             art = art.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         art = art.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.LANCZOS)
         pixels = np.asarray(art, np.float64)
         left = round(k * column + rng.uniform(0, max(column - size, 0)))
-        top = round(rng.uniform(0, height - size))
-        left = min(left, width - size)
+        top = round(rng.uniform(0, SIDE - size))
+        left = min(left, SIDE - size)
         window = (slice(top, top + size), slice(left, left + size))
         alpha = pixels[..., 3:] / 255
         canvas[window] = canvas[window] * (1 - alpha) + pixels[..., :3] * alpha
