@@ -47,8 +47,8 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
     - Cityscapes: `leftImg8bit/<split>/<city>/` and `gtFine/<split>/<city>/..._gtFine_labelIds.png`. Names are
       "<city>_<sequence>_<frame>".
 
-    Raises a DiffsegError for an unknown split, and for missing or wrong folders with the official source and
-    tree.
+    Raises a DiffsegError for an unknown split, for missing or wrong folders with the official source and tree, and
+    for a picture or mask of ImageNet-S without the other.
     """
     if not benchmark.splits:
         raise DiffsegError(
@@ -92,12 +92,21 @@ def _voc_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list
 
 def _imagenet_s_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
     _require(base, (split, f"{split}-segmentation"), benchmark.source)
+    pictures, masks = base / split, base / f"{split}-segmentation"
     items = []
-    for label in sorted((base / f"{split}-segmentation").glob("*/*.png")):
+    for label in sorted(masks.glob("*/*.png")):
         tag = label.parent.name
         if tag not in benchmark.classes:
             raise DiffsegError(f"{label.parent} is no class of {benchmark.name}; give the root of its own data set.")
-        items.append((f"{tag}/{label.stem}", base / split / tag / f"{label.stem}.JPEG", label))
+        items.append((f"{tag}/{label.stem}", pictures / tag / f"{label.stem}.JPEG", label))
+    there, expected = set(pictures.glob("*/*.JPEG")), {picture for _, picture, _ in items}
+    missing = sorted(expected - there)
+    missing += sorted(masks / path.parent.name / f"{path.stem}.png" for path in there - expected)
+    if missing:  # there is no list of the split, but its two folders hold the same names
+        raise DiffsegError(
+            f"{len(missing)} of the pictures and masks of {benchmark.name} {split} are missing, the first is "
+            f"{missing[0]}; unpack {split} and {split}-segmentation again, and whole."
+        )
     return items
 
 

@@ -310,6 +310,21 @@ def test_imagenet_s_split_is_read_by_its_label_files(tmp_path, size):
         open_split(benchmark, tmp_path, "validation")
 
 
+@pytest.mark.parametrize("half", ["validation", "validation-segmentation"])
+def test_a_half_unpacked_imagenet_s_is_not_scored_on_fewer_pictures(tmp_path, half):
+    lost = sorted((make_imagenet_s(tmp_path) / half).glob("*/*"))
+    for gone, path in enumerate(lost, start=1):
+        path.unlink()
+        with pytest.raises(DiffsegError) as caught:
+            open_split(IMAGENET_S_50, tmp_path, "validation")
+        message = str(caught.value)
+        assert message.startswith(f"{gone} of the pictures and masks of imagenet-s-50 validation are missing")
+        assert (
+            f"the first is {lost[0]}; unpack validation and validation-segmentation again" in message
+            and "\n" not in message
+        )
+
+
 def test_cityscapes_split_is_sorted_and_in_train_ids(tmp_path):
     make_cityscapes(tmp_path)
     dataset = open_split(CITYSCAPES, tmp_path, "val")
