@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from diffseg.errors import DiffsegError
+from diffseg.manifest import project_root
 
 # Names for generators that come with the package; any other name is a local folder or an id on the Hugging Face hub.
 GENERATORS = {"mini": Path(__file__).parent / "miniworld" / "weights" / "generator"}
@@ -19,8 +20,9 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 
 def locate_generator(name: str) -> str:
-    """Return the folder or hub id that `name` stands for."""
-    return str(GENERATORS.get(name, name))
+    """Return the folder (a relative one counts from the project's root) or hub id that `name` stands for."""
+    folder = GENERATORS.get(name, project_root() / name)
+    return str(folder) if name in GENERATORS or folder.is_dir() else name
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:

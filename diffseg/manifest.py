@@ -1,5 +1,6 @@
 """Steps, run folders and manifests: what a step was made from, by what, and whether it still holds."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +35,9 @@ STEPS = {
 }
 MANIFEST = "manifest.json"
 UNFINISHED = "it is not finished"
+# Parameters that may name a file or folder of the user's, whose bytes enter the key. `data_root` is none of them: a
+# benchmark is a fixed thing of many gigabytes.
+FILES = ("caption_file", "generator", "initial_network", "reference_network", "sam_checkpoint", "target_images")
 WHERE = ("run", "out")  # parameters that say where a run lies, not what it is: they do not enter the key
 PACKAGES = (
     "torch torchvision diffusers transformers peft accelerate segment-anything segmentation-models-pytorch "
@@ -90,12 +94,35 @@ def altered(folder: Path, manifest: dict) -> list[str]:
     return [name for name, sha in outputs if not (folder / name).is_file() or sha256_file(folder / name) != sha]
 
 
+def named_files(parameters: dict[str, Any]) -> dict[str, str]:
+    """Return path -> sha256 of the files that parameters of FILES name, of a folder all that are not hidden.
+
+    A path begins as the parameter's value does; relative ones count from the project root. What is no file or folder,
+    as a name such as "mini" or a hub id, adds nothing.
+    """
+    found = {}
+    for value in filter(None, map(parameters.get, FILES)):
+        place = project_root() / value
+        for path in [place] if place.is_file() else sorted(place.rglob("*")):
+            inside = path.relative_to(place)
+            if path.is_file() and not any(part.startswith(".") for part in inside.parts):
+                stat = path.stat()
+                found[str(Path(value) / inside)] = _fingerprint(path, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+@functools.cache
+def _fingerprint(path: Path, size: int, modified: int) -> str:
+    """Return a file's sha256; gigabytes of weights are read once, not for every step that names them."""
+    return sha256_file(path)
+
+
 def step_key(step: str, parameters: dict[str, Any], run: Path) -> str:
     """Return the sha256 (hex) of all that decides what a step makes.
 
-    That is: the notebook's code without its parameters cell, the resolved parameters but those of WHERE, the
-    package's version, and the keys and output hashes of the direct upstream steps in the run's folder `run`.
-    An upstream step that is not finished raises DiffsegError.
+    That is: the notebook's code without its parameters cell, the resolved parameters but those of WHERE, the bytes
+    of the files that they name (`named_files`), the package's version, and the keys and output hashes of the direct
+    upstream steps in the run's folder `run`. An upstream step that is not finished raises DiffsegError.
     """
     before = {}
     for name in STEPS.get(step, []):
@@ -110,6 +137,8 @@ def step_key(step: str, parameters: dict[str, Any], run: Path) -> str:
         "version": diffseg.__version__,
         "upstream": before,
     }
+    if files := named_files(parameters):
+        recipe["files"] = files
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
@@ -119,8 +148,9 @@ def trouble(folder: Path, key: str, parameters: dict[str, Any]) -> str:
     if manifest is None:
         return UNFINISHED
     if manifest["key"] != key:
-        old = manifest["parameters"]
+        old, read = manifest["parameters"], manifest.get("inputs", {})
         names = [name for name in parameters if name not in WHERE and parameters[name] != old.get(name)]
+        names += [path for path, sha in named_files(parameters).items() if read.get(path) != sha][:1]
         return f"{', '.join(names)} changed" if names else "its notebook, the package or an earlier step changed"
     damaged = altered(folder, manifest)
     return f"its file {damaged[0]} is missing or altered" if damaged else ""

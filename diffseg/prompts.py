@@ -12,11 +12,11 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from diffseg.english import plural, with_article
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
+from diffseg.manifest import project_root
 from diffseg.seeds import derive_seed
 from diffseg.words import Word
 
@@ -53,10 +53,14 @@ class Prompt:
 
 
 def read_captions(path: str | os.PathLike) -> list[str]:
-    """Return the non-empty lines of a UTF-8 text file. Raises DiffsegError when there is none."""
-    if not Path(path).is_file():
+    """Return the non-empty lines of a UTF-8 text file; a relative path counts from the project's root.
+
+    Raises DiffsegError when there is none.
+    """
+    path = project_root() / path
+    if not path.is_file():
         raise DiffsegError(f"The caption file {path} does not exist: give a text file with one caption a line.")
-    captions = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
+    captions = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     if not captions:
         raise DiffsegError(f"The caption file {path} is empty: write one caption a line.")
     return captions

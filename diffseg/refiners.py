@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from diffseg.errors import DiffsegError
+from diffseg.manifest import project_root
 from diffseg.masks import add_background
 
 
@@ -142,8 +143,8 @@ def refine_sam(image, scores: torch.Tensor, beta: float, attention=None, *, pred
 def load_sam(checkpoint: str, model: str, device: str | torch.device = "cpu"):
     """Return a segment_anything.SamPredictor with weights from a local file; model: a key of its registry.
 
-    The checkpoint "mini" is the mini world's small Sam, whatever the model. Raises a DiffsegError when the model is
-    unknown, or the file is absent or does not fit it.
+    The checkpoint "mini" is the mini world's small Sam, whatever the model; a relative path counts from the project's
+    root. Raises a DiffsegError when the model is unknown, or the file is absent or does not fit it.
     """
     from segment_anything import SamPredictor, sam_model_registry
 
@@ -157,7 +158,7 @@ def load_sam(checkpoint: str, model: str, device: str | torch.device = "cpu"):
         raise DiffsegError("the refiner sam needs sam_checkpoint, the path of a Segment Anything checkpoint")
     sam = sam_model_registry[model]()
     try:
-        sam.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        sam.load_state_dict(torch.load(project_root() / checkpoint, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise DiffsegError(f"there is no sam_checkpoint at {checkpoint}; give the path of one") from None
     except Exception as error:  # torch.load alone raises half a dozen kinds for a file that is something else

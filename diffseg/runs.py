@@ -26,6 +26,7 @@ from diffseg.manifest import (
     UNFINISHED,
     WHERE,
     altered,
+    named_files,
     notebook_path,
     plain,
     project_root,
@@ -56,7 +57,7 @@ class Step:
     parameters: dict[str, Any]  # resolved and checked
     key: str
     resumed: bool  # earlier artefacts of the same key are kept
-    inputs: dict[str, str] = field(default_factory=dict)  # "NN_step/file" -> sha256
+    inputs: dict[str, str] = field(default_factory=dict)  # "NN_step/file", or the path of a named file -> sha256
     started: float = field(default_factory=time.time)
 
     def input(self, step: str, name: str = ".") -> Path:
@@ -157,7 +158,7 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
             (folder / MANIFEST).unlink(missing_ok=True)
             empty(folder)
             write_json(folder / IN_PROGRESS, {"key": key})
-    return Step(step_name, folder, parameters, key, resumed)
+    return Step(step_name, folder, parameters, key, resumed, named_files(parameters))
 
 
 def empty(folder: Path) -> None:

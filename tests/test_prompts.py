@@ -1,6 +1,7 @@
 """Words and prompts: the curated tables, one's own lists, and what every list of prompts must hold."""
 
 import importlib.util
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffseg.benchmarks import BENCHMARKS
 from diffseg.english import plural, with_article
 from diffseg.errors import DiffsegError
 from diffseg.generator import load_tokenizer
+from diffseg.manifest import project_root
 from diffseg.seeds import derive_seed
 from diffseg.synsets import synset_table, write_table
 
@@ -356,6 +358,8 @@ def test_captions_without_a_class_are_left_out_and_none_at_all_is_an_error():
 
 def test_caption_files(tmp_path):
     (tmp_path / "captions.txt").write_text('A "dog", a cat\n\n  Zwei Hündchen und a dog  \n', "utf-8")
+    beside = os.path.relpath(tmp_path / "captions.txt", project_root())  # as a parameter file may name it
+    assert P.read_captions(beside) == P.read_captions(tmp_path / "captions.txt")
     assert P.read_captions(tmp_path / "captions.txt") == ['A "dog", a cat', "Zwei Hündchen und a dog"]
     (tmp_path / "empty.txt").write_text("\n")
     for name in ("empty.txt", "nowhere.txt"):

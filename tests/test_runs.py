@@ -18,7 +18,7 @@ from diffseg import kernel, runs
 from diffseg.cli import main
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_file
-from diffseg.manifest import STEPS
+from diffseg.manifest import STEPS, named_files, trouble
 from diffseg.parameters import coerce, declared, merge, parse_assignments
 
 REPOSITORY = Path(runs.__file__).parents[1]
@@ -339,6 +339,41 @@ def test_finish_checks_the_outputs(fresh):
     manifest = runs.read_manifest(step.folder)
     assert manifest["metrics"] == {"iou": 0.5, "list": [1.0, None], "path": "a", "n": 3, "ok": True}
     assert manifest["outputs"] == {"a.txt": sha256_file(step.folder / "a.txt")}
+
+
+def test_a_file_that_a_parameter_names_makes_its_step_stale_when_it_is_edited(fresh):
+    notebook = fresh.parents[2] / "notebooks" / "01_prompt_augmentation.ipynb"
+    write_notebook(notebook, SHARED + 'caption_file = ""  # captions\ntarget_images = ""  # a folder\n', "1 + 1")
+    names = {"run": "tiny", "out": "", "seed": 0, "caption_file": "", "target_images": ""}
+
+    def make(**changes) -> runs.Step:
+        step = runs.begin("01_prompt_augmentation", {**names, **changes})
+        (step.folder / "a.txt").write_text("a")
+        step.finish(["a.txt"])
+        return step
+
+    captions, pictures = fresh.parents[2] / "captions.txt", fresh.parents[2] / "pictures"
+    none = make()
+    assert none.inputs == {} == named_files({"caption_file": "absent.txt", "generator": "mini", "seed": 0})
+    (pictures / "far").mkdir(parents=True)
+    (pictures / ".hidden").write_text("of no step")
+    captions.write_text("a cat")
+    (pictures / "far" / "1.png").write_text("1")
+    changes = {"caption_file": "captions.txt", "target_images": str(pictures)}
+    first = make(**changes)
+    read = {"captions.txt": captions, str(pictures / "far" / "1.png"): pictures / "far" / "1.png"}
+    assert first.inputs == {name: sha256_file(path) for name, path in read.items()}
+    assert runs.read_manifest(first.folder)["inputs"] == first.inputs
+    assert make(**changes).resumed and make(**changes).key == first.key
+    for name, path in read.items():
+        path.write_text("another cat")
+        stale = runs.step_key("01_prompt_augmentation", first.parameters, fresh)
+        assert trouble(first.folder, stale, first.parameters) == f"{name} changed"
+        again = make(**changes)
+        assert not again.resumed and again.key == stale != first.key
+        assert trouble(again.folder, again.key, again.parameters) == ""
+    (pictures / "far" / "2.png").write_text("2")
+    assert not make(**changes).resumed and make().key == none.key
 
 
 def test_inputs_are_outputs_of_upstream_steps(project):
