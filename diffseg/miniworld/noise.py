@@ -169,7 +169,9 @@ def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
                     training_mode=mode,
                     reliable_share=chosen.share,
                 )
-                network = new_networks(NETWORKS[mode], chosen.segmenter, VOC.classes, seed)
+                network = new_networks(
+                    NETWORKS[mode], chosen.segmenter, VOC.classes, seed, initial_network=chosen.initial_network
+                )
                 start = time.monotonic()
                 train(network, noisy, VOC.ignore, options, seed, device, f"{kind} {strength}, {mode}, seed {seed}")
                 seconds = time.monotonic() - start
@@ -205,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=720)
     parser.add_argument("--share", type=float, default=0.5, help="of the pixels that co-training trusts")
     parser.add_argument("--segmenter", default="deeplabv3plus-resnet18")
+    parser.add_argument("--initial-network", default="", help="folder of a saved network to start from")
     chosen = parser.parse_args(arguments)
     study(chosen.out, chosen)
 
