@@ -45,6 +45,11 @@ def test_pyproject_holds_ranges_and_constraints_hold_pins_inside_them():
     assert requirements()["torch"].specifier.contains("2.6.0")
 
 
+def test_what_a_segmenter_imports_on_demand_comes_with_the_package():
+    """transformers asks for scipy when it builds a Mask2Former, and does not require it."""
+    assert "scipy" in [normal(Requirement(line).name) for line in PROJECT["project"]["dependencies"]]
+
+
 @pytest.mark.parametrize("name", NAMED_BY_THE_USER)
 def test_the_packages_that_the_project_names_are_required_and_used(name):
     assert name in requirements()
