@@ -23,15 +23,16 @@ from diffseg.manifest import project_root
 
 CASES = 100  # sets of label maps for each row; our choice
 PICTURES = 4  # in a set
+SIDE = 40  # pixels
 
 
-def random_maps(benchmark: Benchmark, seed: int, side: int = 40) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield PICTURES pairs (label, prediction), int64 side x side: blocks, noise, and the corner cases."""
+def random_maps(benchmark: Benchmark, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield PICTURES pairs (label, prediction), int64 SIDE x SIDE: blocks, noise, and the corner cases."""
     random = np.random.default_rng(seed)
     present = random.choice(benchmark.num_classes, max(2, benchmark.num_classes // 2), replace=False)
     for k in range(PICTURES):
-        label = np.kron(random.choice(present, (side // 8, side // 8)), np.ones((8, 8), np.int64))
-        label[random.integers(side), random.integers(side)] = present[0]  # an object of one pixel
+        label = np.kron(random.choice(present, (SIDE // 8, SIDE // 8)), np.ones((8, 8), np.int64))
+        label[random.integers(SIDE), random.integers(SIDE)] = present[0]  # an object of one pixel
         prediction = np.where(random.random(label.shape) < 0.6, label, random.choice(present, label.shape))
         label[random.random(label.shape) < 0.1] = benchmark.ignore
         if k == 1:

@@ -143,16 +143,16 @@ def bootstrap_interval(
 SIZE_BINS = {"S": 5, "MS": 25, "ML": 50, "L": 100}  # upper limits in percent of the image's valid area
 
 
-def boundary_map(label: torch.Tensor, ratio: float = 0.03) -> torch.Tensor:
+def boundary_map(label: torch.Tensor) -> torch.Tensor:
     """Return where a label map H x W has its regions' inner boundaries (bool H x W).
 
-    As in Boundary IoU: a region minus its erosion by a square, `ratio` of the image's diagonal wide (3 % in
+    As in Boundary IoU: a region minus its erosion by a square, 3 % of the image's diagonal wide (as in
     ImageNet-S; at least one pixel), the image's edge being a boundary. A pixel survives its own region's
     erosion where the square around it holds no two neighbours of different ids, which is asked for all ids at
     once.
     """
     height, width = label.shape
-    reach = max(1, round(ratio * math.hypot(height, width)))
+    reach = max(1, round(0.03 * math.hypot(height, width)))
     side = 2 * reach + 1
     padded = F.pad(label.long(), [reach] * 4, value=-1)
     beside = _any_in_window(_any_in_window(padded[:, 1:] != padded[:, :-1], side, 0), side - 1, 1)

@@ -42,6 +42,7 @@ LEAST_AREA = 0.02  # share of the picture from which an object of a pair counts 
 FRAME = 4  # pixels of border in which the background is looked for
 MOST_DISTANCE = 40.0  # of the border's colours (RGB, 0..255, Euclidean, mean) from its place's
 ALIKE = 0.15  # 1 - IoU below which two layouts count as one
+BATCH = 20  # pictures drawn at once
 
 
 @dataclass(frozen=True)
@@ -208,13 +209,13 @@ class Judged:
 
 
 def draw_and_judge(
-    pipeline, oracle, asked: list[Asked], synthesis: SynthesisOptions, refiners: tuple[str, ...], batch: int = 20
+    pipeline, oracle, asked: list[Asked], synthesis: SynthesisOptions, refiners: tuple[str, ...]
 ) -> Judged:
     """Draw each prompt once; judge the picture, its mask before any refiner, and its mask after each refiner."""
     result = Judged([], [], [], {name: [] for name in refiners}, 0.0)
     refine = {name: get_refiner(name, "mini", device=pipeline.device) for name in refiners}
-    for start in tqdm(range(0, len(asked), batch), "drawing and judging", unit="batch"):
-        part = asked[start : start + batch]
+    for start in tqdm(range(0, len(asked), BATCH), "drawing and judging", unit="batch"):
+        part = asked[start : start + BATCH]
         since = time.perf_counter()
         drawn = draw_with_masks(pipeline, [one.prompt for one in part], VOC, synthesis)
         result.seconds += time.perf_counter() - since

@@ -31,6 +31,7 @@ from diffseg.miniworld.trainer import Trainer, mixed_precision, training_note
 from diffseg.seeds import derive_seed
 
 WEIGHTS = Path(__file__).parent / "weights"
+HELD_OUT = 1920  # scenes on which an exported oracle is measured
 PICTURES = load_pictures()
 PICTURE_NAMES = ("background", *(picture.word for picture in PICTURES))
 CLASS_IDS = {name: k for k, name in enumerate(VOC.classes)}
@@ -41,10 +42,10 @@ CLASS_OF_PICTURE = torch.tensor([0, *(CLASS_IDS.get(picture.voc_class, 0) for pi
 # ---------------------------------------------------------------------------------------------- data
 
 
-def free_scene(seed: int, name: str, index: int, pair_share: float = 0.35) -> Scene:
+def free_scene(seed: int, name: str, index: int) -> Scene:
     """Draw a scene that no benchmark holds: `name` enters its seed, and every picture comes equally often."""
     rng = np.random.default_rng(derive_seed(seed, name, index))
-    count = 2 if rng.random() < pair_share else 1
+    count = 2 if rng.random() < 0.35 else 1
     pictures = [PICTURES[k] for k in rng.integers(len(PICTURES), size=count)]
     words = [picture.word for picture in pictures]
     return draw_scene(rng, pictures, words, list(PLACES)[rng.integers(len(PLACES))])
@@ -164,10 +165,10 @@ def main_picture(probabilities: torch.Tensor) -> torch.Tensor:
     return 1 + probabilities[:, 1:].sum(dim=(2, 3)).argmax(dim=1)
 
 
-def check_oracle(oracle: Oracle, count: int, seed: int = 0) -> dict[str, float]:
+def check_oracle(oracle: Oracle, count: int) -> dict[str, float]:
     """Measure on `count` held-out scenes the objects' IoU, VOC pixel accuracy, and the classifier on single objects."""
     pixels, unions, right, total, named, singles = 0, 0, 0, 0, 0, 0
-    for images, labels, _ in stream(Scenes(seed, "oracle-test"), 0, 32, 0, count):
+    for images, labels, _ in stream(Scenes(0, "oracle-test"), 0, 32, 0, count):
         p = picture_probabilities(oracle, images)
         seen, classes = p.argmax(dim=1), class_probabilities(p).argmax(dim=1)
         pixels += ((seen > 0) & (labels > 0)).sum().item()
@@ -204,7 +205,7 @@ def train_oracle(folder: Path, options: argparse.Namespace) -> Trainer:
     return trainer
 
 
-def export_oracle(folder: Path, weights: Path, scenes: int = 1920) -> dict:
+def export_oracle(folder: Path, weights: Path) -> dict:
     """Write the averaged weights in half precision with their numbers and their model card; return the numbers."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     oracle = Oracle()
@@ -215,7 +216,7 @@ def export_oracle(folder: Path, weights: Path, scenes: int = 1920) -> dict:
     result = evaluate(ClassOracle(oracle), val, VOC, batch_size=32)
     note = training_note("python -m diffseg.miniworld.oracle train | export", folder, state, oracle)
     note |= {"miou": result.miou, "samples": state["samples"], "iou": result.iou, "val_pictures": len(val)}
-    note["held_out"] = check_oracle(oracle, scenes) | {"scenes": scenes}
+    note["held_out"] = check_oracle(oracle, HELD_OUT) | {"scenes": HELD_OUT}
     write_card(weights, note, CARD)
     return note
 
