@@ -1,0 +1,171 @@
+"""Controlled comparisons of the mini generator: what differs between rows, and that rows are measured once."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from diffseg.errors import DiffsegError
+from diffseg.generator import load_generator, locate_generator
+from diffseg.miniworld import compare, pretrain, scenes
+from diffseg.miniworld.compare import COLUMNS, VARIANTS, Sampling, find_row, grid
+from diffseg.synthesis import SynthesisOptions
+
+TINY = {
+    "text_encoder": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "unet": {"block_out_channels": (16, 16, 16), "cross_attention_dim": 16, "attention_head_dim": 2},
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Two denoising steps as the default, and no sheets."""
+    monkeypatch.setattr(pretrain, "draw_sheet", lambda *_: None)
+    monkeypatch.setattr(Sampling.__init__, "__defaults__", ("dpm++", 2, 4.0))
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+
+def test_the_default_is_that_of_measure():
+    assert Sampling().options() == SynthesisOptions(64, 64, 12, 4.0, (16,), "6-11", 0.2, "none")
+
+
+def test_the_grid_begins_with_single_changes():
+    every = grid(["ddim", "dpm++"], [6, 12], [4.0, 8.0])
+    assert every[0] == Sampling() and len(set(every)) == 8
+    assert set(every[1:4]) == {Sampling(steps=6), Sampling(guidance=8.0), Sampling("ddim")}
+    assert every[-1] == Sampling("ddim", 6, 8.0)
+
+
+def test_schedulers_do_not_depend_on_the_one_before(mini_pipeline):
+    shipped = dict(load_generator("mini").scheduler.config)
+    folder = locate_generator("mini")
+    for name in (*compare.SCHEDULERS, *reversed(compare.SCHEDULERS)):
+        Sampling(name).apply(mini_pipeline)
+        mini_pipeline.scheduler.set_timesteps(12)
+        steps = mini_pipeline.scheduler.timesteps.tolist()
+        if name == "dpm++":
+            ours = mini_pipeline.scheduler.config
+            assert all(ours[key] == value for key, value in shipped.items())
+        elif name == "ddim":
+            plain = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+            assert all(mini_pipeline.scheduler.config[key] == value for key, value in plain.config.items())
+        assert (steps[0] == 999) == (name == "dpm++ trailing")
+
+
+def test_rows_are_measured_once_and_stay_as_they_are(quick, tmp_path):
+    arguments = ["sampling", "--results", str(tmp_path), "--device", "cpu", "--pictures", "2", "--pairs", "2"]
+    arguments += ["--schedulers", "dpm++", "--steps", "2"]
+    compare.main([*arguments, "--guidance", "4"])
+    path = tmp_path / "tables" / "generator_sampling.csv"
+    first = rows_of(path)
+    compare.main([*arguments, "--guidance", "2,4"])
+    second = rows_of(path)
+    assert second[0] == first[0] and [row["guidance"] for row in second] == ["4.0", "2.0"]  # its seconds, too
+    assert set(COLUMNS) < second[0].keys() and 0 <= float(second[1]["mask_iou"]) <= 1
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["made_from"]["oracle"].keys() == {"model.safetensors"} and len(about["made_from"]["generator"]) == 3
+    with pytest.raises(DiffsegError, match="other pairs; move it away"):
+        compare.main([*arguments, "--guidance", "6", "--pairs", "1"])
+    assert rows_of(path) == second
+
+
+def test_few_pictures_are_spread_over_all_words():
+    options = compare.parse_options(["sampling", "--pictures", "20", "--pairs", "3", "--device", "cpu"])
+    judge = compare.make_judge(options)
+    assert len({one.prompt.classes[0] for one in judge.singles}) >= 15 and len(judge.pairs) == 3
+    options.pictures = 105
+    assert len({one.prompt.words for one in compare.make_judge(options).singles}) == 105
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def settings_of(changes: dict) -> dict:
+    """Return every setting of a variant's networks and scheduler, and the rest of what it changes."""
+    with torch.device("meta"):
+        made = {
+            "text_encoder": pretrain.build_text_encoder(200, **changes.get("text_encoder", {})).config.to_dict(),
+            "unet": pretrain.build_unet(**changes.get("unet", {})).config,
+        }
+    made["scheduler"] = pretrain.build_scheduler(**changes.get("scheduler", {})).config
+    rest = {name: value for name, value in changes.items() if name not in made}
+    return {(part, name): value for part, settings in made.items() for name, value in settings.items()} | {
+        ("", name): value for name, value in rest.items()
+    }
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_differs_from_the_base_in_one_thing(name):
+    base, other = settings_of({}), settings_of(VARIANTS[name])
+    changed = {key for key in base | other if base.get(key) != other.get(key)}
+    if "attention" in name:  # the types of blocks of both halves of the UNet
+        assert changed == {("unet", "down_block_types"), ("unet", "up_block_types")}
+        kinds = other["unet", "down_block_types"], other["unet", "up_block_types"][::-1]
+        assert ["Cross" in kind for kind in kinds[0]] == ["Cross" in kind for kind in kinds[1]]
+    else:
+        assert len(changed) == (name != "base")
+
+
+def test_variants_have_the_sizes_that_they_say():
+    def parameters(name: str) -> int:
+        return sum(p.numel() for p in pretrain.build_unet(**VARIANTS[name].get("unet", {})).parameters())
+
+    with torch.device("meta"):
+        count = {name: parameters(name) for name in VARIANTS}
+    assert count["UNet 0.75 as wide"] < 0.7 * count["base"] and count["UNet 1.5 times as wide"] > 1.8 * count["base"]
+    assert count["no attention at 8 x 8"] < count["base"] < count["attention at 4 x 4"]
+    assert count["cosine noise"] == count["base"]
+
+
+def make_corpus(folder) -> list[scenes.Scene]:
+    drawn = [scenes.sample_scene(np.random.default_rng(k), pair_share=0.6) for k in range(40)]
+    np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(40, 8, 16, 16)).astype(np.float16))
+    (folder / "captions.json").write_text(json.dumps([scene.caption for scene in drawn]))
+    pretrain.build_vae().save_pretrained(folder / "vae" / "vae")
+    return drawn
+
+
+def test_a_corpus_of_fewer_pairs_keeps_latents_and_captions_together(tmp_path):
+    drawn = make_corpus(tmp_path)
+    folder = compare.corpus_of_pair_share(tmp_path, tmp_path / "fewer", 0.3)
+    captions, latents = json.loads((folder / "captions.json").read_text()), np.load(folder / "latents.npy")
+    pairs = {scene.caption for scene in drawn if len(scene.objects) == 2}
+    assert sum(caption not in pairs for caption in captions) == sum(len(scene.objects) == 1 for scene in drawn)
+    assert sum(caption in pairs for caption in captions) / len(captions) == pytest.approx(0.3, abs=0.03)
+    every, whole = [scene.caption for scene in drawn], np.load(tmp_path / "latents.npy")
+    assert all(np.array_equal(latent, whole[every.index(c)]) for c, latent in zip(captions, latents, strict=True))
+    assert (folder / "vae" / "vae").is_dir()
+
+
+def test_variants_get_as_many_samples_as_the_base(quick, tmp_path, monkeypatch):
+    tiny = {"base": TINY, "epsilon": TINY | VARIANTS["epsilon"], "pair share 0.3": TINY | VARIANTS["pair share 0.3"]}
+    monkeypatch.setattr(compare, "VARIANTS", tiny)
+    make_corpus(tmp_path)
+    arguments = ["training", "--results", str(tmp_path), "--device", "cpu", "--pictures", "2", "--pairs", "1"]
+    arguments += ["--corpus", str(tmp_path), "--folder", str(tmp_path / "trials"), "--batch", "2", "--seconds", "0.2"]
+    compare.main([*arguments, "--variants", "epsilon"])
+    path = tmp_path / "tables" / "generator_training.csv"
+    first = rows_of(path)
+    compare.main([*arguments, "--variants", "epsilon,pair share 0.3"])
+    rows = rows_of(path)
+    assert [row["variant"] for row in rows] == ["base", "epsilon", "pair share 0.3"] and rows[:2] == first
+    assert len({row["samples"] for row in rows}) == 1 and int(rows[0]["samples"]) >= 2
+    assert (
+        load_generator(str(tmp_path / "trials" / "epsilon" / "weights")).scheduler.config.prediction_type == "epsilon"
+    )
+    assert find_row(rows, {"variant": "base"})["parameters"] == rows[1]["parameters"]
+
+
+def test_a_folder_without_latents_is_named(tmp_path):
+    with pytest.raises(DiffsegError, match="there are no latents"):
+        compare.main(["training", "--seconds", "1", "--corpus", str(tmp_path), "--results", str(tmp_path)])
