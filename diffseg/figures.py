@@ -1,5 +1,6 @@
 """The figures: grids of pictures, masks and curves, in VOC's colours and readable at column width."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from diffseg.files import atomic_path
 
@@ -34,23 +36,37 @@ def overlay(image: Picture, label: Picture, palette: Sequence[tuple[int, int, in
 
 
 def picture_rows(rows: Mapping[str, Sequence[Picture]], titles: Sequence[str] = (), size: float = 1.0) -> Figure:
-    """Draw named rows of pictures, `size` inches wide, one column each; H x W arrays become heat maps of 0..1."""
-    columns = max(len(pictures) for pictures in rows.values())
+    """Draw named rows of pictures, `size` inches wide, one column each; H x W arrays become heat maps of 0..1.
+
+    The text grows with the figure's width, so that it can be read where a wide figure is scaled to a column. A title
+    that is wider than its picture is broken into lines.
+    """
+    columns, gap = max(len(pictures) for pictures in rows.values()), 0.03
     height, width = as_array(next(iter(rows.values()))[0]).shape[:2]
     row_height = size * height / width
+    font = max(9.0, columns * size)
+    letters = max(8, int(size * 72 / (0.6 * font)))  # of a line above a picture
+    above = ["\n".join(textwrap.fill(line, letters) for line in title.split("\n")) for title in titles]
+    left = 0.1 + max(map(len, rows)) * 0.6 * font / 72
+    top = 0.1 + max((title.count("\n") + 1 for title in above), default=0) * 1.3 * font / 72
+    full = left + columns * (size + gap), top + len(rows) * (row_height + gap)
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(columns * size + 1, len(rows) * row_height + 0.3), squeeze=False
+        len(rows),
+        columns,
+        figsize=full,
+        squeeze=False,
+        gridspec_kw={"left": left / full[0], "right": 1, "bottom": 0, "top": 1 - top / full[1]}
+        | {"wspace": gap / size, "hspace": gap / row_height},
     )
     for row, (name, pictures) in zip(axes, rows.items(), strict=True):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=font)
         for axis, picture in zip(row, [*pictures, *[None] * (columns - len(pictures))], strict=True):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if picture is not None:
                 axis.imshow(as_array(picture), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    for axis, title in zip(axes[0], titles, strict=False):
-        axis.set_title(title, fontsize=7)
-    figure.tight_layout(pad=0.2)
+    for axis, title in zip(axes[0], above, strict=False):
+        axis.set_title(title, fontsize=font, pad=4)
     return figure
 
 
@@ -59,8 +75,12 @@ def loss_curves(curves: Mapping[str, Sequence[float]], window: int = 20) -> Figu
     figure, axis = plt.subplots(figsize=(5, 3))
     for name, losses in curves.items():
         kernel = np.ones(min(window, len(losses)))
-        axis.plot(np.convolve(losses, kernel / kernel.sum(), "valid"), label=name)
-    axis.set(xlabel="iteration", ylabel="cross-entropy", yscale="log")
+        smooth = np.convolve(losses, kernel / kernel.sum(), "valid")
+        axis.plot(np.arange(len(kernel) - 1, len(losses)), smooth, label=name)  # of the iterations up to here
+    axis.set(xlabel="iteration", ylabel=f"cross-entropy, mean of {window}", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter("{x:g}")  # 0.5 rather than 5 x 10^-1
+    axis.minorticks_off()
     axis.legend(frameon=False)
     figure.tight_layout()
     return figure
@@ -78,7 +98,8 @@ def iou_bars(per_class: Mapping[str, Mapping[str, float | None]]) -> Figure:
     for k, (network, values) in enumerate(per_class.items()):
         positions = np.arange(len(names)) + (k - (len(per_class) - 1) / 2) * height
         axis.barh(positions, [100 * np.nan_to_num(values[name] or 0) for name in names], height, label=network)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set(xlabel="IoU (%)", xlim=(0, 100))
     axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(per_class))

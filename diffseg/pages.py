@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 import nbformat
+from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
 from PIL import Image
@@ -20,22 +21,32 @@ from pygments.formatters import HtmlFormatter
 from diffseg.errors import DiffsegError
 
 STYLE = """
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
 pre { font: 13px/1.4 ui-monospace, monospace; overflow-x: auto; margin: 0; }
 code { font: 0.9em ui-monospace, monospace; background: #f3f3f3; }
+pre code { font-size: inherit; background: none; }
 .input { border-left: 3px solid #0072b2; background: #f7f7f7; padding: 0.5rem 0.8rem; margin: 1rem 0 0.3rem; }
 .output { margin: 0.3rem 0 1.2rem; overflow-x: auto; }
 .output img { max-width: 100%; }
+.output pre { white-space: pre-wrap; }
 .prompt { display: none; }
 .anchor-link { display: none; }
-table { border-collapse: collapse; font-size: 13px; margin: 0.5rem 0; }
-th, td { padding: 0.2rem 0.6rem; text-align: left; border-bottom: 1px solid #ddd; }
+table { border: 0; border-collapse: collapse; font-size: 13px; margin: 0.5rem 0; }
+th, td, table.dataframe thead th { padding: 0.2rem 0.6rem; text-align: left; border: 0; border-bottom: 1px solid #ddd; }
 nav { font-size: 14px; } nav b, nav a { margin-right: 0.8em; }
 """
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\s](?:[^$\n]*[^$\s])?)\$|```.*?```|`[^`\n]+`", re.DOTALL)
-# what matplotlib's mathtext does not know: sizes, without which a formula reads as well, and other names of symbols
-UNKNOWN = re.compile(r"\\(displaystyle|[bB]igg?[lr]?|le|ge|[lr]Vert)(?![a-zA-Z])")
-INSTEAD = {"le": r"\leq", "ge": r"\geq", "lVert": r"\|", "rVert": r"\|"}
+# what matplotlib's mathtext does not know, and instead of it: brackets that fit what they enclose, other names, and
+# nothing for a size; a sum gets room, as its limits would touch what stands before
+INSTEAD = [
+    (r"\\[bB]igg?[lr]?\s*(?=[(\[])", r"\\left"),
+    (r"\\[bB]igg?[lr]?\s*(?=[)\]])", r"\\right"),
+    (r"\\([lg])e(?![a-zA-Z])", r"\\\1eq"),
+    (r"\\[lr]Vert(?![a-zA-Z])", r"\\|"),
+    (r"\\(displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
+    (r"\\sum(?![a-zA-Z])", r"\\;\\sum"),
+]
+LETTERS = FontProperties(size=11.5, math_fontfamily="stix")  # points: the page's 16 pixels, at 100 dots an inch
 
 
 def embedded(data: bytes, kind: str) -> str:
@@ -63,14 +74,16 @@ def with_formulas(markdown: str) -> str:
         tex = match["block"] or match["inline"]
         if tex is None:  # code
             return match[0]
-        file, words = io.BytesIO(), UNKNOWN.sub(lambda found: INSTEAD.get(found[1], ""), " ".join(tex.split()))
+        file, words = io.BytesIO(), " ".join(tex.split())
+        for pattern, instead in INSTEAD:
+            words = re.sub(pattern, instead, words)
         words = words.replace(r"\frac", r"\dfrac") if match["block"] else words
         try:
-            depth = math_to_image(f"${words}$", file, dpi=200, format="png")
+            depth = math_to_image(f"${words}$", file, prop=LETTERS, dpi=200, format="png")  # in points
         except ValueError:
             return match[0]
         width, height = (side / 2 for side in Image.open(file).size)  # sharp on dense screens too, as tall as the text
-        style = f"width:{width:.0f}px;height:{height:.0f}px;vertical-align:-{depth / 2:.0f}px"
+        style = f"width:{width:.1f}px;height:{height:.1f}px;vertical-align:-{depth * 100 / 72:.1f}px"
         alt = escape(tex).replace("|", "&#124;")  # a bar would end the cell of a table
         image = f'<img alt="{alt}" style="{style}" src="{embedded(file.getvalue(), "png")}">'
         return f'\n\n<div style="text-align:center">{image}</div>\n\n' if match["block"] else image
