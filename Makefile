@@ -19,6 +19,7 @@ reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with 
 study: install  ## the mini benchmarks, then every study of notebooks/studies: hours; what was cut goes on
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
 	for name in $(basename $(notdir $(wildcard notebooks/studies/*.yaml))); do $(BIN)/diffseg study $$name || exit 1; done
+	$(BIN)/python -m diffseg.miniworld.noise
 
 test: install  ## the tests that CI runs
 	$(BIN)/python -m pytest

@@ -3,6 +3,8 @@ The plain network is the first of the ensemble's two: the same bytes as one that
 
 python -m diffseg.miniworld.noise        results/tables/noise.csv and .json, results/figures/noise.png and .pdf
 
+They start from the network of a finished run (`diffseg run mini-imagenet-s --only 1-4`); --initial-network "" has none.
+
 The claim should not hang on one generator's masks, whose errors nobody knows; here they are made. Reliability cannot
 come from attention, as there is none: a pixel's margin is its distance to the nearest edge of the DISTURBED mask. So
 it knows where a mask ends, not where it is wrong: that speaks of errors along edges (dilation, shift), and says
@@ -39,6 +41,7 @@ from diffseg.training import NETWORKS, TrainingOptions, train
 # Kind of noise -> strengths: pixels of 64 for the first two, probability per object for the others.
 STRENGTHS = {"dilation": (3, 6), "shift": (4, 8), "dropped": (0.25, 0.5), "wrong class": (0.25, 0.5)}
 MODES = ("ensemble", "cotrain")
+START = "results/runs/mini-imagenet-s/04_robust_training/synthetic"  # 300 steps from scratch make no teacher
 FARTHEST = 16  # pixels from an edge beyond which reliability no longer grows; a quarter of a picture, our choice
 COLUMNS = ("kind", "strength", "mode", "seed", "label_miou", "miou", "seconds")
 
@@ -207,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=720)
     parser.add_argument("--share", type=float, default=0.5, help="of the pixels that co-training trusts")
     parser.add_argument("--segmenter", default="deeplabv3plus-resnet18")
-    parser.add_argument("--initial-network", default="", help="folder of a saved network to start from")
+    parser.add_argument("--initial-network", default=START, help="folder of a saved network; '': from scratch")
     chosen = parser.parse_args(arguments)
     study(chosen.out, chosen)
 
