@@ -1,0 +1,82 @@
+"""What do the training modes cost beside plain training? Each in turn, a few iterations at a time, at mini VOC's size.
+
+python -m diffseg.speed.training      writes results/benchmarks/training.json
+
+Every repetition trains each mode for the same few iterations, so a change in the machine's load meets all alike; a
+ratio is the median over repetitions of mode / plain. On a CPU the process's seconds count, on a GPU those of the clock.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import Subset
+
+from diffseg.benchmarks import VOC
+from diffseg.datasets import open_split
+from diffseg.files import atomic_path
+from diffseg.manifest import project_root, provenance
+from diffseg.miniworld.disk import locate_data
+from diffseg.miniworld.noise import Disturbed
+from diffseg.segmenters import new_networks
+from diffseg.training import NETWORKS, TrainingOptions, train
+
+
+def measure(options: TrainingOptions, segmenter: str, pictures: int, repetitions: int) -> list[dict]:
+    """Return a row a mode: networks, median seconds of an iteration, median ratio to plain in the same repetition."""
+    device = PartialState().device
+    real = open_split(VOC, locate_data("mini"), VOC.training_split)
+    dataset = Disturbed(Subset(real, range(pictures)), "dropped", 0.0, seed=0)  # true masks, margins by distance
+    networks = {mode: new_networks(count, segmenter, VOC.classes, seed=0) for mode, count in NETWORKS.items()}
+    now = time.perf_counter if device.type == "cuda" else time.process_time
+    seconds: dict[str, list[float]] = {mode: [] for mode in NETWORKS}
+    for repetition in range(repetitions + 1):
+        for mode, network in networks.items():
+            chosen = TrainingOptions(**(vars(options) | {"training_mode": mode}))
+            start = now()
+            train(network, dataset, VOC.ignore, chosen, repetition, device, mode)  # it ends with numbers on the CPU
+            seconds[mode].append((now() - start) / options.iterations)
+    seconds = {mode: values[1:] for mode, values in seconds.items()}  # the first round warms up
+    return [
+        {
+            "mode": mode,
+            "networks": NETWORKS[mode],
+            "seconds_an_iteration": round(statistics.median(values), 4),
+            "ratio_to_plain": round(
+                statistics.median(own / plain for own, plain in zip(values, seconds["plain"], strict=True)), 3
+            ),
+        }
+        for mode, values in seconds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=8, help="of each mode in a repetition")
+    parser.add_argument("--segmenter", default="deeplabv3plus-resnet18")
+    arguments = parser.parse_args()
+    options = TrainingOptions(arguments.iterations, 16, 64, (0.9, 1.1), 0.1, 2e-3, 1e-4, "fp32", 0)
+    rows = measure(options, arguments.segmenter, 64, arguments.repetitions)
+    report = {
+        "segmenter": arguments.segmenter,
+        "batch": options.training_batch,
+        "crop": options.crop,
+        "warmup": options.warmup,
+        "mixing": options.mixing,
+        "threads": torch.get_num_threads(),
+        "repetitions": arguments.repetitions,
+        "iterations": arguments.iterations,
+        "rows": rows,
+        **provenance(),
+    }
+    with atomic_path(project_root() / "results" / "benchmarks" / "training.json") as path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
