@@ -26,7 +26,7 @@ from diffseg.benchmarks import VOC
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, sha256_file
 from diffseg.generator import load_generator, locate_generator
-from diffseg.manifest import git_state, hardware, plain, project_root, read_json, versions
+from diffseg.manifest import plain, project_root, provenance, read_json
 from diffseg.miniworld import pretrain
 from diffseg.miniworld.measure import Asked, class_words, draw_and_judge, pair_prompts, single_prompts, summarise
 from diffseg.miniworld.oracle import WEIGHTS, load_oracle
@@ -174,7 +174,7 @@ def read_table(path: Path, made_from: dict) -> list[dict[str, str]]:
 
 
 def write_table(path: Path, rows: list[dict], made_from: dict) -> None:
-    about = {"made_from": made_from, "git": git_state(project_root()), "hardware": hardware(), "versions": versions()}
+    about = {"made_from": made_from} | provenance()
     with atomic_path(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(plain(about), indent=1) + "\n", encoding="utf-8")
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
