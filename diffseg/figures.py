@@ -70,6 +70,63 @@ def picture_rows(rows: Mapping[str, Sequence[Picture]], titles: Sequence[str] = 
     return figure
 
 
+def story(
+    parts: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[Picture | None]]]], width: float = 9
+) -> Figure:
+    """Draw parts one below the other, `width` inches wide: a line of text, titles of columns, named rows of pictures.
+
+    A part is (text, titles, rows); it may have no rows, None leaves a picture's place empty, and all pictures have one
+    size. The text is 10 points large, to be read where the figure is scaled to 900 pixels.
+    """
+    font, gap, line = 10.0, 0.04, 0.19  # points; inches between pictures; inches a line of text
+    letter = 0.56 * font / 72  # inches, about
+    columns = max(len(titles) for _, titles, _ in parts)
+    left = 0.15 + letter * max(len(line) for *_, rows in parts for name in rows for line in name.split("\n"))
+    side = (width - left) / columns - gap
+    shape = next(as_array(p).shape for *_, rows in parts for row in rows.values() for p in row if p is not None)
+    tall = side * shape[0] / shape[1]
+    drawn, y = [], 0.0  # what is drawn at which place, inches from the upper left
+    for text, titles, rows in parts:
+        wrapped = textwrap.fill(text, int(width / (1.25 * letter)))  # bold is wider
+        drawn.append((0, y, wrapped, {"weight": "bold", "va": "top"}))
+        y += 0.08 + line * (wrapped.count("\n") + 1)
+        titles = [textwrap.fill(title, max(8, int(side / letter))) for title in titles]
+        y += line * max((title.count("\n") + 1 for title in titles), default=0)
+        for j, title in enumerate(titles):
+            drawn.append((left + j * (side + gap) + side / 2, y - 0.04, title, {"ha": "center", "va": "bottom"}))
+        for name, pictures in rows.items():
+            drawn.append((left - 0.1, y + tall / 2, name, {"ha": "right", "va": "center"}))
+            drawn += [(left + j * (side + gap), y, picture, {}) for j, picture in enumerate(pictures)]
+            y += tall + gap
+        y += 0.12
+    figure = plt.figure(figsize=(width, y))
+    for x, top, what, style in drawn:
+        if isinstance(what, str):
+            figure.text(x / width, 1 - top / y, what, fontsize=font, **style)
+        elif what is not None:
+            axis = figure.add_axes((x / width, 1 - (top + tall) / y, side / width, tall / y))
+            axis.imshow(as_array(what), interpolation="nearest", aspect="auto")
+            axis.set_axis_off()
+    return figure
+
+
+def first_of_each(pictures: Sequence[tuple], classes: Sequence[int]) -> dict[int, int]:
+    """Return class id -> index of the first (name, image, label) in which no other of `classes` covers more pixels.
+
+    A class that is nowhere the largest is left out. Pictures are read until all classes are found.
+    """
+    found: dict[int, int] = {}
+    for k in range(len(pictures)):
+        label = as_array(pictures[k][2])
+        areas = {c: int((label == c).sum()) for c in classes}
+        largest = max(areas, key=areas.get)
+        if areas[largest]:
+            found.setdefault(largest, k)
+        if len(found) == len(set(classes)):
+            break
+    return found
+
+
 def loss_curves(curves: Mapping[str, Sequence[float]], window: int = 20) -> Figure:
     """Draw training losses, each averaged over a window of iterations."""
     figure, axis = plt.subplots(figsize=(5, 3))

@@ -113,16 +113,45 @@ def tidy(notebook: nbformat.NotebookNode, run: str) -> None:
                 output["data"] = {"text/html": f'<img alt="figure" src="{embedded(coded, "webp")}">'}
 
 
-def page(executed: Path, run: str, pages: Sequence[str] = ()) -> str:
+def sections(notebook: nbformat.NotebookNode) -> dict[str, list[tuple[str, str]]]:
+    """Return the id of each Markdown cell -> (id, source) of the code up to the next, parameters apart."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    code: list[tuple[str, str]] = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found[cell.id] = code = []
+        elif not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+            code.append((cell.id, cell.source))
+    return found
+
+
+def take_prose(notebook: nbformat.NotebookNode, today: nbformat.NotebookNode) -> None:
+    """Put today's Markdown into an executed notebook, where the cells and the code below are the same.
+
+    Text may be mended, and its numbers measured again, after a run; the outputs stay those of the run.
+    """
+    before, now = sections(notebook), sections(today)
+    if list(before) != list(now):
+        return
+    words = {cell.id: cell.source for cell in today.cells if cell.cell_type == "markdown"}
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and before[cell.id] == now[cell.id]:
+            cell.source = words[cell.id]
+
+
+def page(executed: Path, run: str, pages: Sequence[str] = (), today: Path | None = None) -> str:
     """Return an executed notebook as one HTML page.
 
-    `run` is the name of its run, `pages` the names of all pages of the run (a line of links on top). The page holds
-    all it needs. Raises a DiffsegError for a file that is no notebook.
+    `run` is the name of its run, `pages` the names of all pages of the run (a line of links on top), `today` the
+    notebook as it is now, whose text is taken (`take_prose`). The page holds all it needs. Raises a DiffsegError for
+    a file that is no notebook.
     """
     try:
         notebook = nbformat.read(executed, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError) as error:
         raise DiffsegError(f"{executed} is no executed notebook ({error}); run its step again.") from error
+    if today is not None:
+        take_prose(notebook, nbformat.read(today, as_version=4))
     tidy(notebook, run)
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     name = executed.parent.name

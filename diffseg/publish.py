@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.manifest import STEPS, altered, project_root, read_manifest
+from diffseg.manifest import STEPS, altered, notebook_path, project_root, read_manifest
 from diffseg.report import network_rows, percent, read_rows
 from diffseg.runs import EXECUTED
 from diffseg.study import study_files
@@ -121,10 +121,11 @@ def generator_table(report: Mapping) -> str:
     )
     hours = training["seconds"] / 3600
     threads = report["hardware"]["threads"] or report["hardware"]["cores"]
+    many = "one thread" if str(threads) == "1" else f"{threads} threads"
     lines.append("")
     lines.append(
         f"{report['pictures']} pictures of one object and {report['pairs']} of two, "
-        f"{report['pictures_per_second']} a second on {threads} thread(s). Drawn scenes, with their "
+        f"{report['pictures_per_second']} a second on {many}. Drawn scenes, with their "
         f"true masks, are what a perfect generator would get; the oracle's own mIoU on mini VOC is "
         f"{percent(oracle['miou'])} %. Trained on {training['samples_seen']:,} samples in {hours:.1f} hours on "
         f"{training['hardware']['cores']} CPU cores."
@@ -133,17 +134,30 @@ def generator_table(report: Mapping) -> str:
 
 
 def study_table(path: Path) -> str:
-    """Return results/tables/<study>.csv as a Markdown table, a score's mean and spread in one cell."""
+    """Return results/tables/<study>.csv as a Markdown table, a score's mean and spread in one cell.
+
+    What the network that was trained on real pictures reaches stands in rows of its own, without images and seconds.
+    """
     rows = read_rows(path)
-    scores = [name.removesuffix("_spread") for name in rows[0] if name.endswith("_spread")]
-    titles = [f"{score.replace('_', ', ').replace('miou', 'mIoU')} (%)" for score in scores]
-    lines = [f"| configuration | seeds | images | {' | '.join(titles)} | seconds |", "|---" * (len(scores) + 4) + "|"]
+    spreads = [name for name in rows[0] if name.startswith("synthetic_") and name.endswith("_spread")]
+    scores = [name.removeprefix("synthetic_").removesuffix("_spread") for name in spreads]
+    titles = [f"{score.replace('miou', 'mIoU')} (%)" for score in scores]
+    lines = [row_of(["configuration", "seeds", "images", *titles, "seconds"]), "|---" * (len(scores) + 4) + "|"]
+    real = [row for row in rows if row.get("real_miou")]
+
+    def cells(row: Mapping[str, str], network: str) -> list[str]:
+        pairs = [(row[f"{network}_{score}"], row[f"{network}_{score}_spread"]) for score in scores]
+        return [
+            (f"{float(mean):.1f}" if mean else "") + (f" ± {float(spread):.1f}" if spread else "")
+            for mean, spread in pairs
+        ]
+
     for row in rows:
-        cells = [row["configuration"], row["seeds"], row["images"]]
-        for score in scores:
-            spread = f" ± {float(row[f'{score}_spread']):.1f}" if row[f"{score}_spread"] else ""
-            cells.append(f"{float(row[score]):.1f}{spread}" if row[score] else "")
-        lines.append(f"| {' | '.join([*cells, row['seconds'].partition('.')[0]])} |")
+        seconds = row["seconds"].partition(".")[0]
+        lines.append(row_of([row["configuration"], row["seeds"], row["images"], *cells(row, "synthetic"), seconds]))
+    for row in real:
+        name = "real pictures, true masks" + (f" ({row['configuration']})" if len(real) > 1 else "")
+        lines.append(row_of([name, row["seeds"], "", *cells(row, "real"), ""]))
     return "\n".join(lines)
 
 
@@ -204,8 +218,10 @@ def write_pages(run: Path, target: Path) -> None:
     from diffseg.pages import page  # here: nbconvert takes seconds to load, and the README's tables need none of it
 
     for step in STEPS:
+        today = notebook_path(step)
+        html = page(run / step / EXECUTED, run.name, list(STEPS), today if today.is_file() else None)
         with atomic_path(target / f"{step}.html") as temporary:
-            temporary.write_text(page(run / step / EXECUTED, run.name, list(STEPS)), encoding="utf-8")
+            temporary.write_text(html, encoding="utf-8")
 
 
 def fill_readme(root: Path) -> None:

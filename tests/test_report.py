@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from diffseg.errors import DiffsegError
+from diffseg.figures import first_of_each, story
 from diffseg.manifest import STEPS, project_root
 from diffseg.pages import page, with_formulas
 from diffseg.publish import benchmarks_table, claims_table, published_table, readme_with_tables, run_table
@@ -117,6 +118,32 @@ def test_notebook_06_shows_ours_above_theirs():
     assert beside.iloc[3].miou == 58.3 and beside.training_images.dtype == pd.Int64Dtype()
     alone = beside_published(summarise(manifests(real=False)), voc)
     assert pd.isna(alone.miou_real[0])
+
+
+# the pictures
+
+
+def test_the_first_picture_of_each_class_is_the_one_that_shows_most_of_it():
+    labels = [[0, 0, 0, 0], [2, 1, 1, 255], [7, 7, 7, 2], [1, 2, 2, 2], [2, 2, 2, 2]]
+    pictures = [(str(k), None, np.array([label])) for k, label in enumerate(labels)]
+    assert first_of_each(pictures, [1, 2]) == {1: 1, 2: 2}  # of 1 and 2 only: 7 is not asked for
+    assert first_of_each(pictures, [1, 2, 3]) == {1: 1, 2: 2} and first_of_each(pictures[:1], [1]) == {}
+
+
+def test_a_story_draws_every_picture_in_its_shape_and_its_text_inside_the_figure():
+    picture = np.zeros((10, 20, 3), np.uint8)
+    rows = {"drawn": [picture, picture, picture], "mask from\nattention": [picture, None, picture]}
+    figure = story([("words " * 40, ["a", "b", "long words " * 5], rows), ("result", [], {})], width=6)
+    assert len(figure.axes) == 5 and figure.get_size_inches()[0] == 6
+    figure.canvas.draw()
+    boxes = [axis.get_window_extent() for axis in figure.axes]
+    assert all(box.width / box.height == pytest.approx(2) for box in boxes)
+    for text in figure.texts:
+        extent = text.get_window_extent()
+        assert not any(extent.overlaps(box) for box in boxes), text.get_text()
+        for (low, high), limit in zip(extent.get_points().T, figure.bbox.size, strict=True):
+            assert -1 <= low and high <= limit + 1, text.get_text()
+    plt.close(figure)
 
 
 # the claims
@@ -233,6 +260,35 @@ def test_a_page_needs_no_other_file_and_names_no_foreign_folder(tmp_path):
     formulas = re.findall(r'<img alt="([^"]+)"[^>]*image/png', html)
     assert formulas == ["x_i", r"\mathrm{IoU} = \frac{a}{b}", r"\frac{1}{|I|}"]
     assert "<code>$HOME</code>" in html and "costs 3$ or 4$" in html
+
+
+def test_todays_text_stands_over_the_same_code_only(tmp_path):
+    def cells(prose: str, second: str, comment: str) -> nbformat.NotebookNode:
+        made = [
+            nbformat.v4.new_markdown_cell(f"# Title, {prose}", id="title"),
+            nbformat.v4.new_code_cell(f"images = 1  # {comment}", id="parameters", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("begin()", id="begin"),
+            nbformat.v4.new_markdown_cell(f"Text, {prose}", id="text"),
+            nbformat.v4.new_code_cell(second, id="second"),
+        ]
+        return nbformat.v4.new_notebook(cells=made)
+
+    executed, today = tmp_path / "05_evaluation" / "notebook.ipynb", tmp_path / "today.ipynb"
+    executed.parent.mkdir()
+    old = cells("old", "go()", "a comment")
+    injected = nbformat.v4.new_code_cell("images = 2", metadata={"tags": ["injected-parameters"]})
+    old.cells.insert(2, injected)
+    nbformat.write(old, executed)
+
+    def prose(notebook: nbformat.NotebookNode) -> list[str]:
+        nbformat.write(notebook, today)
+        return re.findall(r"(?:Title|Text), (\w+)", page(executed, "tiny", today=today).partition("<body>")[2])
+
+    assert prose(cells("new", "go()", "another comment")) == ["new", "new"]
+    assert prose(cells("new", "stop()", "a comment")) == ["new", "old"]  # the old outputs stand under the old text
+    more = cells("new", "go()", "a comment")
+    more.cells.insert(3, nbformat.v4.new_markdown_cell("More", id="more"))
+    assert prose(more) == ["old", "old"]
 
 
 def test_code_stays_and_a_formula_that_cannot_be_drawn_stays_tex():
