@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from diffseg import processes
 from diffseg.errors import DiffsegError
 from diffseg.manifest import STEPS, project_root, read_manifest, run_folder, step_key
 from diffseg.parameters import parse_assignments
@@ -28,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     several.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at the same time; they share the cores")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "list":
+        if processes.count() > 1 and arguments.command != "run":
+            raise DiffsegError(f"diffseg {arguments.command} is one process; start it without a launcher.")
+        if processes.rank():
+            processes.assist()  # the main process reads the arguments
+        elif arguments.command == "list":
             print_list()
         elif arguments.command == "run":
             run(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import diffseg
+from diffseg import processes
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_file
 from diffseg.parameters import is_parameters, read_cells
@@ -168,8 +169,8 @@ def versions() -> dict[str, str | None]:
 
 
 def provenance() -> dict[str, Any]:
-    """Return {"git", "hardware", "versions"}: by which code, machine and packages a result is made now."""
-    return {"git": git_state(project_root()), "hardware": hardware(), "versions": versions()}
+    """Return {"versions", "git", "hardware"}: by which code, machine and packages a result is made now."""
+    return {"versions": versions(), "git": git_state(project_root()), "hardware": hardware()}
 
 
 def git_state(root: Path) -> dict | None:
@@ -188,7 +189,8 @@ def git_state(root: Path) -> dict | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Return CPU model, usable cores, OMP_NUM_THREADS or "", memory in GB (1e9 bytes), GPU names if torch is loaded."""
+    """Return CPU model, usable cores, OMP_NUM_THREADS or "", number of processes that work together, memory in GB
+    (1e9 bytes), GPU names if torch is loaded."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -201,6 +203,7 @@ def hardware() -> dict[str, Any]:
         "cpu": model.group(1) if model else platform.processor() or platform.machine(),
         "cores": cores,
         "threads": os.environ.get("OMP_NUM_THREADS", ""),  # few of them when runs share the cores
+        "processes": processes.count(),  # that worked together
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
     }

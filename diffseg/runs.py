@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffseg import processes
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, sha256_file
 from diffseg.manifest import (
@@ -57,6 +58,7 @@ class Step:
     parameters: dict[str, Any]  # resolved and checked
     key: str
     resumed: bool  # earlier artefacts of the same key are kept
+    run: Path  # the run's folder
     inputs: dict[str, str] = field(default_factory=dict)  # "NN_step/file", or the path of a named file -> sha256
     started: float = field(default_factory=time.time)
 
@@ -68,7 +70,7 @@ class Step:
         """
         if step not in upstream(self.name):
             raise DiffsegError(f"{self.name} does not stand on {step}; add it to STEPS in diffseg/manifest.py.")
-        folder = self.folder.parent / step
+        folder = self.run / step
         manifest = read_manifest(folder)
         if manifest is None:
             raise DiffsegError(f"{self.name} needs {step}, which is not finished in {folder}; run that step first.")
@@ -95,7 +97,7 @@ class Step:
         with writing(self.folder):
             manifest = {
                 "step": self.name,
-                "run": self.folder.parent.name,
+                "run": self.run.name,
                 "key": self.key,
                 "parameters": {name: value for name, value in self.parameters.items() if name not in WHERE},
                 **provenance(),
@@ -131,7 +133,8 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
 
     Takes the values of the declared parameters from `namespace`, converts them and puts them back. The folder
     keeps what an attempt with the same key made, finished or not (but for altered files), else it is emptied.
-    Raises DiffsegError on a wrong value, an unfinished upstream step or an unwritable folder.
+    Raises DiffsegError on a wrong value, an unfinished upstream step or an unwritable folder. A process that helps
+    the main one gets a scratch folder (`diffseg.processes`).
     """
     notebook = notebook_path(step_name)
     names = declared(notebook)
@@ -142,6 +145,9 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
     namespace.update(parameters)
     folder = run_folder(namespace["run"], namespace["out"]) / step_name
     key = step_key(step_name, parameters, folder.parent)
+    if processes.rank():
+        processes.meet()  # the main process sorts out what is there
+        return Step(step_name, processes.own_folder(folder), parameters, key, False, folder.parent)
     if folder.is_symlink():
         folder.unlink()  # another run's step: it is not ours to alter
     manifest, progress = read_manifest(folder), read_json(folder / IN_PROGRESS)
@@ -158,7 +164,8 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
             (folder / MANIFEST).unlink(missing_ok=True)
             empty(folder)
             write_json(folder / IN_PROGRESS, {"key": key})
-    return Step(step_name, folder, parameters, key, resumed, named_files(parameters))
+    processes.meet()
+    return Step(step_name, folder, parameters, key, resumed, folder.parent, named_files(parameters))
 
 
 def empty(folder: Path) -> None:
@@ -200,7 +207,7 @@ def run(
     "3-5" or "1,3"; `set` overrides parameters; `out` is where the run's folder goes, relative to the working
     directory; `force` makes the steps anew; `share` links finished steps of the same key from any run in
     results/runs instead. All values are checked before anything runs. A wrong value and a step that fails raise
-    DiffsegError.
+    DiffsegError. Of several processes this is the main one; the others call `diffseg.processes.assist`.
     """
     notebooks = step_notebooks()
     values, folder = resolve(name, set or {}, out)
@@ -208,7 +215,7 @@ def run(
     wanted = {*selected, *(before for step in selected for before in upstream(step))}
     from diffseg.kernel import execute  # here: notebooks and `diffseg list` need not wait for papermill
 
-    with locked(folder):
+    with locked(folder), processes.Group() as group:
         for number, (step, notebook) in enumerate(notebooks.items(), start=1):
             if step not in wanted:
                 continue
@@ -233,7 +240,8 @@ def run(
                 with writing(folder / step):
                     if force or (folder / step).is_symlink():
                         remove(folder / step)
-                    execute(notebook, folder / step / EXECUTED, parameters, folder)
+                    with group.together(notebook, parameters, folder):
+                        execute(notebook, folder / step / EXECUTED, parameters, folder)
                 if problem := trouble(folder / step, key, parameters):
                     raise DiffsegError(f"{step} ended but {problem}; its notebook must end with step.finish.")
                 confirm(folder / step, key, parameters)

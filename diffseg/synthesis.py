@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
@@ -102,7 +104,9 @@ def synthesise(
     """Write the synthetic data set of `rows` to `folder`; pictures that are there already are kept.
 
     A batch is always made of the same rows (those of one multiple of batch_size), so a run that was cut and goes on
-    computes exactly what it would have computed. Returns the mean share of foreground and the mean margin (0..1).
+    computes exactly what it would have computed. Several processes (started by `accelerate launch`) take the batches
+    in turn and fill one folder, with the files that one process would write; the first writes the lists. Returns the
+    mean share of foreground and the mean margin (0..1). Raises a DiffsegError when a picture is missing at the end.
     """
     folders = [(folder / name, suffix) for name, suffix in
                (("JPEGImages", ".jpg"), ("SegmentationClass", ".png"), ("Reliability", ".png"))]  # fmt: skip
@@ -111,10 +115,12 @@ def synthesise(
     def is_done(name: str) -> bool:
         return all((place / f"{name}{suffix}").is_file() for place, suffix in folders)
 
-    starts = range(0, len(rows), batch_size)
+    state = PartialState()
+    starts = batches(len(rows), batch_size, state.process_index, state.num_processes)
     todo = [s for s in starts if not all(is_done(name) for name in names[s : s + batch_size])]
-    bar = tqdm(total=len(rows), initial=len(rows) - sum(len(names[s : s + batch_size]) for s in todo),
-               desc="drawing pictures and masks", unit="picture", smoothing=0.1)  # fmt: skip
+    mine, missing = (sum(len(names[s : s + batch_size]) for s in some) for some in (starts, todo))
+    bar = tqdm(total=mine, initial=mine - missing, desc="drawing pictures and masks", unit="picture",
+               smoothing=0.1, disable=not state.is_main_process)  # fmt: skip
     for start in todo:
         batch = rows[start : start + batch_size]
         for row, drawn in zip(batch, draw_with_masks(pipeline, batch, benchmark, options), strict=True):
@@ -126,9 +132,25 @@ def synthesise(
             write_picture_label(folder / "SegmentationClass" / f"{name}.png", drawn.label.numpy(), benchmark)
         bar.update(len(batch))
     bar.close()
-    with atomic_path(folder / "ImageSets" / "Segmentation" / "train.txt") as path:
-        path.write_text("".join(f"{name}\n" for name in names))
-    return write_index(rows, names, folder)
+    state.wait_for_everyone()
+    means = [None]
+    if state.is_main_process:
+        if absent := [name for name in names if not is_done(name)]:
+            raise DiffsegError(
+                f"picture {absent[0]} is not in {folder} at the end; several machines must share that folder."
+            )
+        with atomic_path(folder / "ImageSets" / "Segmentation" / "train.txt") as path:
+            path.write_text("".join(f"{name}\n" for name in names))
+        means = [write_index(rows, names, folder)]
+    return broadcast_object_list(means)[0]
+
+
+def batches(rows: int, batch_size: int, process: int = 0, processes: int = 1) -> range:
+    """Return the first row of each batch that is this process's.
+
+    By number, not by what is missing: that changes while another process looks.
+    """
+    return range(process * batch_size, rows, processes * batch_size)
 
 
 def write_index(rows: Sequence[Prompt], names: Sequence[str], folder: Path) -> dict[str, float]:
