@@ -90,7 +90,7 @@ def story(
         wrapped = textwrap.fill(text, int(width / (1.25 * letter)))  # bold is wider
         drawn.append((0, y, wrapped, {"weight": "bold", "va": "top"}))
         y += 0.08 + line * (wrapped.count("\n") + 1)
-        titles = [textwrap.fill(title, max(8, int(side / letter))) for title in titles]
+        titles = [textwrap.fill(title.replace("_", " "), max(8, int(side / letter))) for title in titles]
         y += line * max((title.count("\n") + 1 for title in titles), default=0)
         for j, title in enumerate(titles):
             drawn.append((left + j * (side + gap) + side / 2, y - 0.04, title, {"ha": "center", "va": "bottom"}))

@@ -146,7 +146,7 @@ def study_table(path: Path) -> str:
     real = [row for row in rows if row.get("real_miou")]
 
     def cells(row: Mapping[str, str], network: str) -> list[str]:
-        pairs = [(row[f"{network}_{score}"], row[f"{network}_{score}_spread"]) for score in scores]
+        pairs = [(row.get(f"{network}_{score}"), row.get(f"{network}_{score}_spread")) for score in scores]
         return [
             (f"{float(mean):.1f}" if mean else "") + (f" ± {float(spread):.1f}" if spread else "")
             for mean, spread in pairs
