@@ -33,7 +33,10 @@ TOGETHER = {
 # what a launcher tells its processes; a kernel that has none of it works alone
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
             "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
-PATIENCE = datetime.timedelta(days=7)  # one process may write an index of 168,679 pictures while the others wait
+# A wait ends with an error after this time (our choice): kernels wait while one of them writes an index of 168,679
+# pictures, runners while the main process does the rest of a step. A launcher ends the processes of its machine sooner.
+KERNELS_WAIT = datetime.timedelta(hours=3)
+RUNNERS_WAIT = datetime.timedelta(days=7)
 SCRATCH = ".processes"
 
 
@@ -54,7 +57,7 @@ def meet() -> None:
         from accelerate import PartialState
 
         # without a GPU Accelerate forms a group only where it is told that the CPU is meant
-        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).wait_for_everyone()
+        PartialState(cpu=not torch.cuda.is_available(), timeout=KERNELS_WAIT).wait_for_everyone()
 
 
 def own_folder(folder: Path) -> Path:
@@ -86,7 +89,7 @@ class Group:
         if self.count > 1:
             from torch import distributed
 
-            distributed.init_process_group("gloo", timeout=PATIENCE)
+            distributed.init_process_group("gloo", timeout=RUNNERS_WAIT)
             self.variables = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
             self.is_main = self.variables["RANK"] == "0"
         return self
