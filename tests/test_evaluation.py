@@ -538,6 +538,8 @@ def test_a_crf_without_its_package_says_so():
 
 TWO_PROCESSES = """
 import json, sys, test_evaluation as t
+from accelerate import PartialState
+assert PartialState(cpu=True).num_processes == 2  # without a GPU only one that is told so finds the other
 benchmark = t.BENCHMARKS["imagenet-s-50"]
 result = t.evaluate(t.wrong_here_and_there, t.Scenes(benchmark, t.SIZES), benchmark, bootstrap=20, device="cpu")
 json.dump([result.metrics(), result.confusion.tolist()], open(sys.argv[1], "w"))
@@ -553,7 +555,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
     processes = []
     for rank in range(2):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        variables = os.environ | {name: str(value) for name, value in place.items()} | {"ACCELERATE_USE_CPU": "1"}
+        variables = os.environ | {name: str(value) for name, value in place.items()}
         command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / f"{rank}.json")]
         processes.append(subprocess.Popen(command, env=variables, cwd=Path(__file__).parent))
     assert [process.wait(300) for process in processes] == [0, 0]
