@@ -1,9 +1,10 @@
 """Files that are either whole or absent, and their fingerprints."""
 
 import contextlib
+import csv
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -22,6 +23,20 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
+    """Return the rows of a CSV file with a header, every cell a text."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
+    """Write rows of the same keys, at least one, as a CSV file with a header; whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path
+from diffseg.files import atomic_path, read_rows
 from diffseg.manifest import STEPS, altered, notebook_path, project_root, read_manifest
-from diffseg.report import network_rows, percent, read_rows
+from diffseg.report import network_rows, percent
 from diffseg.runs import EXECUTED
 from diffseg.study import study_files
 

@@ -9,7 +9,6 @@ are compared with the reference (in the mini world the oracle, which was trained
 """
 
 import argparse
-import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset
 from diffseg.benchmarks import VOC
 from diffseg.datasets import pictures_set
 from diffseg.figures import save_figure
-from diffseg.files import atomic_path, sha256_file
+from diffseg.files import atomic_path, sha256_file, write_rows
 from diffseg.manifest import MANIFEST, project_root, provenance, read_manifest
 from diffseg.mask_ablation import load_reference
 from diffseg.masks import reliable_pixels
@@ -104,10 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in found
         for name in ("label", *networks)
     ]
-    with atomic_path(chosen.out / "tables" / "reliability.csv") as path, open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(chosen.out / "tables" / "reliability.csv", rows)
     trained = {run.name: sha256_file(run / "04_robust_training" / MANIFEST) for run in chosen.runs}
     with atomic_path(chosen.out / "tables" / "reliability.json") as path:
         path.write_text(json.dumps({"reference": chosen.reference, "runs": trained, **provenance()}, indent=1))

@@ -1,11 +1,10 @@
 """The numbers of a run, from its manifests alone, and the published ones that stand beside them."""
 
-import csv
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 
+from diffseg.files import read_rows
 from diffseg.manifest import project_root
 
 
@@ -96,12 +95,6 @@ def caption(summary: Mapping) -> str:
         f"{summary['segmenter']} trained on {trained} pictures, seed {summary['seed']}; "
         f"{summary['validation_images']} {summary['benchmark']} validation pictures; {summary['hardware']}."
     )
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file of results/, every cell a text."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def published_numbers(protocol: str) -> pd.DataFrame:

@@ -11,7 +11,6 @@ Not compared: latent channels and the size of the pictures (each needs another V
 """
 
 import argparse
-import csv
 import json
 import statistics
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 
 from diffseg.benchmarks import VOC
 from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path, sha256_file
+from diffseg.files import atomic_path, read_rows, sha256_file, write_rows
 from diffseg.generator import load_generator, locate_generator
 from diffseg.manifest import plain, project_root, provenance, read_json
 from diffseg.miniworld import pretrain
@@ -169,18 +168,14 @@ def read_table(path: Path, made_from: dict) -> list[dict[str, str]]:
     if before != now:
         names = [name for name in now if now[name] != before.get(name)]
         raise DiffsegError(f"{path} was made with other {', '.join(names)}; move it away or choose another --results")
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_rows(path)
 
 
 def write_table(path: Path, rows: list[dict], made_from: dict) -> None:
     about = {"made_from": made_from} | provenance()
     with atomic_path(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(plain(about), indent=1) + "\n", encoding="utf-8")
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, rows)
 
 
 def find_row(rows: list[dict], of: dict) -> dict | None:

@@ -12,7 +12,6 @@ nothing of a dropped object or a wrong class, where all that can help is that tw
 """
 
 import argparse
-import csv
 import json
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ from diffseg.datasets import open_split
 from diffseg.errors import DiffsegError
 from diffseg.evaluation import evaluate
 from diffseg.figures import save_figure
-from diffseg.files import atomic_path
+from diffseg.files import atomic_path, read_rows, write_rows
 from diffseg.manifest import project_root, provenance, read_json
 from diffseg.metrics import ConfusionMatrix, mean_iou
 from diffseg.miniworld.disk import locate_data
@@ -152,7 +151,7 @@ def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
     settings = {name: value for name, value in vars(chosen).items() if name not in ("seeds", "out", "kinds", "modes")}
     rows: list[dict] = []
     if table.is_file() and (read_json(manifest) or {}).get("settings") == settings:
-        rows = list(csv.DictReader(table.open(encoding="utf-8")))
+        rows = read_rows(table)
     done = {(row["kind"], float(row["strength"]), row["mode"], int(row["seed"])) for row in rows}
     root = locate_data("mini")
     pictures, validation = open_split(VOC, root, VOC.training_split), open_split(VOC, root, VOC.evaluation_split)
@@ -202,10 +201,7 @@ def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
                 with atomic_path(manifest) as path:
                     about = {"settings": settings, **provenance(), "started": started, "rows": len(rows)}
                     path.write_text(json.dumps(about, indent=1))
-                with atomic_path(table) as path, open(path, "w", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_rows(table, rows)
     figure = noise_figure(rows)
     save_figure(figure, folder / "figures" / "noise.png")
     plt.close(figure)

@@ -7,9 +7,10 @@ ratio is the median over repetitions of mode / plain. On a CPU the process's sec
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
-import time
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -22,6 +23,7 @@ from diffseg.manifest import project_root, provenance
 from diffseg.miniworld.disk import locate_data
 from diffseg.miniworld.noise import Disturbed
 from diffseg.segmenters import new_networks
+from diffseg.speed import time_in_turn
 from diffseg.training import NETWORKS, TrainingOptions, train
 
 
@@ -31,15 +33,14 @@ def measure(options: TrainingOptions, segmenter: str, pictures: int, repetitions
     real = open_split(VOC, locate_data("mini"), VOC.training_split)
     dataset = Disturbed(Subset(real, range(pictures)), "dropped", 0.0, seed=0)  # true masks, margins by distance
     networks = {mode: new_networks(count, segmenter, VOC.classes, seed=0) for mode, count in NETWORKS.items()}
-    now = time.perf_counter if device.type == "cuda" else time.process_time
-    seconds: dict[str, list[float]] = {mode: [] for mode in NETWORKS}
-    for repetition in range(repetitions + 1):
-        for mode, network in networks.items():
-            chosen = TrainingOptions(**(vars(options) | {"training_mode": mode}))
-            start = now()
-            train(network, dataset, VOC.ignore, chosen, repetition, device, mode)  # it ends with numbers on the CPU
-            seconds[mode].append((now() - start) / options.iterations)
-    seconds = {mode: values[1:] for mode, values in seconds.items()}  # the first round warms up
+    calls = {}
+    for mode, network in networks.items():
+        chosen = dataclasses.replace(options, training_mode=mode)
+        # it ends with numbers on the CPU, so a GPU's work is over, too
+        calls[mode] = partial(train, network, dataset, VOC.ignore, chosen, 0, device, mode)
+    times = time_in_turn(calls, repetitions + 1)  # the first round warms up
+    which = 0 if device.type == "cuda" else 1  # of (wall, CPU)
+    seconds = {mode: [pair[which] / options.iterations for pair in pairs[1:]] for mode, pairs in times.items()}
     return [
         {
             "mode": mode,
