@@ -12,7 +12,7 @@ from diffseg.datasets import open_split
 from diffseg.english import with_article
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_file
-from diffseg.generator import load_tokenizer
+from diffseg.generator import GENERATORS, load_generator, load_tokenizer
 from diffseg.miniworld import disk, pretrain, scenes
 
 CLASS_IDS = {name: k for k, name in enumerate(VOC.classes)}
@@ -169,6 +169,24 @@ def test_tuning_the_decoder_leaves_the_encoder_as_it_is(corpus, tmp_path):
     )
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_a_training_goes_on_from_the_shipped_generator(corpus, tmp_path):
+    """At rate 0 the weights that come out are those that went in, and the note tells of both trainings."""
+    for name in ("images.npy", "captions.json"):
+        (tmp_path / name).symlink_to(corpus / name)
+    initial = ["--initial", "mini", "--device", "cpu"]
+    pretrain.encode_corpus(tmp_path, pretrain.parse_options(["latents", *initial]))
+    assert json.loads((tmp_path / "vae" / "vae.json").read_text())["psnr"] > 24
+    options = ["diffusion", *initial, "--steps", "2", "--batch", "4", "--rate", "0"]
+    pretrain.train_diffusion(tmp_path / "diffusion", tmp_path, pretrain.parse_options(options))
+    pretrain.export(tmp_path / "diffusion", tmp_path, tmp_path / "weights", initial="mini")
+    before, after = (load_generator(name) for name in ("mini", str(tmp_path / "weights")))
+    for part in ("unet", "text_encoder", "vae"):
+        state = getattr(after, part).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in getattr(before, part).state_dict().items()), part
+    note, shipped = (json.loads((f / "training.json").read_text()) for f in (tmp_path / "weights", GENERATORS["mini"]))
+    assert note["initial"] == shipped and note["samples_seen"] == 8
 
 
 def train_some(folder, corpus, steps):

@@ -8,6 +8,9 @@ Stages, each a command that continues where it was stopped:
     python -m diffseg.miniworld.pretrain decoder    the VAE's decoder alone, longer, on the same latents (sharper edges)
     python -m diffseg.miniworld.pretrain export     the Stable Diffusion folder that the package ships
 
+To go on from a finished generator with a fresh optimizer, on other scenes than it has seen: `corpus --seed 1`, then
+with `--initial mini` the stages `latents` (in place of `vae`: the generator's own encodes), `diffusion` and `export`.
+
 The recipe is our choice throughout: small networks of the real diffusers and transformers classes, v-prediction
 (Salimans & Ho 2022) with min-SNR weights (Hang et al. 2023), 10 % empty captions for classifier-free guidance.
 `changes` is what `diffseg.miniworld.compare` alters: network ("text_encoder", "unet", "scheduler") -> settings.
@@ -29,6 +32,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffseg.files import atomic_path
+from diffseg.generator import load_generator, locate_generator
 from diffseg.miniworld.scenes import PLACES, TEMPLATES, load_pictures, sample_scene
 from diffseg.miniworld.trainer import Trainer, mixed_precision, training_note
 from diffseg.seeds import derive_seed
@@ -164,24 +168,40 @@ def train_vae(folder: Path, corpus: Path, options: argparse.Namespace) -> None:
 
     trainer.run(loss_of_batch, options.steps, options.seconds, options.batch, options.every)
     trainer.load_average()
-    vae.eval()
-    latents, error = [], []
-    with torch.no_grad():
-        for start in tqdm(range(0, len(images), 256), "caching latents"):
-            x = load_images(images, np.arange(start, min(start + 256, len(images)))).to(device)
-            z = vae.encode(x).latent_dist.mean
-            latents.append(z.half().cpu().numpy())
-            if start < 1024:
-                error.append(F.mse_loss(vae.decode(z).sample.clamp(-1, 1), x).item() / 4)
-    latents = np.concatenate(latents)
-    psnr = -10 * np.log10(np.mean(error))
+    latents, psnr = encode(vae.eval(), images)
     vae.register_to_config(scaling_factor=float(1 / latents[:4096].astype(np.float32).std()))
-    vae.save_pretrained(folder / "vae")
-    with atomic_path(corpus / "latents.npy") as path:
-        np.save(path, latents * np.float16(vae.config.scaling_factor))
-    note = {"psnr": float(psnr), "samples": trainer.samples, "seconds": trainer.seconds}
+    save_latents(vae, latents, corpus)
+    note = {"psnr": psnr, "samples": trainer.samples, "seconds": trainer.seconds}
     (folder / "vae.json").write_text(json.dumps(note))
     print(note, vae.config.scaling_factor)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return a corpus's latents (float16 N x 8 x 16 x 16, not scaled), and the PSNR of its first 1,024 pictures."""
+    latents, error = [], []
+    for start in tqdm(range(0, len(images), 256), "caching latents"):
+        x = load_images(images, np.arange(start, min(start + 256, len(images)))).to(vae.device)
+        z = vae.encode(x).latent_dist.mean
+        latents.append(z.half().cpu().numpy())
+        if start < 1024:
+            error.append(F.mse_loss(vae.decode(z).sample.clamp(-1, 1), x).item() / 4)
+    return np.concatenate(latents), float(-10 * np.log10(np.mean(error)))
+
+
+def save_latents(vae: AutoencoderKL, latents: np.ndarray, corpus: Path) -> None:
+    """Write the VAE and, scaled by its factor, latents.npy."""
+    vae.save_pretrained(corpus / "vae" / "vae")
+    with atomic_path(corpus / "latents.npy") as path:
+        np.save(path, latents * np.float16(vae.config.scaling_factor))
+
+
+def encode_corpus(corpus: Path, options: argparse.Namespace) -> None:
+    """Cache the corpus's latents by the VAE of the generator `options.initial`, and note how it came to be."""
+    vae = load_generator(options.initial, options.device).vae
+    latents, psnr = encode(vae.eval(), np.load(corpus / "images.npy", mmap_mode="r"))
+    save_latents(vae, latents, corpus)
+    (corpus / "vae" / "vae.json").write_text(json.dumps({"psnr": psnr, "of": options.initial}))
 
 
 def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, changes: dict | None = None) -> None:
@@ -197,6 +217,10 @@ def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, cha
     torch.manual_seed(options.seed)
     text_encoder = build_text_encoder(len(tokenizer), **changes.get("text_encoder", {})).to(device)
     unet = build_unet(**changes.get("unet", {})).to(device).to(memory_format=torch.channels_last)
+    if options.initial:
+        initial = load_generator(options.initial)
+        text_encoder.load_state_dict(initial.text_encoder.state_dict())
+        unet.load_state_dict(initial.unet.state_dict())
     scheduler = build_scheduler(**changes.get("scheduler", {}))
     is_epsilon = scheduler.config.prediction_type == "epsilon"
     alphas = scheduler.alphas_cumprod.to(device)
@@ -305,8 +329,12 @@ def draw_sheet(trainer: Trainer, folder: Path, corpus: Path, options: argparse.N
     torch.set_rng_state(state)
 
 
-def export(folder: Path, corpus: Path, weights: Path, changes: dict | None = None) -> None:
-    """Write the averaged weights as a Stable Diffusion folder in half precision, with training.json beside them."""
+def export(folder: Path, corpus: Path, weights: Path, changes: dict | None = None, initial: str = "") -> None:
+    """Write the averaged weights as a Stable Diffusion folder in half precision, with training.json beside them.
+
+    initial: the generator that the training went on from; its own training.json becomes an entry of this one.
+    """
+    before = json.loads((Path(locate_generator(initial)) / "training.json").read_text()) if initial else None
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     pipeline = make_pipeline(state["average"], corpus, changes)
     pipeline.to(dtype=torch.float16).save_pretrained(weights)
@@ -316,6 +344,8 @@ def export(folder: Path, corpus: Path, weights: Path, changes: dict | None = Non
     for name in ("vae", "decoder"):
         if (corpus / name / f"{name}.json").is_file():
             note[name] = json.loads((corpus / name / f"{name}.json").read_text())
+    if before:
+        note["initial"] = before
     with atomic_path(weights / "training.json") as path:
         path.write_text(json.dumps(note, indent=1) + "\n")
     print({key: note[key] for key in ("samples_seen", "steps", "seconds")})
@@ -323,7 +353,10 @@ def export(folder: Path, corpus: Path, weights: Path, changes: dict | None = Non
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["corpus", "vae", "diffusion", "decoder", "export"])
+    parser.add_argument("stage", choices=["corpus", "vae", "latents", "diffusion", "decoder", "export"])
+    parser.add_argument(
+        "--initial", default="", help="generator (a name or a folder) that latents, diffusion and export go on from"
+    )
     parser.add_argument("--folder", type=Path, default=Path("results/runs/pretrain"))
     parser.add_argument("--scenes", type=int, default=60000, help="scenes in the corpus")
     parser.add_argument("--pair-share", type=float, default=0.6, help="share of the scenes that show two objects")
@@ -364,12 +397,14 @@ def main(arguments: list[str] | None = None) -> None:
         make_corpus(corpus, options.scenes, options.pair_share, options.seed, workers=2)
     elif options.stage == "vae":
         train_vae(options.folder / "vae", corpus, options)
+    elif options.stage == "latents":
+        encode_corpus(corpus, options)
     elif options.stage == "diffusion":
         train_diffusion(options.folder / "diffusion", corpus, options)
     elif options.stage == "decoder":
         train_decoder(options.folder / "decoder", corpus, options)
     else:
-        export(options.folder / "diffusion", corpus, options.weights)
+        export(options.folder / "diffusion", corpus, options.weights, initial=options.initial)
 
 
 if __name__ == "__main__":
