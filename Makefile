@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# runs of a study at a time; two on a core each do 1.4 times the work of one on both
+JOBS ?= 2
 
 .PHONY: install reproduce study test test-slow lint strip clean
 
@@ -18,7 +20,7 @@ reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with 
 
 study: install  ## the mini benchmarks, then every study of notebooks/studies: hours; what was cut goes on
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
-	for name in $(basename $(notdir $(wildcard notebooks/studies/*.yaml))); do $(BIN)/diffseg study $$name || exit 1; done
+	for name in $(basename $(notdir $(wildcard notebooks/studies/*.yaml))); do $(BIN)/diffseg study $$name --jobs $(JOBS) || exit 1; done
 	$(BIN)/python -m diffseg.miniworld.noise
 
 test: install  ## the tests that CI runs

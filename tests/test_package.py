@@ -99,6 +99,20 @@ def test_every_number_of_the_readme_comes_from_results():
         assert picture.startswith("results/") and (ROOT / picture).is_file()
 
 
+def test_the_numbers_in_the_readmes_sentences_stand_in_the_files_beside_them():
+    """A paragraph that names a CSV or JSON file of results/ has its decimals from there."""
+    readme = re.sub(r"<!-- table:.*?<!-- /table -->", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    checked = 0
+    for paragraph in readme.split("\n\n"):
+        files = re.findall(r"\]\((results/[^)]+\.(?:csv|json))\)", paragraph)
+        measured = [float(n) for file in files for n in re.findall(r"\d+\.\d+", (ROOT / file).read_text())]
+        for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", paragraph) if files else ():
+            digits = len(number.partition(".")[2])
+            assert any(f"{value:.{digits}f}" == number for value in measured), (number, files)
+            checked += 1
+    assert checked >= 5
+
+
 def test_the_readmes_links_lead_somewhere():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
