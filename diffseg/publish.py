@@ -102,6 +102,11 @@ def claims_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def total(training: Mapping, name: str) -> float:
+    """Return samples_seen or seconds of a training and of those that it went on from."""
+    return training[name] + (total(training["initial"], name) if "initial" in training else 0)
+
+
 def generator_table(report: Mapping) -> str:
     """Return results/mini_generator.json as a Markdown table."""
     training, oracle, real = report["training"], report["oracle"], report["real"]
@@ -119,7 +124,7 @@ def generator_table(report: Mapping) -> str:
         f"| of two prompted objects both are there (%) | {percent(report['both_present'])} | "
         f"| {percent(real['both_present'])} |"
     )
-    hours = training["seconds"] / 3600
+    hours = total(training, "seconds") / 3600
     threads = report["hardware"]["threads"] or report["hardware"]["cores"]
     many = "one thread" if str(threads) == "1" else f"{threads} threads"
     lines.append("")
@@ -127,7 +132,7 @@ def generator_table(report: Mapping) -> str:
         f"{report['pictures']} pictures of one object and {report['pairs']} of two, "
         f"{report['pictures_per_second']} a second on {many}. Drawn scenes, with their "
         f"true masks, are what a perfect generator would get; the oracle's own mIoU on mini VOC is "
-        f"{percent(oracle['miou'])} %. Trained on {training['samples_seen']:,} samples in {hours:.1f} hours on "
+        f"{percent(oracle['miou'])} %. Trained on {total(training, 'samples_seen'):,} samples in {hours:.1f} hours on "
         f"{training['hardware']['cores']} CPU cores."
     )
     return "\n".join(lines)

@@ -18,7 +18,14 @@ from diffseg.errors import DiffsegError
 from diffseg.figures import first_of_each, story
 from diffseg.manifest import STEPS, project_root
 from diffseg.pages import page, with_formulas
-from diffseg.publish import benchmarks_table, claims_table, published_table, readme_with_tables, run_table
+from diffseg.publish import (
+    benchmarks_table,
+    claims_table,
+    generator_table,
+    published_table,
+    readme_with_tables,
+    run_table,
+)
 from diffseg.publish import main as publish
 from diffseg.report import beside_published, caption, published_numbers, summarise, table_text
 
@@ -184,6 +191,15 @@ def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
     assert lines[5] == "| mini-b | cityscapes-things | 2 | 720 | 30.0 (28.0 to 33.0) | - | - | 5.0 |"
     assert lines[0] == "a" and lines[-1] == "b" and "old" not in lines
     assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
+
+
+def test_a_generator_that_went_on_from_another_tells_of_all_its_training():
+    report = json.loads((RESULTS / "generator_2" / "mini_generator.json").read_text())
+    training, before = report["training"], report["training"]["initial"]
+    told = generator_table(report)
+    assert f"Trained on {training['samples_seen'] + before['samples_seen']:,} samples" in told
+    assert f"in {(training['seconds'] + before['seconds']) / 3600:.1f} hours" in told
+    assert training == json.loads((RESULTS / "generator_2" / "training.json").read_text())
 
 
 def test_the_published_runs_claims_and_numbers_of_others_fill_their_tables():
