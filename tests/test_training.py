@@ -153,6 +153,7 @@ class Cut(list):
     (
         {"optimizer": "adamw"},
         pytest.param({"optimizer": "sgd", "ema": 0.9, "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({"optimizer": "sgd", "precision": "fp16"}, marks=pytest.mark.slow),  # with its scaler of losses
     ),
     ids=str,
 )
