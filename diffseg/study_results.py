@@ -247,7 +247,8 @@ def caption(found: Mapping) -> str:
     numbers = [images_of(of(found, name)) for name in found["configurations"]]
     drawn = different([f"{number}" for number in numbers if number is not None])
     machines = [
-        ", ".join(machine["gpus"]) or f"{machine['cores']} core{'s'[machine['cores'] == 1 :]} of {machine['cpu']}"
+        ", ".join(machine["gpus"])
+        or f"{machine['cores']} {'core' if machine['cores'] == 1 else 'cores'} of {machine['cpu']}"
         for machine in found["hardware"]
     ]
     sentences = [
