@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
 from diffseg.errors import DiffsegError
-from diffseg.miniworld.pretrain import build_tokenizer
+from diffseg.miniworld.networks import build_tokenizer
 
 CAT, DOG = [2], [5, 6]  # positions of "cat" and "dogs" in PROMPT
 PROMPT = "a cat and dogs on grass"

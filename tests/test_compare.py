@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 from diffseg.errors import DiffsegError
 from diffseg.generator import load_generator, locate_generator
-from diffseg.miniworld import compare, pretrain, scenes
+from diffseg.miniworld import compare, networks, pretrain, scenes
 from diffseg.miniworld.compare import COLUMNS, VARIANTS, Sampling, find_row, grid
 from diffseg.synthesis import SynthesisOptions
 
@@ -94,10 +94,10 @@ def settings_of(changes: dict) -> dict:
     """Return every setting of a variant's networks and scheduler, and the rest of what it changes."""
     with torch.device("meta"):
         made = {
-            "text_encoder": pretrain.build_text_encoder(200, **changes.get("text_encoder", {})).config.to_dict(),
-            "unet": pretrain.build_unet(**changes.get("unet", {})).config,
+            "text_encoder": networks.build_text_encoder(200, **changes.get("text_encoder", {})).config.to_dict(),
+            "unet": networks.build_unet(**changes.get("unet", {})).config,
         }
-    made["scheduler"] = pretrain.build_scheduler(**changes.get("scheduler", {})).config
+    made["scheduler"] = networks.build_scheduler(**changes.get("scheduler", {})).config
     rest = {name: value for name, value in changes.items() if name not in made}
     return {(part, name): value for part, settings in made.items() for name, value in settings.items()} | {
         ("", name): value for name, value in rest.items()
@@ -118,7 +118,7 @@ def test_each_variant_differs_from_the_base_in_one_thing(name):
 
 def test_variants_have_the_sizes_that_they_say():
     def parameters(name: str) -> int:
-        return sum(p.numel() for p in pretrain.build_unet(**VARIANTS[name].get("unet", {})).parameters())
+        return sum(p.numel() for p in networks.build_unet(**VARIANTS[name].get("unet", {})).parameters())
 
     with torch.device("meta"):
         count = {name: parameters(name) for name in VARIANTS}
@@ -131,7 +131,7 @@ def make_corpus(folder) -> list[scenes.Scene]:
     drawn = [scenes.sample_scene(np.random.default_rng(k), pair_share=0.6) for k in range(40)]
     np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(40, 8, 16, 16)).astype(np.float16))
     (folder / "captions.json").write_text(json.dumps([scene.caption for scene in drawn]))
-    pretrain.build_vae().save_pretrained(folder / "vae" / "vae")
+    networks.build_vae().save_pretrained(folder / "vae" / "vae")
     return drawn
 
 

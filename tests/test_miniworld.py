@@ -13,7 +13,7 @@ from diffseg.english import with_article
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_file
 from diffseg.generator import GENERATORS, load_generator, load_tokenizer
-from diffseg.miniworld import disk, pretrain, scenes
+from diffseg.miniworld import disk, networks, pretrain, scenes
 
 CLASS_IDS = {name: k for k, name in enumerate(VOC.classes)}
 
@@ -77,17 +77,17 @@ def test_benchmarks_draw_all_pictures_of_a_class_evenly_and_captions_prefer_the_
 
 
 def test_the_tokenizer_knows_every_word_of_a_caption_as_one_token_and_no_other_word():
-    tokenizer = pretrain.build_tokenizer()
+    tokenizer = networks.build_tokenizer()
     for k in range(200):
         caption = scenes.sample_scene(np.random.default_rng(k)).caption
         tokens = tokenizer(caption).input_ids
-        assert len(tokens) == len(caption.split()) + 2 <= pretrain.MAX_TOKENS
+        assert len(tokens) == len(caption.split()) + 2 <= networks.MAX_TOKENS
         assert tokenizer.unk_token_id not in tokens[1:-1], caption
     assert tokenizer.unk_token_id in tokenizer("a photo of a zebra").input_ids[1:-1]
 
 
 def test_the_shipped_tokenizer_is_the_one_that_is_built():
-    built, shipped = pretrain.build_tokenizer(), load_tokenizer("mini")
+    built, shipped = networks.build_tokenizer(), load_tokenizer("mini")
     text = "a photo of a potted plant and a police car in front of a brick wall"
     assert built.get_vocab() == shipped.get_vocab()
     assert built(text).input_ids == shipped(text).input_ids

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffseg.miniworld import pretrain
+from diffseg.miniworld import networks, pretrain
 from diffseg.miniworld.trainer import phases_of
 
 TINY = {
@@ -22,7 +22,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
     np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(16, 8, 16, 16)).astype(np.float16))
     (folder / "captions.json").write_text(json.dumps(["a photo of a cat", "a dog and a bus in the snow"] * 8))
-    pretrain.build_vae().save_pretrained(folder / "vae" / "vae")
+    networks.build_vae().save_pretrained(folder / "vae" / "vae")
     return folder
 
 
@@ -128,9 +128,9 @@ def test_both_kinds_of_prediction_weigh_an_error_of_the_picture_alike(kind, trai
     By epsilon = 0 the picture is x / alpha, wrong by sigma / alpha of noise; by v = 0 it is alpha x, wrong by
     sigma^2 of the picture and alpha sigma of noise; both of variance 1.
     """
-    monkeypatch.setattr(pretrain.UNet2DConditionModel, "forward", answer_zero)
+    monkeypatch.setattr(networks.UNet2DConditionModel, "forward", answer_zero)
     train("zero", "--steps", "1", "--batch", "1024", changes={"scheduler": {"prediction_type": kind}})
-    alphas = pretrain.build_scheduler().alphas_cumprod.double()
+    alphas = networks.build_scheduler().alphas_cumprod.double()
     snr = alphas / (1 - alphas)
     error = 1 / snr if kind == "epsilon" else (1 - alphas) ** 2 + alphas * (1 - alphas)
     expected = (snr.clamp(max=5) * error).mean().item()
