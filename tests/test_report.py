@@ -1,7 +1,6 @@
 """What a run's report says: its own numbers, those of others beside them, the list of claims, and the HTML pages."""
 
 import base64
-import csv
 import io
 import json
 import re
@@ -16,6 +15,7 @@ from PIL import Image
 
 from diffseg.errors import DiffsegError
 from diffseg.figures import first_of_each, story
+from diffseg.files import read_rows
 from diffseg.manifest import STEPS, project_root
 from diffseg.pages import page, with_formulas
 from diffseg.publish import (
@@ -59,8 +59,7 @@ def manifests(groups: bool = False, real: bool = True) -> dict:
 
 
 def read_csv(name: str) -> list[dict[str, str]]:
-    with open(RESULTS / name, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(RESULTS / name)
 
 
 # the run's own numbers

@@ -252,7 +252,6 @@ def export(folder: Path, corpus: Path, weights: Path, changes: dict | None = Non
 
     initial: the generator that the training went on from; its own training.json becomes an entry of this one.
     """
-    before = json.loads((Path(locate_generator(initial)) / "training.json").read_text()) if initial else None
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     pipeline = make_pipeline(state["average"], corpus, changes)
     pipeline.to(dtype=torch.float16).save_pretrained(weights)
@@ -262,8 +261,8 @@ def export(folder: Path, corpus: Path, weights: Path, changes: dict | None = Non
     for name in ("vae", "decoder"):
         if (corpus / name / f"{name}.json").is_file():
             note[name] = json.loads((corpus / name / f"{name}.json").read_text())
-    if before:
-        note["initial"] = before
+    if initial:
+        note["initial"] = json.loads((Path(locate_generator(initial)) / "training.json").read_text())
     with atomic_path(weights / "training.json") as path:
         path.write_text(json.dumps(note, indent=1) + "\n")
     print({key: note[key] for key in ("samples_seen", "steps", "seconds")})
