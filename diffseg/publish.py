@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import diffseg
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, read_rows
 from diffseg.manifest import STEPS, altered, notebook_path, project_root, read_manifest
@@ -60,7 +61,7 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
     The number of classes is that of the IoUs in the evaluation's manifest, background included where it is one.
     """
     titles = ["run", "benchmark", "classes", "images", "synthetic, mIoU (%)", "real, mIoU (%)", "ratio", "minutes"]
-    lines = [row_of(titles), "|---" * len(titles) + "|"]
+    lines, older = [row_of(titles), "|---" * len(titles) + "|"], []
     for path in summaries:
         summary = json.loads(path.read_text(encoding="utf-8"))
         manifest = json.loads((path.parent / "manifests" / "05_evaluation.json").read_text(encoding="utf-8"))
@@ -82,7 +83,8 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
                 ]
             )
         )
-    return "\n".join([*lines, "", "In brackets the 95 % interval over validation pictures; one seed each."])
+        older += older_version(f"{path.parent.name} was measured", [manifest["versions"]])
+    return "\n".join([*lines, "", "In brackets the 95 % interval over validation pictures; one seed each.", *older])
 
 
 def published_table(path: Path) -> str:
@@ -133,7 +135,7 @@ def generator_table(report: Mapping) -> str:
         f"{report['pictures_per_second']} a second on {many}. Drawn scenes, with their "
         f"true masks, are what a perfect generator would get; the oracle's own mIoU on mini VOC is "
         f"{percent(oracle['miou'])} %. Trained on {total(training, 'samples_seen'):,} samples in {hours:.1f} hours on "
-        f"{training['hardware']['cores']} CPU cores."
+        f"a machine of {training['hardware']['cores']} CPU cores."
     )
     return "\n".join(lines)
 
@@ -163,7 +165,15 @@ def study_table(path: Path) -> str:
     for row in real:
         name = "real pictures, true masks" + (f" ({row['configuration']})" if len(real) > 1 else "")
         lines.append(row_of([name, row["seeds"], "", *cells(row, "real"), ""]))
-    return "\n".join(lines)
+    record = json.loads((path.parents[1] / "studies" / f"{path.stem}.json").read_text(encoding="utf-8"))
+    older = older_version("Measured", record["versions"])
+    return "\n".join([*lines, *([""] if older else []), *older])
+
+
+def older_version(what: str, versions: Sequence[Mapping]) -> list[str]:
+    """Return a sentence that says so, in a list, where a record's versions are not of this package as it is."""
+    made_with = sorted({each["diffseg"] for each in versions})
+    return [] if made_with == [diffseg.__version__] else [f"{what} with diffseg {' and '.join(made_with)}."]
 
 
 def readme_with_tables(readme: str, results: Path) -> str:

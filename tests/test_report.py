@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import diffseg
 from diffseg.errors import DiffsegError
 from diffseg.figures import first_of_each, story
 from diffseg.files import read_rows
@@ -26,6 +27,7 @@ from diffseg.publish import (
     readme_with_tables,
     run_table,
 )
+from diffseg.miniworld.versions import version_rows
 from diffseg.publish import main as publish
 from diffseg.report import beside_published, caption, published_numbers, summarise, table_text
 
@@ -181,24 +183,36 @@ def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
         (tmp_path / "results" / name / "manifests").mkdir(parents=True)
         (tmp_path / "results" / name / "summary.json").write_text(json.dumps(summarise(made)))
         evaluation = tmp_path / "results" / name / "manifests" / "05_evaluation.json"
-        evaluation.write_text(json.dumps(made["05_evaluation"]))
+        version = diffseg.__version__ if name == "mini-a" else "0.0.1"
+        evaluation.write_text(json.dumps(made["05_evaluation"] | {"versions": {"diffseg": version}}))
     readme = "a\n<!-- table: results/*/summary.json -->\nold\n<!-- /table -->\nb\n"
     lines = readme_with_tables(readme, tmp_path / "results").splitlines()
     assert (
         lines[4] == "| mini-a | cityscapes-things | 2 | 720 | 30.0 (28.0 to 33.0) | 60.0 (58.0 to 63.0) | 0.50 | 5.0 |"
     )
     assert lines[5] == "| mini-b | cityscapes-things | 2 | 720 | 30.0 (28.0 to 33.0) | - | - | 5.0 |"
+    assert lines[-3] == "mini-b was measured with diffseg 0.0.1." and "mini-a was" not in " ".join(lines)
     assert lines[0] == "a" and lines[-1] == "b" and "old" not in lines
     assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
 
 
 def test_a_generator_that_went_on_from_another_tells_of_all_its_training():
-    report = json.loads((RESULTS / "generator_2" / "mini_generator.json").read_text())
+    report = json.loads((RESULTS / "mini_generator.json").read_text())
     training, before = report["training"], report["training"]["initial"]
     told = generator_table(report)
     assert f"Trained on {training['samples_seen'] + before['samples_seen']:,} samples" in told
     assert f"in {(training['seconds'] + before['seconds']) / 3600:.1f} hours" in told
-    assert training == json.loads((RESULTS / "generator_2" / "training.json").read_text())
+
+
+def test_two_generators_are_compared_on_the_same_pictures_only():
+    report = json.loads((RESULTS / "mini_generator.json").read_text())
+    better = report | {"both_present": 1.0, "per_class": report["per_class"] | {"cat": report["per_class"]["dog"]}}
+    gains = {(row["of"], row["measure"]): row["gain"] for row in version_rows(report, better)}
+    assert gains["all", "both_present"] == round(1 - round(report["both_present"], 4), 4) > 0
+    assert gains["all", "mask_iou"] == gains["dog", "mask_iou"] == 0 != gains["cat", "mask_iou"]
+    assert {of for of, _ in gains} == {"all", *report["per_class"]}
+    with pytest.raises(DiffsegError, match="differ in pairs"):
+        version_rows(report, report | {"pairs": 1})
 
 
 def test_the_published_runs_claims_and_numbers_of_others_fill_their_tables():

@@ -70,10 +70,12 @@ def grid(schedulers: list[str], steps: list[int], guidances: list[float]) -> lis
     return sorted(every, key=lambda one: sum(value != base[name] for name, value in asdict(one).items()))
 
 
-# What each variant changes: settings of a network, or "seed" (how far do equal recipes lie apart?) or "pair_share".
+# What each variant changes: settings of a network, nothing (does a training repeat?), "seed" (how far do equal recipes
+# lie apart?) or "pair_share".
 # The middle of the UNet (4 x 4) has attention in all of them.
 VARIANTS: dict[str, dict] = {
     "base": {},
+    "base again": {},
     "other seed": {"seed": 1},
     "text encoder of 1 layer": {"text_encoder": {"num_hidden_layers": 1}},
     "text encoder of 4 layers": {"text_encoder": {"num_hidden_layers": 4}},
