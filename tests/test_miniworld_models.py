@@ -9,7 +9,7 @@ from segment_anything import SamPredictor
 
 from diffseg.benchmarks import VOC
 from diffseg.errors import DiffsegError
-from diffseg.miniworld import measure, oracle, small_sam
+from diffseg.miniworld import measure, oracle, small_sam, worst
 from diffseg.miniworld.measure import ask, judge, nearest_distances, pair_prompts, place_of, single_prompts
 from diffseg.miniworld.oracle import CLASS_IDS, CLASS_OF_PICTURE, PICTURE_NAMES, PICTURES, Oracle, Scenes, stream
 from diffseg.miniworld.scenes import PLACES, paint_background
@@ -358,3 +358,16 @@ def test_the_generator_is_measured_in_one_go(network, tmp_path):
         for name in (*measure.MEASURES, "both_present", "class_present_plain_words", "mask_iou_object_plain_words"):
             assert 0 <= part[name] <= 1, name
     assert set(report["refined"]) == {"pamr"} and len(list((tmp_path / "results" / "figures").glob("*.png"))) == 3
+
+
+def test_the_sheet_of_worst_answers_begins_with_the_worst(tmp_path):
+    image, truth = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.long)
+    truth[:32] = 3
+    half, other = truth.clone(), truth.clone()
+    half[16:32], other[:32] = 0, 5  # an IoU of one half, and none
+    answers = [(image, truth, found) for found in (truth, half, other)]
+    assert worst.save_worst(iter(answers), tmp_path / "sheet.png", columns=2) == [0.0, 0.5]
+    assert (tmp_path / "sheet.png").is_file()
+    seen = list(worst.sam_answers(4))
+    assert len(seen) == 4 and min(worst.mean_iou(truth, found) for _, truth, found in seen) > 0.5
+    assert all(truth.any() for _, truth, _ in worst.oracle_answers(8))

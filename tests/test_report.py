@@ -18,6 +18,7 @@ from diffseg.errors import DiffsegError
 from diffseg.figures import first_of_each, story
 from diffseg.files import read_rows
 from diffseg.manifest import STEPS, project_root
+from diffseg.miniworld.versions import version_rows
 from diffseg.pages import page, with_formulas
 from diffseg.publish import (
     benchmarks_table,
@@ -27,7 +28,6 @@ from diffseg.publish import (
     readme_with_tables,
     run_table,
 )
-from diffseg.miniworld.versions import version_rows
 from diffseg.publish import main as publish
 from diffseg.report import beside_published, caption, published_numbers, summarise, table_text
 

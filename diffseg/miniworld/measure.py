@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=None, help="where to write; the project's results/ otherwise")
     parser.add_argument("--pictures", type=int, default=1050, help="pictures of one object: ten for every word")
     parser.add_argument("--pairs", type=int, default=200, help="pictures of two objects")
-    parser.add_argument("--refiners", default="pamr", help="refiners whose masks are compared, joined by commas")
+    parser.add_argument("--refiners", default="pamr,sam", help="refiners whose masks are compared, joined by commas")
     parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--attention-steps", default="6-11", help="denoising steps whose attention is averaged")

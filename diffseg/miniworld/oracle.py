@@ -252,7 +252,8 @@ it with `diffseg.miniworld.oracle.load_oracle()`.
   IoU of objects is {held_out[object_iou]:.1%}, and {held_out[picture_accuracy]:.1%} of the scenes with one object are
   given their own picture out of all.
 - **Known failures**: it knows drawn scenes and pictures like them, and calls everything one of its pictures or
-  background; thin parts are the least certain. Lowest and highest IoU by class: `training.json`.
+  background; thin parts are the least certain. IoU by class: `training.json`; its worst answers:
+  `results/figures/mini_oracle_worst.png`.
 - **Licence**: MIT; the art is Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0.
 """
 

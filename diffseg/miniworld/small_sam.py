@@ -287,13 +287,14 @@ it with `diffseg.miniworld.small_sam.load_small_sam()` and give it to segment-an
 
 - **Data**: scenes drawn on the fly from emoji art and the masks of their objects, without classes; their seeds are no
   benchmark's. Pictures are softened and tinted a little.
-- **Recipe**: `{recipe}`, from scratch: {samples_seen:,} scenes, {steps:,} steps of {batch}, {seconds:,.0f} s on
-  {hardware[cores]} CPU cores; the loss curve is in `training.json`.
+- **Recipe**: `{recipe}`, from scratch: {samples_seen:,} scenes, {steps:,} steps of {batch}, {seconds:,.0f} s
+  (CPU cores: {hardware[cores]}); the loss curve is in `training.json`.
 - **Quality**, mean IoU on the first object of {held_out[scenes]:,} held-out scenes: a click {held_out[point]:.1%}, its
   box {held_out[box]:.1%}, a box off by 15 % with a click {held_out[loose_box_and_point]:.1%}, the same with a coarse
   mask {held_out[with_coarse_mask]:.1%} (that mask alone, cut at one half: {held_out[coarse]:.1%}).
 - **Known failures**: it saw one or two objects before plain backgrounds; crowded street scenes and parts of objects are
-  strange to it. A click on the background is answered by some object all the same.
+  strange to it. A click on the background is answered by some object all the same. Its worst answers to a click are
+  in `results/figures/mini_sam_worst.png`.
 - **Licence**: MIT; segment-anything's code is Apache 2.0; the art is Twemoji, Copyright 2019 Twitter, Inc and other
   contributors, CC-BY 4.0.
 """
