@@ -110,6 +110,14 @@ def test_compiled_modules_have_plain_keys(train):
     assert compiled["average"]["unet"].keys() == compiled["modules"]["unet"].keys()
 
 
+def test_a_training_repeats_from_its_seed_and_only_from_it(train):
+    first, again, other = (
+        train(name, "--steps", "3", "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))
+    )
+    assert all(torch.equal(value, tensors(again)[key]) for key, value in tensors(first).items())
+    assert not all(torch.equal(value, tensors(other)[key]) for key, value in tensors(first).items())
+
+
 @pytest.mark.slow
 def test_a_compiled_training_goes_on_uncompiled(train, tmp_path):
     train("plain", "--steps", "4")
