@@ -35,8 +35,8 @@ def rows_of(path) -> list[dict]:
 # ------------------------------------------------------------------------------------------- sampling
 
 
-def test_the_default_is_that_of_measure():
-    assert Sampling().options() == SynthesisOptions(64, 64, 12, 4.0, (16,), "6-11", 0.4, "none")
+def test_the_default_is_that_of_measure_but_for_the_papers_beta():
+    assert Sampling().options() == SynthesisOptions(64, 64, 12, 4.0, (16,), "6-11", 0.2, "none")
 
 
 def test_the_grid_begins_with_single_changes():
