@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from diffseg.errors import DiffsegError
 from diffseg.masks import add_background, class_scores, label_and_margin, margin_thresholds, reliable_pixels
-from diffseg.miniworld.oracle import WEIGHTS
 from diffseg.refiners import REFINERS, get_refiner, pamr, refiners_at_hand
 
 CAT, DOG = 8, 12
@@ -299,7 +298,6 @@ def test_sam_is_prompted_with_points_and_box(small_sam):
     assert torch.allclose(refined[2], torch.from_numpy(logits[0]).sigmoid())
 
 
-@pytest.mark.skipif(not (WEIGHTS / "sam").is_dir(), reason="the small Sam's weights are not there")
 def test_the_mini_worlds_sam_refines():
     image, scores, truth = red_square()
     label, _ = label_and_margin([CAT], get_refiner("sam", "mini")(image, scores, 0.2, None))
