@@ -188,6 +188,12 @@ def git_state(root: Path) -> dict | None:
     return {"revision": revision, "dirty": dirty} if Path(top).resolve() == root else None
 
 
+def machine_name(machine: dict[str, Any]) -> str:
+    """Return a manifest's hardware in words: its GPUs, or without any its cores and their kind."""
+    cores = machine["cores"]
+    return ", ".join(machine["gpus"]) or f"{cores} {'core' if cores == 1 else 'cores'} of {machine['cpu']}"
+
+
 def hardware() -> dict[str, Any]:
     """Return CPU model, usable cores, OMP_NUM_THREADS or "", number of processes that work together, memory in GB
     (1e9 bytes), GPU names if torch is loaded."""

@@ -104,9 +104,9 @@ def claims_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def total(training: Mapping, name: str) -> float:
-    """Return samples_seen or seconds of a training and of those that it went on from."""
-    return training[name] + (total(training["initial"], name) if "initial" in training else 0)
+def trainings(training: Mapping) -> list[Mapping]:
+    """Return a generator's training.json after those of the trainings that it went on from, the first one first."""
+    return [*(trainings(training["initial"]) if "initial" in training else []), training]
 
 
 def generator_table(report: Mapping) -> str:
@@ -126,7 +126,7 @@ def generator_table(report: Mapping) -> str:
         f"| of two prompted objects both are there (%) | {percent(report['both_present'])} | "
         f"| {percent(real['both_present'])} |"
     )
-    hours = total(training, "seconds") / 3600
+    samples, seconds = (sum(each[name] for each in trainings(training)) for name in ("samples_seen", "seconds"))
     threads = report["hardware"]["threads"] or report["hardware"]["cores"]
     many = "one thread" if str(threads) == "1" else f"{threads} threads"
     lines.append("")
@@ -134,7 +134,7 @@ def generator_table(report: Mapping) -> str:
         f"{report['pictures']} pictures of one object and {report['pairs']} of two, "
         f"{report['pictures_per_second']} a second on {many}. Drawn scenes, with their "
         f"true masks, are what a perfect generator would get; the oracle's own mIoU on mini VOC is "
-        f"{percent(oracle['miou'])} %. Trained on {total(training, 'samples_seen'):,} samples in {hours:.1f} hours on "
+        f"{percent(oracle['miou'])} %. Trained on {samples:,} samples in {seconds / 3600:.1f} hours on "
         f"a machine of {training['hardware']['cores']} CPU cores."
     )
     return "\n".join(lines)

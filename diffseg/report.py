@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from diffseg.files import read_rows
-from diffseg.manifest import project_root
+from diffseg.manifest import machine_name, project_root
 
 
 def summarise(manifests: Mapping[str, Mapping]) -> dict:
@@ -35,7 +35,7 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
         "generator": manifests["03_synthesis"]["parameters"]["generator"],
         "seed": manifests["04_robust_training"]["parameters"]["seed"],
         "seconds": {name: manifest["seconds"] for name, manifest in manifests.items()},
-        "hardware": ", ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['cpu']}",
+        "hardware": machine_name(machine),
     }
 
 

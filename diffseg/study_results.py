@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffseg.files import atomic_path, sha256_file
-from diffseg.manifest import MANIFEST, STEPS, project_root
+from diffseg.manifest import MANIFEST, STEPS, machine_name, project_root
 from diffseg.study import Study, finished
 
 COLOURS = [
@@ -246,11 +246,7 @@ def caption(found: Mapping) -> str:
     benchmark, images = measured[0].get("benchmark", found["base"]), measured[0].get("images")
     numbers = [images_of(of(found, name)) for name in found["configurations"]]
     drawn = different([f"{number}" for number in numbers if number is not None])
-    machines = [
-        ", ".join(machine["gpus"])
-        or f"{machine['cores']} {'core' if machine['cores'] == 1 else 'cores'} of {machine['cpu']}"
-        for machine in found["hardware"]
-    ]
+    machines = [machine_name(machine) for machine in found["hardware"]]
     sentences = [
         f"{found['question'].rstrip('.?')}{'?' if found['question'].endswith('?') else '.'}",
         f"Means on {images} {benchmark} pictures, one point a seed (seeds {', '.join(map(str, found['seeds']))});",

@@ -195,6 +195,11 @@ def iou_of(logits: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
     return (found & truths).sum(dim=(-2, -1)) / union.clamp(min=1)
 
 
+def choose(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return of M answers (float B x K x M x H x W) the one that the index (int64 B x K) names: B x K x H x W."""
+    return logits.gather(2, index[:, :, None, None, None].expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0]
+
+
 def sam_loss(logits: torch.Tensor, quality: torch.Tensor, truths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Sam's loss, 20 focal + dice + squared error of the predicted IoU, and the best answer's logits.
 
@@ -210,8 +215,7 @@ def sam_loss(logits: torch.Tensor, quality: torch.Tensor, truths: torch.Tensor) 
     dice = 1 - (2 * overlap + 1) / (p.sum(dim=(-2, -1)) + target.sum(dim=(-2, -1)) + 1)
     error = (quality - iou_of(logits, truths[:, :, None])) ** 2
     each, best = (20 * focal + dice).min(dim=2)
-    chosen = logits.gather(2, best[:, :, None, None, None].expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0]
-    return (each + error.mean(dim=2)).mean(), chosen
+    return (each + error.mean(dim=2)).mean(), choose(logits, best)
 
 
 def train_sam(folder: Path, options: argparse.Namespace) -> Trainer:
@@ -260,8 +264,8 @@ def check_sam(sam: Sam, count: int, seed: int = 0) -> dict[str, float]:
             "with_coarse_mask": Prompts(points, ones, loose, coarse),
         }.items():
             logits, quality = decode(sam, embeddings, prompts)
-            best = quality.argmax(dim=2)[:, :, None, None, None].expand(-1, -1, 1, *logits.shape[-2:])
-            ious[name] += iou_of(logits.gather(2, best)[:, :, 0].cpu(), truths).flatten().tolist()
+            answers = choose(logits, quality.argmax(dim=2))
+            ious[name] += iou_of(answers.cpu(), truths).flatten().tolist()
         ious["coarse"] += iou_of(coarse[:, :, 0], truths).flatten().tolist()
     return {name: float(np.mean(values)) for name, values in ious.items()}
 

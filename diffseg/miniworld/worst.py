@@ -13,6 +13,7 @@ import torch
 from diffseg.benchmarks import VOC
 from diffseg.figures import overlay, picture_rows, save_figure
 from diffseg.manifest import project_root
+from diffseg.miniworld.measure import iou
 from diffseg.miniworld.oracle import (
     CLASS_OF_PICTURE,
     Scenes,
@@ -21,7 +22,7 @@ from diffseg.miniworld.oracle import (
     picture_probabilities,
     stream,
 )
-from diffseg.miniworld.small_sam import Prompts, decode, load_small_sam, pixel_of
+from diffseg.miniworld.small_sam import Prompts, choose, decode, load_small_sam, pixel_of
 
 BATCH = 32
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # picture uint8 3 x H x W, true labels H x W, found labels
@@ -45,15 +46,13 @@ def sam_answers(count: int) -> Iterator[Answer]:
         points = torch.tensor([[[pixel_of(truth.bool().numpy(), rng)]] for truth in truths])
         prompts = Prompts(points, torch.ones(len(truths), 1, 1, dtype=torch.long), None, None)
         logits, quality = decode(sam, sam.image_encoder(sam.preprocess(images.float())), prompts)
-        best = quality[:, 0].argmax(dim=1)
-        found = (logits[torch.arange(len(best)), 0, best] > 0).long()
+        found = (choose(logits, quality.argmax(dim=2))[:, 0] > 0).long()
         yield from zip(images, truths, found, strict=True)
 
 
 def mean_iou(truth: torch.Tensor, found: torch.Tensor) -> float:
     """Return the mean over the true labels, but 0, of the IoU in one picture."""
-    ious = [((truth == k) & (found == k)).sum() / ((truth == k) | (found == k)).sum() for k in truth.unique() if k > 0]
-    return torch.stack(ious).mean().item()
+    return float(np.mean([iou(found == k, truth == k) for k in truth.unique() if k > 0]))
 
 
 def save_worst(answers: Iterator[Answer], path: Path, columns: int = 12) -> list[float]:
@@ -66,7 +65,7 @@ def save_worst(answers: Iterator[Answer], path: Path, columns: int = 12) -> list
         labels = [answer[part].numpy().astype(np.uint8) for answer in worst]
         rows[name] = [overlay(image, label, VOC.palette) for image, label in zip(pictures, labels, strict=True)]
     save_figure(picture_rows(rows, size=0.8), path)
-    return [iou for iou, _ in rated[:columns]]
+    return [rate for rate, _ in rated[:columns]]
 
 
 def main(arguments: list[str] | None = None) -> None:
