@@ -2,16 +2,20 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from diffseg.denoising import diffusion_loss
 from diffseg.errors import DiffsegError
 from diffseg.generator import load_generator, locate_generator
-from diffseg.miniworld import compare, networks, pretrain, scenes
+from diffseg.miniworld import compare, heldout, networks, pretrain, scenes
 from diffseg.miniworld.compare import COLUMNS, VARIANTS, Sampling, find_row, grid
+from diffseg.miniworld.heldout import held_out
+from diffseg.miniworld.measure import single_prompts
 from diffseg.synthesis import SynthesisOptions
 
 TINY = {
@@ -147,25 +151,78 @@ def test_a_corpus_of_fewer_pairs_keeps_latents_and_captions_together(tmp_path):
     assert (folder / "vae" / "vae").is_dir()
 
 
-def test_variants_get_as_many_samples_as_the_base(quick, tmp_path, monkeypatch):
+def test_variants_get_equally_many_samples_and_are_trained_once(quick, tmp_path, monkeypatch):
     tiny = {"base": TINY, "epsilon": TINY | VARIANTS["epsilon"], "pair share 0.3": TINY | VARIANTS["pair share 0.3"]}
     monkeypatch.setattr(compare, "VARIANTS", tiny)
     make_corpus(tmp_path)
     arguments = ["training", "--results", str(tmp_path), "--device", "cpu", "--pictures", "2", "--pairs", "1"]
-    arguments += ["--corpus", str(tmp_path), "--folder", str(tmp_path / "trials"), "--batch", "2", "--seconds", "0.2"]
-    compare.main([*arguments, "--variants", "epsilon"])
+    arguments += ["--corpus", str(tmp_path), "--folder", str(tmp_path / "trials"), "--batch", "2", "--samples", "6"]
+    compare.main([*arguments, "--variants", "base,epsilon"])
     path = tmp_path / "tables" / "generator_training.csv"
     first = rows_of(path)
     compare.main([*arguments, "--variants", "epsilon,pair share 0.3"])
     rows = rows_of(path)
     assert [row["variant"] for row in rows] == ["base", "epsilon", "pair share 0.3"] and rows[:2] == first
-    assert len({row["samples"] for row in rows}) == 1 and int(rows[0]["samples"]) >= 2
+    assert {row["samples"] for row in rows} == {"6"}
+    assert all(float(row["loss_scenes"]) > 0 and 0 <= float(row["mask_iou_scenes"]) <= 1 for row in rows)
     assert (
         load_generator(str(tmp_path / "trials" / "epsilon" / "weights")).scheduler.config.prediction_type == "epsilon"
     )
     assert find_row(rows, {"variant": "base"})["parameters"] == rows[1]["parameters"]
 
 
+def test_a_training_of_the_same_recipe_and_seed_repeats(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "VARIANTS", {"base": TINY, "base again": TINY, "other seed": TINY | {"seed": 1}})
+    make_corpus(tmp_path)
+    arguments = ["training", "--results", str(tmp_path), "--device", "cpu", "--pictures", "2", "--pairs", "1"]
+    arguments += ["--corpus", str(tmp_path), "--folder", str(tmp_path / "trials"), "--batch", "2", "--samples", "6"]
+    compare.main([*arguments, "--variants", "base,base again,other seed"])
+    base, again, other = [
+        {name: value for name, value in row.items() if name.endswith("_scenes")}
+        for row in rows_of(tmp_path / "tables" / "generator_training.csv")
+    ]
+    assert base == again != other
+
+
+# ------------------------------------------------------------------------------------------- held-out scenes
+
+
+def test_held_out_numbers_know_a_trained_generator_from_its_untrained_self(mini_pipeline, monkeypatch):
+    """The shipped generator, and the same with the words' meaning taken away: a new text encoder."""
+    asked = single_prompts(16, 0)
+    trained = held_out(mini_pipeline, asked, compare.BETA, 0)
+    assert trained == held_out(mini_pipeline, asked, compare.BETA, 0)
+    assert trained["mask_iou"] > 0.5
+    torch.manual_seed(0)
+    stranger = networks.build_text_encoder(len(mini_pipeline.tokenizer)).eval()
+    monkeypatch.setattr(mini_pipeline, "text_encoder", stranger)
+    untrained = held_out(mini_pipeline, asked, compare.BETA, 0)
+    assert untrained["loss"] > 1.2 * trained["loss"] and untrained["mask_iou"] < trained["mask_iou"] - 0.2
+
+
+def test_the_held_out_loss_of_an_idle_network_is_known(mini_pipeline, monkeypatch):
+    """Of one that answers 0, it is the weighted mean square of the velocity."""
+    asked = single_prompts(8, 0)
+    drawn = []
+
+    class Idle(torch.nn.Module):
+        def forward(self, noised, timestep, text):
+            drawn.append((noised, timestep))
+            return SimpleNamespace(sample=torch.zeros_like(noised))
+
+    def loss(pipeline, unet, batch, gamma):
+        return diffusion_loss(pipeline, Idle(), batch, gamma)
+
+    monkeypatch.setattr(heldout, "diffusion_loss", loss)
+    found = held_out(mini_pipeline, asked, compare.BETA, 0)["loss"]
+    timesteps = torch.cat([t for _, t in drawn])
+    # every eighth of the noise levels is met equally often
+    assert torch.bincount(timesteps * 8 // 1000, minlength=8).tolist() == [8] * 8
+    snr = (lambda a: a / (1 - a))(mini_pipeline.scheduler.alphas_cumprod[timesteps])
+    # latents have variance of about 1, and so has the velocity
+    assert found == pytest.approx((snr.clamp(max=5) / (snr + 1)).mean().item(), rel=0.25)
+
+
 def test_a_folder_without_latents_is_named(tmp_path):
     with pytest.raises(DiffsegError, match="there are no latents"):
-        compare.main(["training", "--seconds", "1", "--corpus", str(tmp_path), "--results", str(tmp_path)])
+        compare.main(["training", "--corpus", str(tmp_path), "--results", str(tmp_path)])

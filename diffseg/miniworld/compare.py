@@ -1,7 +1,7 @@
 """What limits the mini generator? Small controlled comparisons, judged by the oracle as `measure` judges.
 
     python -m diffseg.miniworld.compare sampling                  schedulers, steps and guidance of the shipped weights
-    python -m diffseg.miniworld.compare training --seconds 900    short trainings from nothing, one thing changed each
+    python -m diffseg.miniworld.compare training                  short trainings from nothing, one thing changed each
 
 Tables: results/tables/generator_sampling.csv and generator_training.csv; the JSON beside says what the rows were made
 from. A row is written as soon as it is measured, and kept by the next call. All rows have the same prompts and seeds,
@@ -27,6 +27,7 @@ from diffseg.files import atomic_path, read_rows, sha256_file, write_rows
 from diffseg.generator import load_generator, locate_generator
 from diffseg.manifest import plain, project_root, provenance, read_json
 from diffseg.miniworld import pretrain
+from diffseg.miniworld.heldout import held_out
 from diffseg.miniworld.measure import Asked, class_words, draw_and_judge, pair_prompts, single_prompts, summarise
 from diffseg.miniworld.oracle import WEIGHTS, load_oracle
 from diffseg.speed import time_in_turn
@@ -251,9 +252,10 @@ def train_variant(name: str, folder: Path, corpus: Path, options: argparse.Names
 
 
 def compare_training(options: argparse.Namespace) -> Path:
-    """Train the base for `options.seconds`, the others for as many samples; judge them all; return the table's path.
+    """Train every variant on `options.samples`, by the same schedule; judge them all; return the table's path.
 
-    parameters: of UNet and text encoder. speed: of drawing, pictures a second over those of the shipped generator.
+    parameters: of UNet and text encoder. loss_scenes, mask_iou_scenes: see `heldout`. speed: of drawing, pictures a
+    second over those of the shipped generator.
     """
     path = options.results / "tables" / "generator_training.csv"
     if not (options.corpus / "latents.npy").is_file():
@@ -265,23 +267,23 @@ def compare_training(options: argparse.Namespace) -> Path:
     recipe += ["--precision", options.precision] if options.precision else []
     recipe += ["--compile"] if options.compile else []
     training = pretrain.parse_options(recipe)
-    made_from = origin(options) | {"seconds": options.seconds, "sampling": asdict(Sampling())}
-    made_from |= {name: getattr(training, name) for name in ("batch", "rate", "decay", "precision", "compile")}
+    training.steps = options.samples // options.batch
+    made_from = origin(options) | {"sampling": asdict(Sampling())}
+    made_from |= {name: getattr(training, name) for name in ("steps", "batch", "rate", "decay", "precision", "compile")}
     made_from["captions"] = sha256_file(options.corpus / "captions.json")
     rows = read_table(path, made_from)
-    names = [name for name in dict.fromkeys(["base", *options.variants]) if not find_row(rows, {"variant": name})]
+    names = [name for name in options.variants if not find_row(rows, {"variant": name})]
     if not names:
         return path
     judge, shipped = make_judge(options), load_generator("mini", options.device)
     for name in names:
-        base = find_row(rows, {"variant": "base"})
-        training.seconds = 0 if base else options.seconds
-        training.steps = int(base["samples"]) // options.batch if base else 0
         folder = options.folder / name.replace(" ", "-")
         weights, used = train_variant(name, folder, options.corpus, training)
         pipeline = load_generator(str(weights), options.device)
         networks = (pipeline.unet, pipeline.text_encoder)
         row = {"variant": name, "parameters": sum(p.numel() for one in networks for p in one.parameters()), **used}
+        known = held_out(pipeline, judge.singles, BETA, options.seed)
+        row |= {f"{measure}_scenes": round(value, 4) for measure, value in known.items()}
         row |= judge.numbers(pipeline, Sampling())
         drawings = judge.drawing(pipeline, Sampling()), judge.drawing(shipped, Sampling())
         row |= speed(*drawings, min(TIMED, options.pictures), options.device == "cpu")
@@ -322,7 +324,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--steps", type=listed(int), default=[6, 8, 10, 12, 20])
     sampling.add_argument("--guidance", type=listed(float), default=[2.0, 4.0, 6.0, 8.0])
     training = commands.add_parser("training", parents=[common])
-    training.add_argument("--seconds", type=float, required=True, help="of training the base; the others: its samples")
+    training.add_argument("--samples", type=int, default=16000, help="of training, for each variant")
     training.add_argument("--corpus", type=Path, default=Path("results/runs/pretrain"), help="a folder of pretrain")
     training.add_argument("--folder", type=Path, default=Path("results/runs/generator-training"), help="of the trials")
     training.add_argument("--variants", type=listed(str, VARIANTS), default=list(VARIANTS))

@@ -31,7 +31,7 @@ from diffseg.miniworld.oracle import (
     main_picture,
     picture_probabilities,
 )
-from diffseg.miniworld.scenes import PLACES, article, draw_scene
+from diffseg.miniworld.scenes import PLACES, Scene, article, draw_scene
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
 from diffseg.seeds import derive_seed
@@ -232,13 +232,17 @@ def draw_and_judge(
     return result
 
 
+def scene_of(asked: Asked, seed: int) -> Scene:
+    """Draw what a prompt asks for: its pictures on its place."""
+    rng = np.random.default_rng(derive_seed(seed, "measure", "real", asked.prompt.index, *asked.pictures))
+    return draw_scene(rng, [PICTURES[k - 1] for k in asked.pictures], list(asked.prompt.words), asked.place)
+
+
 def judge_real(oracle, asked: list[Asked], seed: int) -> Judged:
     """Judge drawn scenes of the same pictures and places, with their true masks: what a perfect generator would get."""
     result = Judged([], [], [], {}, 0.0)
     for one in asked:
-        rng = np.random.default_rng(derive_seed(seed, "measure", "real", one.prompt.index, *one.pictures))
-        pictures = [PICTURES[k - 1] for k in one.pictures]
-        scene = draw_scene(rng, pictures, list(one.prompt.words), one.place)
+        scene = scene_of(one, seed)
         result.images.append(scene.image)
         result.labels.append(torch.from_numpy(scene.label(CLASS_IDS)))
         p = picture_probabilities(oracle, torch.from_numpy(scene.image).permute(2, 0, 1)[None])[0]
