@@ -30,6 +30,7 @@ from diffseg.miniworld import pretrain
 from diffseg.miniworld.heldout import held_out
 from diffseg.miniworld.measure import Asked, class_words, draw_and_judge, pair_prompts, single_prompts, summarise
 from diffseg.miniworld.oracle import WEIGHTS, load_oracle
+from diffseg.publish import trainings
 from diffseg.speed import time_in_turn
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
 
@@ -255,7 +256,8 @@ def compare_training(options: argparse.Namespace) -> Path:
     """Train every variant on `options.samples`, by the same schedule; judge them all; return the table's path.
 
     parameters: of UNet and text encoder. loss_scenes, mask_iou_scenes: see `heldout`. speed: of drawing, pictures a
-    second over those of the shipped generator.
+    second over those of the shipped generator, which stands in the first row. Calls for different variants may run at
+    the same time.
     """
     path = options.results / "tables" / "generator_training.csv"
     if not (options.corpus / "latents.npy").is_file():
@@ -272,14 +274,19 @@ def compare_training(options: argparse.Namespace) -> Path:
     made_from |= {name: getattr(training, name) for name in ("steps", "batch", "rate", "decay", "precision", "compile")}
     made_from["captions"] = sha256_file(options.corpus / "captions.json")
     rows = read_table(path, made_from)
-    names = [name for name in options.variants if not find_row(rows, {"variant": name})]
+    names = [name for name in ("shipped", *options.variants) if not find_row(rows, {"variant": name})]
     if not names:
         return path
     judge, shipped = make_judge(options), load_generator("mini", options.device)
     for name in names:
-        folder = options.folder / name.replace(" ", "-")
-        weights, used = train_variant(name, folder, options.corpus, training)
-        pipeline = load_generator(str(weights), options.device)
+        if name == "shipped":
+            pipeline, notes = shipped, trainings(read_json(Path(locate_generator("mini")) / "training.json"))
+            used = {"samples": sum(note["samples_seen"] for note in notes)}
+            used["seconds"] = round(sum(note["seconds"] for note in notes), 1)
+        else:
+            folder = options.folder / name.replace(" ", "-")
+            weights, used = train_variant(name, folder, options.corpus, training)
+            pipeline = load_generator(str(weights), options.device)
         networks = (pipeline.unet, pipeline.text_encoder)
         row = {"variant": name, "parameters": sum(p.numel() for one in networks for p in one.parameters()), **used}
         known = held_out(pipeline, judge.singles, BETA, options.seed)
@@ -287,8 +294,7 @@ def compare_training(options: argparse.Namespace) -> Path:
         row |= judge.numbers(pipeline, Sampling())
         drawings = judge.drawing(pipeline, Sampling()), judge.drawing(shipped, Sampling())
         row |= speed(*drawings, min(TIMED, options.pictures), options.device == "cpu")
-        rows.append(row)
-        write_table(path, rows, made_from)
+        write_table(path, [*read_table(path, made_from), row], made_from)
     return path
 
 
