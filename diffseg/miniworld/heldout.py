@@ -25,9 +25,9 @@ BATCH = 32
 def held_out(pipeline, asked: list[Asked], beta: float, seed: int) -> dict[str, float]:
     """Return what a generator makes of the scenes that the prompts describe, drawn by `measure.scene_of`.
 
-    loss: the training's objective, over all noise levels; comparable between generators of one noise schedule.
-    mask_iou: mean IoU (0..1) of each object's true mask with the mask that is cut, with `beta`, from the 16 x 16
-    attention to its word in the noised scene. `asked` names one object each. The noise follows from the seed.
+    loss: the training's objective, over all noise levels. mask_iou: mean IoU (0..1) of each object's true mask with the
+    mask that is cut, with `beta`, from the 16 x 16 attention to its word in the noised scene. Both compare generators
+    of one noise schedule. `asked` names one object each. The noise follows from the seed.
     """
     scenes = [scene_of(one, seed) for one in asked]
     noises = torch.Generator().manual_seed(seed)
