@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with the table
 	$(BIN)/diffseg run mini-voc
 
-study: install  ## the mini benchmarks, then every study of notebooks/studies: about eight hours on two cores; what was cut goes on
+study: install  ## the mini benchmarks, then every study of notebooks/studies: about seven hours on two cores; what was cut goes on
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
 	for name in $(basename $(notdir $(wildcard notebooks/studies/*.yaml))); do $(BIN)/diffseg study $$name --jobs $(JOBS) || exit 1; done
 	$(BIN)/python -m diffseg.miniworld.noise
