@@ -104,9 +104,10 @@ def claims_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def trainings(training: Mapping) -> list[Mapping]:
-    """Return a generator's training.json after those of the trainings that it went on from, the first one first."""
-    return [*(trainings(training["initial"]) if "initial" in training else []), training]
+def samples_and_seconds(training: Mapping) -> tuple[int, float]:
+    """Return what the training of a generator took with those that it went on from."""
+    before = samples_and_seconds(training["initial"]) if "initial" in training else (0, 0)
+    return before[0] + training["samples_seen"], before[1] + training["seconds"]
 
 
 def generator_table(report: Mapping) -> str:
@@ -126,7 +127,7 @@ def generator_table(report: Mapping) -> str:
         f"| of two prompted objects both are there (%) | {percent(report['both_present'])} | "
         f"| {percent(real['both_present'])} |"
     )
-    samples, seconds = (sum(each[name] for each in trainings(training)) for name in ("samples_seen", "seconds"))
+    samples, seconds = samples_and_seconds(training)
     threads = report["hardware"]["threads"] or report["hardware"]["cores"]
     many = "one thread" if str(threads) == "1" else f"{threads} threads"
     lines.append("")

@@ -151,17 +151,20 @@ def test_a_corpus_of_fewer_pairs_keeps_latents_and_captions_together(tmp_path):
     assert (folder / "vae" / "vae").is_dir()
 
 
+def train(folder, variants: str) -> list[dict]:
+    """Train and judge variants on the corpus in a folder; return the rows of the table."""
+    arguments = ["training", "--results", str(folder), "--device", "cpu", "--pictures", "2", "--pairs", "1"]
+    arguments += ["--corpus", str(folder), "--folder", str(folder / "trials"), "--batch", "2", "--samples", "6"]
+    compare.main([*arguments, "--variants", variants])
+    return rows_of(folder / "tables" / "generator_training.csv")
+
+
 def test_variants_get_equally_many_samples_and_are_trained_once(quick, tmp_path, monkeypatch):
     tiny = {"base": TINY, "epsilon": TINY | VARIANTS["epsilon"], "pair share 0.3": TINY | VARIANTS["pair share 0.3"]}
     monkeypatch.setattr(compare, "VARIANTS", tiny)
     make_corpus(tmp_path)
-    arguments = ["training", "--results", str(tmp_path), "--device", "cpu", "--pictures", "2", "--pairs", "1"]
-    arguments += ["--corpus", str(tmp_path), "--folder", str(tmp_path / "trials"), "--batch", "2", "--samples", "6"]
-    compare.main([*arguments, "--variants", "base,epsilon"])
-    path = tmp_path / "tables" / "generator_training.csv"
-    first = rows_of(path)
-    compare.main([*arguments, "--variants", "epsilon,pair share 0.3"])
-    rows = rows_of(path)
+    first = train(tmp_path, "base,epsilon")
+    rows = train(tmp_path, "epsilon,pair share 0.3")
     assert [row["variant"] for row in rows] == ["shipped", "base", "epsilon", "pair share 0.3"]
     assert rows[:3] == first and {row["samples"] for row in rows[1:]} == {"6"} and int(rows[0]["samples"]) > 100_000
     assert all(float(row["loss_scenes"]) > 0 and 0 <= float(row["mask_iou_scenes"]) <= 1 for row in rows)
@@ -174,12 +177,9 @@ def test_variants_get_equally_many_samples_and_are_trained_once(quick, tmp_path,
 def test_a_training_of_the_same_recipe_and_seed_repeats(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "VARIANTS", {"base": TINY, "base again": TINY, "other seed": TINY | {"seed": 1}})
     make_corpus(tmp_path)
-    arguments = ["training", "--results", str(tmp_path), "--device", "cpu", "--pictures", "2", "--pairs", "1"]
-    arguments += ["--corpus", str(tmp_path), "--folder", str(tmp_path / "trials"), "--batch", "2", "--samples", "6"]
-    compare.main([*arguments, "--variants", "base,base again,other seed"])
     base, again, other = [
         {name: value for name, value in row.items() if name.endswith("_scenes")}
-        for row in rows_of(tmp_path / "tables" / "generator_training.csv")[1:]
+        for row in train(tmp_path, "base,base again,other seed")[1:]
     ]
     assert base == again != other
 

@@ -30,7 +30,7 @@ from diffseg.miniworld import pretrain
 from diffseg.miniworld.heldout import held_out
 from diffseg.miniworld.measure import Asked, class_words, draw_and_judge, pair_prompts, single_prompts, summarise
 from diffseg.miniworld.oracle import WEIGHTS, load_oracle
-from diffseg.publish import trainings
+from diffseg.publish import samples_and_seconds
 from diffseg.speed import time_in_turn
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
 
@@ -280,9 +280,8 @@ def compare_training(options: argparse.Namespace) -> Path:
     judge, shipped = make_judge(options), load_generator("mini", options.device)
     for name in names:
         if name == "shipped":
-            pipeline, notes = shipped, trainings(read_json(Path(locate_generator("mini")) / "training.json"))
-            used = {"samples": sum(note["samples_seen"] for note in notes)}
-            used["seconds"] = round(sum(note["seconds"] for note in notes), 1)
+            samples, seconds = samples_and_seconds(read_json(Path(locate_generator("mini")) / "training.json"))
+            pipeline, used = shipped, {"samples": samples, "seconds": round(seconds, 1)}
         else:
             folder = options.folder / name.replace(" ", "-")
             weights, used = train_variant(name, folder, options.corpus, training)

@@ -13,6 +13,7 @@ from diffseg.denoising import diffusion_loss, noised_and_target
 from diffseg.masks import add_background, class_scores, label_and_margin
 from diffseg.miniworld.measure import Asked, iou, scene_of
 from diffseg.miniworld.oracle import CLASS_IDS
+from diffseg.miniworld.pretrain import load_images
 
 # Our choices.
 LEVELS = 8  # noise levels at which the objective is taken of each scene
@@ -30,30 +31,29 @@ def held_out(pipeline, asked: list[Asked], beta: float, seed: int) -> dict[str, 
     of one noise schedule. `asked` names one object each. The noise follows from the seed.
     """
     scenes = [scene_of(one, seed) for one in asked]
+    images = np.stack([scene.image for scene in scenes])
     noises = torch.Generator().manual_seed(seed)
     losses, ious = [], []
     for start in range(0, len(asked), BATCH):
-        part, captions = scenes[start : start + BATCH], [one.prompt.prompt for one in asked[start : start + BATCH]]
-        pixels = torch.from_numpy(np.stack([scene.image for scene in part])).permute(0, 3, 1, 2) / 127.5 - 1
-        pixels = pixels.to(pipeline.device)
+        part = slice(start, min(start + BATCH, len(asked)))
+        prompts = [one.prompt for one in asked[part]]
+        captions = [prompt.prompt for prompt in prompts]
+        pixels = load_images(images, np.arange(part.start, part.stop)).to(pipeline.device)
         latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
         for level in range(LEVELS):
             # each scene at other levels than its neighbours, all levels equally often
-            timesteps = (torch.arange(len(part)) * 1000 // len(part) + level * 1000 // LEVELS) % 1000
+            timesteps = (torch.arange(len(prompts)) * 1000 // len(prompts) + level * 1000 // LEVELS) % 1000
             batch = {"pixels": pixels, "caption": captions, "timestep": timesteps.to(pipeline.device)}
             batch["noise"] = torch.randn(latents.shape, generator=noises).to(pipeline.device)
             batch["posterior_noise"] = torch.zeros_like(latents)
-            losses.append(diffusion_loss(pipeline, pipeline.unet, batch, GAMMA).item() * len(part))
+            losses.append(diffusion_loss(pipeline, pipeline.unet, batch, GAMMA).item() * len(prompts))
         noise = torch.randn(latents.shape, generator=noises).to(pipeline.device)
-        alphas = pipeline.scheduler.alphas_cumprod.to(pipeline.device)[[TIMESTEP] * len(part)]
+        alphas = pipeline.scheduler.alphas_cumprod.to(pipeline.device)[[TIMESTEP] * len(prompts)]
         noised, _ = noised_and_target(latents, noise, alphas, pipeline.scheduler.config.prediction_type)
-        tokens = [
-            token_positions(pipeline.tokenizer, one.prompt.prompt, one.prompt.spans)
-            for one in asked[start : start + BATCH]
-        ]
+        tokens = [token_positions(pipeline.tokenizer, prompt.prompt, prompt.spans) for prompt in prompts]
         with AttentionRecorder(pipeline, tokens, (16,)) as recorder:
             pipeline(captions, latents=noised, timesteps=[TIMESTEP], guidance_scale=1.0, output_type="latent")
-        for scene, maps in zip(part, recorder.maps(), strict=True):
+        for scene, maps in zip(scenes[part], recorder.maps(), strict=True):
             truth = torch.from_numpy(scene.label(CLASS_IDS))
             ids, scores = class_scores(maps, [int(truth.max())], tuple(truth.shape))
             label, _ = label_and_margin(ids, add_background(scores, beta))
