@@ -104,10 +104,15 @@ def claims_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def trainings(training: Mapping) -> list[Mapping]:
+    """Return a generator's training.json after those of the trainings that it went on from, the first one first."""
+    return [*(trainings(training["initial"]) if "initial" in training else []), training]
+
+
 def samples_and_seconds(training: Mapping) -> tuple[int, float]:
     """Return what the training of a generator took with those that it went on from."""
-    before = samples_and_seconds(training["initial"]) if "initial" in training else (0, 0)
-    return before[0] + training["samples_seen"], before[1] + training["seconds"]
+    parts = trainings(training)
+    return sum(part["samples_seen"] for part in parts), sum(part["seconds"] for part in parts)
 
 
 def generator_table(report: Mapping) -> str:

@@ -1,5 +1,7 @@
 """Every committed notebook and parameter file keeps the house rules; none of them is executed here."""
 
+import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -68,6 +70,17 @@ def test_no_absolute_path_and_the_right_name(path):
     if path.stem in STEPS:
         assert any(f'begin("{path.stem}", globals())' in source for source in sources)
         assert any("step.finish(" in source for source in sources)
+
+
+@each_notebook
+def test_what_it_imports_from_the_package_is_there(path):
+    """A name that the package lost is seen here in a second, not after the cells before it have run."""
+    code = [cell["source"] for cell in read_cells(path) if cell["cell_type"] == "code"]
+    for node in (node for source in code for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "diffseg":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), name
 
 
 @pytest.mark.parametrize("path", PARAMETERS, ids=lambda path: path.stem)
