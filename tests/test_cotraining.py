@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from diffseg import cotraining as terms
+from diffseg.benchmarks import VOC
+from diffseg.files import read_rows
 from diffseg.miniworld.noise import STRENGTHS, distance_margin, disturb
+from diffseg.miniworld.noise import main as noise_study
+from diffseg.segmenters import new_networks, save_segmenter
 
 IGNORE = 255
 
@@ -217,3 +221,17 @@ def test_the_margin_of_a_mask_is_the_distance_to_its_edge():
     left = [255, 255, 255, 255, 255, 204, 153, 102, 51, 0]
     assert margin[4].tolist() == left + left[::-1]
     assert (distance_margin(torch.zeros(4, 4, dtype=torch.int64)) == 255).all()
+
+
+@pytest.mark.slow
+def test_the_study_of_noise_starts_anew_from_another_network(tmp_path, capsys):
+    start = tmp_path / "start"
+    few = f"--out {tmp_path / 'out'} --kinds dilation --modes cotrain --images 2 --iterations 1 --batch 2"
+    call = [*few.split(), "--segmenter", "deeplabv3plus-resnet18", "--initial-network", str(start)]
+    lines = []
+    for seed in (0, 0, 1):
+        save_segmenter(new_networks(1, "deeplabv3plus-resnet18", VOC.classes, seed), start)
+        noise_study(call)
+        lines.append([line for line in capsys.readouterr().out.splitlines() if " cotrain 0 " in line])
+    assert [len(each) for each in lines] == [3, 0, 3] and lines[0] != lines[2]
+    assert len(read_rows(tmp_path / "out" / "tables" / "noise.csv")) == 3

@@ -30,7 +30,7 @@ from diffseg.errors import DiffsegError
 from diffseg.evaluation import evaluate
 from diffseg.figures import save_figure
 from diffseg.files import atomic_path, read_rows, write_rows
-from diffseg.manifest import project_root, provenance, read_json
+from diffseg.manifest import named_files, project_root, provenance, read_json
 from diffseg.metrics import ConfusionMatrix, mean_iou
 from diffseg.miniworld.disk import locate_data
 from diffseg.seeds import derive_seed
@@ -149,6 +149,7 @@ def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
     device, started = PartialState().device, time.time()
     table, manifest = folder / "tables" / "noise.csv", folder / "tables" / "noise.json"
     settings = {name: value for name, value in vars(chosen).items() if name not in ("seeds", "out", "kinds", "modes")}
+    settings["files"] = named_files(settings)  # another network under the same name is another study
     rows: list[dict] = []
     if table.is_file() and (read_json(manifest) or {}).get("settings") == settings:
         rows = read_rows(table)
