@@ -36,7 +36,7 @@ from diffseg.denoising import diffusion_loss
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.seeds import derive_seed
-from diffseg.target_domain import Draws, find_pictures
+from diffseg.target_domain import Draws, find_pictures, own_captions
 
 ADAPTER = "tuned"  # the adapter's name inside the UNet
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' own file name, so that any tool finds it
@@ -261,6 +261,8 @@ def describe(paths: Sequence[Path], captions: Sequence[str], options: TuningOpti
     root = os.path.commonpath([path.parent for path in paths])  # the folder may have moved
     pictures = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in paths]
     recipe = {"options": kept, "captions": captions, "seed": seed, "pictures": pictures}
+    if own := own_captions(paths):
+        recipe["own_captions"] = {path.relative_to(root).as_posix(): text for path, text in own.items()}
     return json.dumps(recipe, sort_keys=True)
 
 

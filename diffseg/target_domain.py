@@ -1,5 +1,6 @@
 """The target domain: its pictures, the captions they get, and how far drawn pictures are from them."""
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffseg.seeds import derive_seed
 TARGETS = {"mini": "leftImg8bit/train"}  # mini Cityscapes' train pictures, below the mini data root
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+METADATA = "metadata.jsonl"  # beside pictures: their own captions, as Hugging Face's ImageFolder has them
 
 
 def locate_pictures(target_images: str) -> Path:
@@ -83,6 +85,26 @@ def build_captions(templates: Sequence[str], words: Sequence[str] = ()) -> list[
     return list(dict.fromkeys(captions))
 
 
+def own_captions(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return the captions that METADATA beside pictures gives to them; a picture that it does not name has none.
+
+    A line is {"file_name": ..., "text": ...}. Raises a DiffsegError for a line that is not, and an empty text.
+    """
+    captions = {}
+    for metadata in sorted({path.parent / METADATA for path in paths}):
+        lines = metadata.read_text(encoding="utf-8").splitlines() if metadata.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                name, text = entry["file_name"], entry["text"].strip()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                name = text = ""
+            if not name or not text:
+                raise DiffsegError(f'{metadata}, line {number}: give {{"file_name": "1.png", "text": "a street"}}.')
+            captions[metadata.parent / name] = text
+    return {path: captions[path] for path in paths if path in captions}
+
+
 def fit(picture: Image.Image, height: int, width: int, where: float = 0.5) -> Image.Image:
     """Scale a picture to cover height x width and cut off the rest; `where` (0..1) is the place kept."""
     scale = max(height / picture.height, width / picture.width)
@@ -100,6 +122,7 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 class Draws(Dataset):
     """Item n is all that the n-th picture of the training depends on; a pure function of (seed, n).
 
+    A picture has its own caption (`own_captions`), or one of `captions` by lot, the same for all pictures.
     pixels: float32 3 x H x W in -1..1; caption; timestep; noise and posterior_noise: float32, of the latent's
     shape. Pictures come in shuffled rounds, so all are seen equally often.
     """
@@ -119,6 +142,7 @@ class Draws(Dataset):
         self.timesteps = len(pipeline.scheduler.alphas_cumprod)
         self.paths, self.captions, self.size = list(paths), list(captions), (height, width)
         self.caption_dropout, self.seed = caption_dropout, seed
+        self.own = own_captions(self.paths)
 
     def __getitem__(self, n: int) -> dict:
         rounds, place = divmod(n, len(self.paths))
@@ -127,7 +151,8 @@ class Draws(Dataset):
         rng = np.random.default_rng(derive_seed(self.seed, "lora", "draw", n))
         pixels, _ = read_pixels(path, "RGB")
         picture = fit(Image.fromarray(pixels), *self.size, rng.random())
-        caption = self.captions[rng.integers(len(self.captions))]
+        by_lot = self.captions[rng.integers(len(self.captions))]
+        caption = self.own.get(path, by_lot)
         return {
             "pixels": to_tensor(picture),
             "caption": "" if rng.random() < self.caption_dropout else caption,

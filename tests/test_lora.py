@@ -30,6 +30,9 @@ from diffseg import denoising, lora, target_domain
 from diffseg.errors import DiffsegError
 from diffseg.generator import draw, load_generator
 from diffseg.lora import TuningOptions, load_lora, tune
+from diffseg.pseudo_captions import largest_classes
+from diffseg.pseudo_captions import main as guess_captions
+from diffseg.segmenters import new_networks, save_segmenter
 
 CAPTIONS = ["a street with a car", "a street with a rider"]
 OPTIONS = TuningOptions(height=16, width=32, rank=2, alpha=6, learning_rate=1e-2, steps=4, batch=2, checkpoint_every=2)
@@ -297,6 +300,66 @@ def test_draws_follow_from_their_number_and_show_all_pictures_equally_often(pict
         assert sum(torch.equal(draws[n]["pixels"], exact) for n in range(start, start + 3)) == 1
     captions = [draws[n]["caption"] for n in range(200)]
     assert set(captions) == {"", *CAPTIONS} and 5 <= captions.count("") <= 40
+
+
+def test_a_picture_has_its_own_caption_where_metadata_gives_one(pictures):
+    paths = target_domain.find_pictures(pictures)
+    by_lot = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
+    without = lora.describe(paths, CAPTIONS, OPTIONS, 0)
+    named = paths[1]
+    (named.parent / target_domain.METADATA).write_text(
+        json.dumps({"file_name": named.name, "text": "a rider"}) + '\n{"file_name": "gone.png", "text": "a car"}\n'
+    )
+    draws = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
+    assert target_domain.own_captions(paths) == {named: "a rider"}
+    exact = target_domain.to_tensor(Image.open(named))
+    for n in range(60):  # the lots are those without captions: the same crops, noise and empty captions
+        assert all(torch.equal(draws[n][key], by_lot[n][key]) for key in ("pixels", "noise"))
+        own = torch.equal(draws[n]["pixels"], exact) and by_lot[n]["caption"]
+        assert draws[n]["caption"] == ("a rider" if own else by_lot[n]["caption"])
+    assert lora.describe(paths, CAPTIONS, OPTIONS, 0) != without  # a checkpoint of other captions is refused
+
+
+@pytest.mark.parametrize(
+    "line", ["a street", '["1.png"]', '{"file_name": "1.png"}', '{"file_name": "1.png", "text": " "}']
+)
+def test_a_line_of_metadata_that_is_no_caption_is_named(tmp_path, line):
+    (tmp_path / target_domain.METADATA).write_text('{"file_name": "1.png", "text": "a street"}\n' + line + "\n")
+    with pytest.raises(DiffsegError, match=r"metadata.jsonl, line 2: give"):
+        target_domain.own_captions([tmp_path / "1.png"])
+
+
+def test_the_largest_classes_are_named():
+    label = np.zeros((10, 10), np.int64)
+    label[:3], label[5, :2], label[6] = 2, 1, 3
+    names = ("background", "car", "bus", "rider")
+    assert largest_classes(label, names, 0.01, 2) == ["bus", "rider"]
+    assert largest_classes(label, names, 0.01, 9) == ["bus", "rider", "car"]
+    assert largest_classes(label, names, 0.10, 9) == ["bus", "rider"]
+    assert largest_classes(np.zeros((4, 4), np.int64), names, 0.0, 9) == []
+
+
+def test_guessed_captions_are_read_by_the_tuning(tmp_path, pictures):
+    """A network that sees one class everywhere: its word comes into every caption, by the word that was asked for."""
+    network = new_networks(1, "deeplabv3plus-resnet18", ("background", "motorcycle", "bus"), 0)
+    with torch.no_grad():
+        for parameter in network.network.segmentation_head.parameters():
+            parameter.zero_()
+        network.network.segmentation_head[0].bias[1] = 1
+    save_segmenter(network, tmp_path / "network")
+    call = [str(tmp_path / "network"), "--out", str(tmp_path / "out"), "--target-images", str(pictures)]
+    guess_captions([*call, "--words", "motorcycle=motorbike"])
+    paths = target_domain.find_pictures(tmp_path / "out")
+    assert len(paths) == 3 and all(path.is_symlink() for path in paths)
+    assert target_domain.own_captions(paths) == dict.fromkeys(paths, "a street scene with a motorbike")
+    assert target_domain.own_captions(target_domain.find_pictures(pictures)) == {}  # the folder itself is left alone
+    with pytest.raises(DiffsegError, match="the network knows no class 'tram'"):
+        guess_captions([*call, "--words", "tram=streetcar"])
+    with pytest.raises(DiffsegError, match="must hold {} once"):
+        guess_captions([*call, "--template", "a street"])
+    shutil.copyfile(pictures / "b.png", pictures / "city" / "b.png")
+    with pytest.raises(DiffsegError, match="the same file name"):
+        guess_captions(call)
 
 
 def test_held_out_pictures_are_the_others(tmp_path):
