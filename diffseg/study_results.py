@@ -1,5 +1,7 @@
 """What a study found, from its runs' manifests alone: record, tables and figure, all under results/.
 
+One figure more, of predictions, is made from the runs' pictures (`diffseg.study_pictures`).
+
 `record` gathers the manifests into results/studies/<study>.json; tables and figure are made from that record, so
 they can be made again where the runs themselves are gone.
 """
@@ -7,6 +9,7 @@ they can be made again where the runs themselves are gone.
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -45,11 +48,18 @@ def write_results(study: Study) -> None:
         results / "studies" / f"{study.name}.json",
     ]
     if scores(found):
-        from diffseg.figures import save_figure  # here: it loads torch
+        from diffseg.figures import save_figure  # here: these load torch
+        from diffseg.study_pictures import predictions_figure
 
         save_figure(draw(found), figure)
         write(figure.with_suffix(".txt"), caption(found) + "\n")
         written.append(figure)
+        made = replace(study, runs=[run for run in study.runs if run.name in found["runs"]])
+        if (predictions := predictions_figure(made)) is not None:
+            written.append(figure.with_stem(f"{study.name}_predictions"))
+            save_figure(predictions, written[-1])
+            seen = f"Validation pictures, their true masks, and what the networks of seed {study.seeds[0]} see;"
+            write(written[-1].with_suffix(".txt"), caption(found, seen) + "\n")
     print(f"\n{study.question}\n\n{main.loc[:, :'seconds'].to_string(index=False, na_rep='-')}\n")
     if found["missing"]:
         print(f"not finished: {', '.join(found['missing'])}\n")
@@ -239,17 +249,18 @@ def finish(axis: plt.Axes, count: int) -> None:
     axis.figure.tight_layout()
 
 
-def caption(found: Mapping) -> str:
-    """Return the figure's caption: question, seeds, pictures, hardware, and what is missing."""
+def caption(found: Mapping, shown: str = "") -> str:
+    """Return a figure's caption: question, what is shown (else means over seeds), hardware, and what is missing."""
     runs = list(found["runs"].values())
     measured = [scores for run in runs for scores in networks(run).values()]
     benchmark, images = measured[0].get("benchmark", found["base"]), measured[0].get("images")
     numbers = [images_of(of(found, name)) for name in found["configurations"]]
     drawn = different([f"{number}" for number in numbers if number is not None])
     machines = [machine_name(machine) for machine in found["hardware"]]
+    seeds = ", ".join(map(str, found["seeds"]))
     sentences = [
         f"{found['question'].rstrip('.?')}{'?' if found['question'].endswith('?') else '.'}",
-        f"Means on {images} {benchmark} pictures, one point a seed (seeds {', '.join(map(str, found['seeds']))});",
+        shown or f"Means on {images} {benchmark} pictures, one point a seed (seeds {seeds});",
         f"trained on {', '.join(drawn)} synthetic pictures; measured on {' and on '.join(different(machines))}.",
     ]
     if found["missing"]:

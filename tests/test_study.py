@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -17,13 +18,18 @@ from test_runs import CELLS, REPOSITORY, SHARED, alive, make_project, pictures_i
 
 import diffseg
 from diffseg import runs
+from diffseg.benchmarks import VOC, write_prediction
 from diffseg.cli import main
+from diffseg.datasets import open_split
 from diffseg.errors import DiffsegError
+from diffseg.figures import as_array
 from diffseg.files import sha256_file
+from diffseg.miniworld.disk import locate_data
 from diffseg.publish import main as publish
 from diffseg.publish import run_table
 from diffseg.sharing import claimed
 from diffseg.study import load_study, study_files
+from diffseg.study_pictures import predictions_figure
 from diffseg.study_results import caption, class_table, table
 
 MORE = {
@@ -301,6 +307,30 @@ def test_tables_record_and_figure_by_hand(root, capsys, monkeypatch):
     assert f"\n\nMeasured with diffseg {record['versions'][0]['diffseg']}.\n" in (root / "README.md").read_text()
     for suffix in (".png", ".pdf"):
         assert (results / "figures" / f"robust{suffix}").stat().st_size > 1000
+
+
+def test_predictions_of_a_study_lie_side_by_side(tmp_path):
+    """One network that is right everywhere and one that sees background only; the third has no predictions."""
+    study = load_study("robust")
+    study = replace(study, runs=[replace(run, folder=tmp_path / run.name) for run in study.runs])
+    assert predictions_figure(study) is None
+    validation = open_split(VOC, locate_data("mini"), VOC.evaluation_split)
+    shown = [validation[0], validation[len(validation) - 1]]
+    for run in study.runs:
+        if run.configuration in ("plain", "cotrain"):
+            for name, _, label in shown:
+                seen = label.masked_fill(label == VOC.ignore, 0) if run.configuration == "plain" else 0 * label
+                write_prediction(run.folder / "05_evaluation/predictions/synthetic", name, seen, VOC, label.shape)
+    figure = predictions_figure(study, columns=2)
+    pictures = [axis.images[0].get_array() for axis in figure.axes]
+    assert len(pictures) == 4 * 2 and {axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()} <= {
+        "picture", "true mask", "plain", "cotrain"
+    }  # fmt: skip
+    for k, (_, image, label) in enumerate(shown):
+        picture, true, plain, cotrain = pictures[k::2]
+        assert (picture == as_array(image)).all() and (cotrain == picture).all()
+        valid = label.numpy() != VOC.ignore
+        assert (plain[valid] == true[valid]).all() and (plain[valid] != picture[valid]).any()
 
 
 def test_an_incomplete_study_says_so(root, capsys):
