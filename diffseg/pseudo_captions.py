@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from diffseg.english import with_article
@@ -45,9 +44,9 @@ def write_captions(
     folder: Path,
     template: str,
     words: Mapping[str, str],
-    share: float = 0.004,
-    most: int = 2,
-    side: int = 0,
+    share: float,
+    most: int,
+    side: int,
 ) -> dict[str, str]:
     """Write links to the pictures and METADATA into a folder; return the captions by file name.
 
@@ -69,8 +68,7 @@ def write_captions(
     folder.mkdir(parents=True, exist_ok=True)
     captions = {}
     for path in tqdm(pictures, "looking at pictures"):
-        with Image.open(path) as picture:
-            seen = largest_classes(*predict(segmenter, picture, side), share, most)
+        seen = largest_classes(*predict(segmenter, path, side), share, most)
         if seen:
             phrase = " and ".join(with_article(words.get(name, name)) for name in seen)
             captions[path.name] = template.replace("{}", phrase)

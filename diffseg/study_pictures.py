@@ -13,8 +13,8 @@ from diffseg.miniworld.disk import locate_data
 from diffseg.own_words import get_world
 from diffseg.runs import step_notebooks, step_parameters
 from diffseg.study import Study
+from diffseg.study_results import EVALUATION
 
-EVALUATION = "05_evaluation"
 PREDICTIONS = f"{EVALUATION}/predictions/synthetic"
 
 
