@@ -89,9 +89,14 @@ def draw(
 ) -> list[Image.Image]:
     """Draw one picture for each prompt from its own seed, so that a picture does not depend on its batch.
 
-    The noise of each picture comes from a CPU generator of its own: the same on every device.
+    The noise of each picture comes from a CPU generator of its own, in float32 whatever the generator's precision:
+    the same on every device and, up to rounding, in every precision. (Left to diffusers, it is drawn in the generator's
+    precision: on a GPU with torch 2.11 the pictures in fp16 were others altogether.)
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    unet, factor = pipeline.unet, pipeline.vae_scale_factor
+    sides = [unet.config.sample_size if side is None else side // factor for side in (height, width)]
+    noise = [torch.randn(1, unet.config.in_channels, *sides, generator=generator) for generator in generators]
     return pipeline(
         list(prompts),
         negative_prompt=None if negative is None else list(negative),
@@ -100,4 +105,5 @@ def draw(
         num_inference_steps=sampling_steps,
         guidance_scale=guidance_scale,
         generator=generators,
+        latents=torch.cat(noise).to(unet.dtype),
     ).images

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -67,7 +69,7 @@ def tiny_pipeline(prediction: str = "v_prediction", width: int = 16) -> StableDi
         requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(PartialState().device)  # where tuning takes it
 
 
 def picture(pipeline) -> np.ndarray:
@@ -117,13 +119,13 @@ def test_picture_survives_saving_and_loading_and_scale_zero_is_the_base_model(tm
 
 def test_through_a_generator_folder_as_step_03_loads_it(tmp_path, pictures):
     tiny_pipeline().save_pretrained(tmp_path / "generator")
-    pipeline = load_generator(str(tmp_path / "generator"))
+    pipeline = load_generator(str(tmp_path / "generator"), PartialState().device)
     tune(pipeline, pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
     tuned = picture(pipeline)
-    other = load_generator(str(tmp_path / "generator"))
+    other = load_generator(str(tmp_path / "generator"), PartialState().device)
     load_lora(other, tmp_path / "lora", 1.0)
     assert (picture(other) == tuned).all()
-    other = load_generator(str(tmp_path / "generator"))
+    other = load_generator(str(tmp_path / "generator"), PartialState().device)
     other.load_lora_weights(tmp_path / "lora")  # diffusers' own call, as any other tool loads it
     assert (picture(other) == tuned).all()
 
@@ -139,7 +141,8 @@ def test_only_attention_projections_change_and_by_alpha_over_rank_times_b_a(tmp_
         layer = name.removesuffix(".weight")
         if f"unet.{layer}.lora_A.weight" in saved:
             a, b = saved[f"unet.{layer}.lora_A.weight"], saved[f"unet.{layer}.lora_B.weight"]
-            assert torch.allclose(value, before[name] + 6 / 2 * b @ a, atol=1e-6)
+            change = (6 / 2 * b @ a).to(value.device)
+            assert torch.allclose(value, before[name] + change, atol=1e-6)
             assert layer.endswith(OPTIONS.targets) and ".attn" in layer and (b != 0).any()
         else:
             assert (value == before[name]).all()
@@ -256,7 +259,7 @@ def test_the_loss_falls_on_one_picture(tmp_path):
     pipeline = tiny_pipeline()
     options = dataclasses.replace(OPTIONS, steps=60, rank=8, alpha=8, batch=4, caption_dropout=0)
     draws = target_domain.Draws(pipeline, [tmp_path / "red.png"], CAPTIONS, 16, 32, 0, seed=77)
-    batch = torch.utils.data.default_collate([draws[n] for n in range(32)])
+    batch = send_to_device(torch.utils.data.default_collate([draws[n] for n in range(32)]), pipeline.device)
     with torch.no_grad():
         before = denoising.diffusion_loss(pipeline, pipeline.unet, batch, 5.0).item()
     tune(pipeline, tmp_path, CAPTIONS, options, tmp_path / "lora")

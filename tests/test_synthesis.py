@@ -67,6 +67,19 @@ def test_a_picture_hardly_depends_on_its_batch(pipeline, rows):
         assert np.abs(np.asarray(alone).astype(int) - np.asarray(image)).max() <= 1
 
 
+def test_half_precision_draws_the_same_picture(pipeline, rows):
+    """From the same noise, which is drawn in float32 and then rounded; other noise differs by some 20 levels."""
+    prompts, seeds = [row.prompt for row in rows[:2]], [row.seed for row in rows[:2]]
+    exact = draw(pipeline, prompts, seeds, sampling_steps=3)
+    half = draw(load_generator("mini", precision="bf16"), prompts, seeds, sampling_steps=3)
+    other = draw(pipeline, prompts, [seed + 1 for seed in seeds], sampling_steps=3)
+
+    def difference(images) -> float:
+        return np.abs(np.stack(exact).astype(int) - np.stack(images)).mean()
+
+    assert 0 < difference(half) < 2 < 10 < difference(other)
+
+
 def test_the_set_is_read_back_with_labels_of_the_prompts_classes_only(pipeline, rows, tmp_path):
     means = synthesise(pipeline, rows, tmp_path, VOC, OPTIONS, batch_size=5)
     made = pictures_set(tmp_path, VOC)
