@@ -100,6 +100,7 @@ def settings_of(changes: dict) -> dict:
         made = {
             "text_encoder": networks.build_text_encoder(200, **changes.get("text_encoder", {})).config.to_dict(),
             "unet": networks.build_unet(**changes.get("unet", {})).config,
+            "vae": networks.build_vae(**changes.get("vae", {})).config,
         }
     made["scheduler"] = networks.build_scheduler(**changes.get("scheduler", {})).config
     rest = {name: value for name, value in changes.items() if name not in made}
@@ -116,6 +117,11 @@ def test_each_variant_differs_from_the_base_in_one_thing(name):
         assert changed == {("unet", "down_block_types"), ("unet", "up_block_types")}
         kinds = other["unet", "down_block_types"], other["unet", "up_block_types"][::-1]
         assert ["Cross" in kind for kind in kinds[0]] == ["Cross" in kind for kind in kinds[1]]
+    elif "channels" in name:  # the UNet reads and writes what the VAE makes
+        assert changed == {("unet", "in_channels"), ("unet", "out_channels"), ("vae", "latent_channels")}
+        assert len({other[key] for key in changed}) == 1
+    elif name == "VAE trained anew":
+        assert not changed and "vae" in VARIANTS[name]
     else:
         assert len(changed) == (0 if name in ("base", "base again") else 1)
 
@@ -156,7 +162,7 @@ def train(folder, variants: str) -> list[dict]:
     arguments = ["training", "--results", str(folder), "--device", "cpu", "--pictures", "2", "--pairs", "1"]
     arguments += ["--corpus", str(folder), "--folder", str(folder / "trials"), "--batch", "2", "--samples", "6"]
     compare.main([*arguments, "--variants", variants])
-    return rows_of(folder / "tables" / "generator_training.csv")
+    return rows_of(folder / "tables" / "generator_training_6.csv")
 
 
 def test_variants_get_equally_many_samples_and_are_trained_once(quick, tmp_path, monkeypatch):
@@ -172,6 +178,21 @@ def test_variants_get_equally_many_samples_and_are_trained_once(quick, tmp_path,
         load_generator(str(tmp_path / "trials" / "epsilon" / "weights")).scheduler.config.prediction_type == "epsilon"
     )
     assert find_row(rows, {"variant": "base"})["parameters"] == rows[2]["parameters"]
+
+
+def test_a_variant_of_another_vae_is_trained_on_its_latents(quick, tmp_path, monkeypatch):
+    four = VARIANTS["latents of 4 channels"]
+    tiny = TINY | four | {"unet": TINY["unet"] | four["unet"]}
+    monkeypatch.setattr(compare, "VARIANTS", {"four": tiny, "twice": TINY | {"samples": 2}})
+    drawn = make_corpus(tmp_path)
+    np.save(tmp_path / "images.npy", np.stack([scene.image for scene in drawn]))
+    before = (tmp_path / "latents.npy").read_bytes()
+    rows = train(tmp_path, "four,twice")
+    assert [row["samples"] for row in rows[1:]] == ["6", "12"]
+    assert (tmp_path / "latents.npy").read_bytes() == before  # the corpus of the other variants
+    assert np.load(tmp_path / "trials" / "four" / "corpus" / "latents.npy").shape == (40, 4, 16, 16)
+    made = load_generator(str(tmp_path / "trials" / "four" / "weights"))
+    assert made.vae.config.latent_channels == made.unet.config.in_channels == 4
 
 
 def test_a_training_of_the_same_recipe_and_seed_repeats(quick, tmp_path, monkeypatch):

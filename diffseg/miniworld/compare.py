@@ -3,11 +3,11 @@
     python -m diffseg.miniworld.compare sampling                  schedulers, steps and guidance of the shipped weights
     python -m diffseg.miniworld.compare training                  short trainings from nothing, one thing changed each
 
-Tables: results/tables/generator_sampling.csv and generator_training.csv; the JSON beside says what the rows were made
-from. A row is written as soon as it is measured, and kept by the next call. All rows have the same prompts and seeds,
-so that rows differ by less than their standard errors (of 105 pictures at 0.9: 0.03; of 60 pairs at 0.6: 0.06).
+Tables: results/tables/generator_sampling.csv and generator_training_<samples>.csv; the JSON beside says what the rows
+were made from. A row is written as soon as it is measured, and kept by the next call. All rows have the same prompts
+and seeds, so rows differ by less than their standard errors (of 105 pictures at 0.9: 0.03; of 60 pairs at 0.6: 0.06).
 
-Not compared: latent channels and the size of the pictures (each needs another VAE).
+Not compared: the size of the pictures.
 """
 
 import argparse
@@ -73,14 +73,15 @@ def grid(schedulers: list[str], steps: list[int], guidances: list[float]) -> lis
 
 
 # What each variant changes: settings of a network, nothing (does a training repeat?), "seed" (how far do equal recipes
-# lie apart?) or "pair_share".
-# The middle of the UNet (4 x 4) has attention in all of them.
+# lie apart?), "pair_share", or by what factor "samples" are more. "vae": a VAE of its own, trained as long as the rest;
+# its base is the one that changes no setting. The middle of the UNet (4 x 4) has attention in all of them.
 VARIANTS: dict[str, dict] = {
     "base": {},
     "base again": {},
     "other seed": {"seed": 1},
     "text encoder of 1 layer": {"text_encoder": {"num_hidden_layers": 1}},
     "text encoder of 4 layers": {"text_encoder": {"num_hidden_layers": 4}},
+    "two layers a block": {"unet": {"layers_per_block": 2}},
     "UNet 0.75 as wide": {"unet": {"block_out_channels": (48, 96, 144)}},
     "UNet 1.5 times as wide": {"unet": {"block_out_channels": (96, 192, 288)}},
     "no attention at 8 x 8": {
@@ -98,6 +99,12 @@ VARIANTS: dict[str, dict] = {
     "cosine noise": {"scheduler": {"beta_schedule": "squaredcos_cap_v2"}},
     "epsilon": {"scheduler": {"prediction_type": "epsilon"}},
     "pair share 0.3": {"pair_share": 0.3},
+    "half the samples": {"samples": 0.5},
+    "twice the samples": {"samples": 2},
+    "four times the samples": {"samples": 4},
+    "VAE trained anew": {"vae": {}},
+    "latents of 4 channels": {"vae": {"latent_channels": 4}, "unet": {"in_channels": 4, "out_channels": 4}},
+    "latents of 16 channels": {"vae": {"latent_channels": 16}, "unet": {"in_channels": 16, "out_channels": 16}},
 }
 
 
@@ -237,15 +244,29 @@ def corpus_of_pair_share(corpus: Path, folder: Path, share: float) -> Path:
     return folder
 
 
+def corpus_of_vae(corpus: Path, folder: Path, options: argparse.Namespace, changes: dict) -> Path:
+    """Train another VAE on the same pictures and cache its latents; return the new corpus's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("images.npy", "captions.json"):
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to((corpus / name).resolve())
+    if not (folder / "vae" / "vae.json").is_file():
+        pretrain.train_vae(folder / "vae", folder, options, changes)
+    return folder
+
+
 def train_variant(name: str, folder: Path, corpus: Path, options: argparse.Namespace) -> tuple[Path, dict]:
     """Train one variant by `pretrain.train_diffusion`; return the folder of its weights, and samples and seconds.
 
     options: those of `pretrain`. A training that was cut goes on; one that is finished is not repeated.
     """
     changes = dict(VARIANTS[name])
-    options = argparse.Namespace(**vars(options) | {"seed": changes.pop("seed", options.seed)})
+    steps = round(options.steps * changes.pop("samples", 1))
+    options = argparse.Namespace(**vars(options) | {"seed": changes.pop("seed", options.seed), "steps": steps})
     if "pair_share" in changes:
         corpus = corpus_of_pair_share(corpus, folder / "corpus", changes.pop("pair_share"))
+    if "vae" in changes:
+        corpus = corpus_of_vae(corpus, folder / "corpus", options, changes.pop("vae"))
     pretrain.train_diffusion(folder, corpus, options, changes)
     pretrain.export(folder, corpus, folder / "weights", changes)
     note = json.loads((folder / "weights" / "training.json").read_text(encoding="utf-8"))
@@ -255,11 +276,11 @@ def train_variant(name: str, folder: Path, corpus: Path, options: argparse.Names
 def compare_training(options: argparse.Namespace) -> Path:
     """Train every variant on `options.samples`, by the same schedule; judge them all; return the table's path.
 
-    parameters: of UNet and text encoder. loss_scenes, mask_iou_scenes: see `heldout`. speed: of drawing, pictures a
-    second over those of the shipped generator, which stands in the first row. Calls for different variants may run at
-    the same time.
+    parameters: of UNet and text encoder. loss_scenes, mask_iou_scenes: see `heldout`; losses compare networks on the
+    latents of one VAE. speed: of drawing on the CPU, where the mini world is drawn; pictures a second over those of the
+    shipped generator, which stands in the first row. Calls for different variants may run at the same time.
     """
-    path = options.results / "tables" / "generator_training.csv"
+    path = options.results / "tables" / f"generator_training_{options.samples}.csv"
     if not (options.corpus / "latents.npy").is_file():
         raise DiffsegError(
             f"there are no latents in {options.corpus}; run the stages corpus and vae of "
@@ -271,7 +292,9 @@ def compare_training(options: argparse.Namespace) -> Path:
     training = pretrain.parse_options(recipe)
     training.steps = options.samples // options.batch
     made_from = origin(options) | {"sampling": asdict(Sampling())}
-    made_from |= {name: getattr(training, name) for name in ("steps", "batch", "rate", "decay", "precision", "compile")}
+    made_from |= {
+        name: getattr(training, name) for name in ("steps", "batch", "rate", "decay", "device", "precision", "compile")
+    }
     made_from["captions"] = sha256_file(options.corpus / "captions.json")
     rows = read_table(path, made_from)
     names = [name for name in ("shipped", *options.variants) if not find_row(rows, {"variant": name})]
@@ -291,8 +314,8 @@ def compare_training(options: argparse.Namespace) -> Path:
         known = held_out(pipeline, judge.singles, BETA, options.seed)
         row |= {f"{measure}_scenes": round(value, 4) for measure, value in known.items()}
         row |= judge.numbers(pipeline, Sampling())
-        drawings = judge.drawing(pipeline, Sampling()), judge.drawing(shipped, Sampling())
-        row |= speed(*drawings, min(TIMED, options.pictures), options.device == "cpu")
+        drawings = judge.drawing(pipeline.to("cpu"), Sampling()), judge.drawing(shipped.to("cpu"), Sampling())
+        row |= speed(*drawings, min(TIMED, options.pictures), on_cpu=True)
         write_table(path, [*read_table(path, made_from), row], made_from)
     return path
 

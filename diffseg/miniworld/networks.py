@@ -26,8 +26,8 @@ def build_tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
+def build_vae(**changes) -> AutoencoderKL:
+    settings = dict(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -37,6 +37,7 @@ def build_vae() -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=64,
     )
+    return AutoencoderKL(**settings | changes)
 
 
 def build_text_encoder(vocabulary: int, **changes) -> CLIPTextModel:

@@ -13,11 +13,13 @@ with `--initial mini` the stages `latents` (in place of `vae`: the generator's o
 
 The recipe is our choice throughout: small networks of the real diffusers and transformers classes, v-prediction
 (Salimans & Ho 2022) with min-SNR weights (Hang et al. 2023), 10 % empty captions for classifier-free guidance.
-`changes` is what `diffseg.miniworld.compare` alters: network ("text_encoder", "unet", "scheduler") -> settings.
+`changes` is what `diffseg.miniworld.compare` alters: settings of the VAE, or network ("text_encoder", "unet",
+"scheduler") -> settings.
 """
 
 import argparse
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -67,13 +69,13 @@ def load_images(images: np.ndarray, rows: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- stages
 
 
-def train_vae(folder: Path, corpus: Path, options: argparse.Namespace) -> None:
+def train_vae(folder: Path, corpus: Path, options: argparse.Namespace, changes: dict | None = None) -> None:
     """Mean absolute error plus a small Kullback-Leibler term; then cache the latents of the whole corpus."""
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     images = np.load(corpus / "images.npy", mmap_mode="r")
     torch.manual_seed(options.seed)
-    vae = build_vae().to(device)
+    vae = build_vae(**changes or {}).to(device)
     trainer = Trainer(folder, {"vae": vae}, options.rate, 0.995, options.precision)
 
     def loss_of_batch(rng: np.random.Generator) -> torch.Tensor:
@@ -311,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     corpus = options.folder
     if options.stage == "corpus":
-        make_corpus(corpus, options.scenes, options.pair_share, options.seed, workers=2)
+        make_corpus(corpus, options.scenes, options.pair_share, options.seed, workers=os.cpu_count())
     elif options.stage == "vae":
         train_vae(options.folder / "vae", corpus, options)
     elif options.stage == "latents":
