@@ -10,6 +10,7 @@ from diffseg.benchmarks import VOC
 from diffseg.files import read_rows
 from diffseg.miniworld.noise import STRENGTHS, distance_margin, disturb
 from diffseg.miniworld.noise import main as noise_study
+from diffseg.miniworld.noise import means as noise_means
 from diffseg.segmenters import new_networks, save_segmenter
 
 IGNORE = 255
@@ -226,7 +227,7 @@ def test_the_margin_of_a_mask_is_the_distance_to_its_edge():
 @pytest.mark.slow
 def test_the_study_of_noise_starts_anew_from_another_network(tmp_path, capsys):
     start = tmp_path / "start"
-    few = f"--out {tmp_path / 'out'} --kinds dilation --modes cotrain --images 2 --iterations 1 --batch 2"
+    few = f"--out {tmp_path / 'out'} --kinds dilation --modes cotrain --images 2 --iterations 1 --batch 2 --seeds 1"
     call = [*few.split(), "--segmenter", "deeplabv3plus-resnet18", "--initial-network", str(start)]
     lines = []
     for seed in (0, 0, 1):
@@ -234,4 +235,14 @@ def test_the_study_of_noise_starts_anew_from_another_network(tmp_path, capsys):
         noise_study(call)
         lines.append([line for line in capsys.readouterr().out.splitlines() if " cotrain 0 " in line])
     assert [len(each) for each in lines] == [3, 0, 3] and lines[0] != lines[2]
-    assert len(read_rows(tmp_path / "out" / "tables" / "noise.csv")) == 3
+    tables = tmp_path / "out" / "tables"
+    assert len(read_rows(tables / "noise_seeds.csv")) == len(read_rows(tables / "noise.csv")) == 3
+
+
+def test_means_and_spreads_of_the_study_of_noise_are_over_seeds_alone():
+    def row(mode: str, seed: int, miou: float) -> dict:
+        return dict(kind="shift", strength="4.0", mode=mode, seed=seed, label_miou=60, miou=miou, seconds=seed)
+
+    plain, cotrain = noise_means([row("plain", 0, 50), row("cotrain", 0, 40), row("plain", 2, 53), row("plain", 1, 47)])
+    assert plain["seeds"] == 3 and plain["miou"] == "50.0" and plain["miou_spread"] == "3.0" and plain["seconds"] == 1
+    assert cotrain["mode"] == "cotrain" and cotrain["seeds"] == 1 and cotrain["miou_spread"] == ""

@@ -1,7 +1,8 @@
 """Does robust training survive known noise? True masks of mini VOC disturbed in four ways, plain against co-training.
 The plain network is the first of the ensemble's two: the same bytes as one that was trained alone (a test says so).
 
-python -m diffseg.miniworld.noise        results/tables/noise.csv and .json, results/figures/noise.png and .pdf
+python -m diffseg.miniworld.noise        results/tables/noise.csv (means and spreads over seeds), noise_seeds.csv (a row
+                                         a training) and noise.json, results/figures/noise.png and .pdf
 
 They start from the network of a finished run (`diffseg run mini-imagenet-s --only 1-4`); --initial-network "" has none.
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -116,6 +118,21 @@ def label_miou(pictures: Dataset, noisy: Dataset) -> float:
     return float(mean_iou(matrix.class_sums, VOC.protocol))
 
 
+def means(rows: list[dict]) -> list[dict]:
+    """Return a row for each noise and mode: mean and standard deviation of the mIoU over seeds, means of the rest."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["strength"], row["mode"]), []).append(row)
+    found = []
+    for (kind, strength, mode), some in groups.items():
+        label_miou, miou, seconds = ([float(row[name]) for row in some] for name in ("label_miou", "miou", "seconds"))
+        row = {"kind": kind, "strength": strength, "mode": mode, "seeds": len(some)}
+        row |= {"label_miou": f"{mean(label_miou):.1f}", "miou": f"{mean(miou):.1f}"}
+        row |= {"miou_spread": f"{stdev(miou):.1f}" if len(some) > 1 else "", "seconds": round(mean(seconds), 1)}
+        found.append(row)
+    return found
+
+
 def noise_figure(rows: list[dict]) -> Figure:
     """Draw mIoU over strength (0: true masks), a panel a kind and a line a mode: mean and range over seeds."""
     kinds = [kind for kind in STRENGTHS if any(row["kind"] == kind for row in rows)]
@@ -147,7 +164,7 @@ def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
     A study that was cut goes on with the rows that are missing, if its settings are the same.
     """
     device, started = PartialState().device, time.time()
-    table, manifest = folder / "tables" / "noise.csv", folder / "tables" / "noise.json"
+    table, manifest = folder / "tables" / "noise_seeds.csv", folder / "tables" / "noise.json"
     settings = {name: value for name, value in vars(chosen).items() if name not in ("seeds", "out", "kinds", "modes")}
     settings["files"] = named_files(settings)  # another network under the same name is another study
     rows: list[dict] = []
@@ -203,6 +220,7 @@ def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
                     about = {"settings": settings, **provenance(), "started": started, "rows": len(rows)}
                     path.write_text(json.dumps(about, indent=1))
                 write_rows(table, rows)
+    write_rows(folder / "tables" / "noise.csv", means(rows))
     figure = noise_figure(rows)
     save_figure(figure, folder / "figures" / "noise.png")
     plt.close(figure)
@@ -214,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     parser.add_argument("--kinds", nargs="+", choices=STRENGTHS, default=list(STRENGTHS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--seeds", type=int, default=1, help="0, 1, ...: more seeds may follow in a later call")
+    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...: more seeds may follow in a later call")
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=720)
