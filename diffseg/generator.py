@@ -7,6 +7,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -96,7 +97,7 @@ def draw(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     unet, factor = pipeline.unet, pipeline.vae_scale_factor
     sides = [unet.config.sample_size if side is None else side // factor for side in (height, width)]
-    noise = [torch.randn(1, unet.config.in_channels, *sides, generator=generator) for generator in generators]
+    noise = randn_tensor((len(generators), unet.config.in_channels, *sides), generators)
     return pipeline(
         list(prompts),
         negative_prompt=None if negative is None else list(negative),
@@ -105,5 +106,5 @@ def draw(
         num_inference_steps=sampling_steps,
         guidance_scale=guidance_scale,
         generator=generators,
-        latents=torch.cat(noise).to(unet.dtype),
+        latents=noise.to(unet.dtype),
     ).images
