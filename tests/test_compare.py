@@ -13,9 +13,9 @@ from diffseg.denoising import diffusion_loss
 from diffseg.errors import DiffsegError
 from diffseg.generator import load_generator, locate_generator
 from diffseg.miniworld import compare, heldout, networks, pretrain, scenes
+from diffseg.miniworld.asked import pair_prompts, single_prompts
 from diffseg.miniworld.compare import COLUMNS, VARIANTS, Sampling, find_row, grid
 from diffseg.miniworld.heldout import held_out
-from diffseg.miniworld.measure import single_prompts
 from diffseg.synthesis import SynthesisOptions
 
 TINY = {
@@ -219,6 +219,14 @@ def test_held_out_numbers_know_a_trained_generator_from_its_untrained_self(mini_
     monkeypatch.setattr(mini_pipeline, "text_encoder", stranger)
     untrained = held_out(mini_pipeline, asked, compare.BETA, 0)
     assert untrained["loss"] > 1.2 * trained["loss"] and untrained["mask_iou"] < trained["mask_iou"] - 0.2
+
+
+def test_the_small_sam_comes_nearer_to_the_true_masks(mini_pipeline):
+    """By eight points at least, of one object and of two; PAMR by less."""
+    for asked in (single_prompts(12, 3), pair_prompts(12, 3)):
+        found = held_out(mini_pipeline, asked, 0.4, 0, ("none", "pamr", "sam"))
+        assert found["mask_iou"] < found["mask_iou_pamr"] < found["mask_iou_sam"]
+        assert found["mask_iou_sam"] > found["mask_iou"] + 0.08
 
 
 def test_the_held_out_loss_of_an_idle_network_is_known(mini_pipeline, monkeypatch):

@@ -27,8 +27,9 @@ from diffseg.files import atomic_path, read_rows, sha256_file, write_rows
 from diffseg.generator import load_generator, locate_generator
 from diffseg.manifest import plain, project_root, provenance, read_json
 from diffseg.miniworld import pretrain
+from diffseg.miniworld.asked import Asked, class_words, pair_prompts, single_prompts
 from diffseg.miniworld.heldout import held_out
-from diffseg.miniworld.measure import Asked, class_words, draw_and_judge, pair_prompts, single_prompts, summarise
+from diffseg.miniworld.measure import draw_and_judge, summarise
 from diffseg.miniworld.oracle import WEIGHTS, load_oracle
 from diffseg.publish import samples_and_seconds
 from diffseg.speed import time_in_turn

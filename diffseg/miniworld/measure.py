@@ -22,19 +22,18 @@ from diffseg.files import atomic_path
 from diffseg.generator import load_generator, locate_generator
 from diffseg.manifest import project_root, provenance
 from diffseg.masks import label_and_margin
+from diffseg.miniworld.asked import Asked, pair_prompts, scene_of, single_prompts
+from diffseg.miniworld.heldout import held_out, iou
 from diffseg.miniworld.oracle import (
     CLASS_IDS,
-    PICTURES,
     WEIGHTS,
     class_probabilities,
     load_oracle,
     main_picture,
     picture_probabilities,
 )
-from diffseg.miniworld.scenes import PLACES, Scene, article, draw_scene
-from diffseg.prompts import Prompt
+from diffseg.miniworld.scenes import PLACES
 from diffseg.refiners import get_refiner
-from diffseg.seeds import derive_seed
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
 
 # Our choices; the report's `real` shows what drawn scenes get by them.
@@ -45,61 +44,7 @@ ALIKE = 0.15  # 1 - IoU below which two layouts count as one
 BATCH = 20  # pictures drawn at once
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A prompt with what it asks for: picture ids (k of PICTURES[k - 1]) in the order of its words, and a place."""
-
-    prompt: Prompt
-    pictures: tuple[int, ...]
-    place: str
-
-
-def ask(index: int, named: list[tuple[int, str]], place: str, seed: int) -> Asked:
-    """Make the prompt "a photo of a WORD [and a WORD] PLACE" of (picture id, word) pairs."""
-    text, spans, relations = "a photo of ", [], []
-    for number, (k, word) in enumerate(named):
-        text += (" and " if number else "") + article(word)
-        spans.append((len(text) - len(word), len(text)))
-        picture = PICTURES[k - 1]
-        plain = picture.typical and word == picture.word
-        relations.append("plain" if plain else "synonym" if picture.typical else "hyponym")
-    ids, words = zip(*named, strict=True)
-    classes = tuple(PICTURES[k - 1].voc_class for k in ids)
-    depths = tuple(int(relation == "hyponym") for relation in relations)
-    text_seed = derive_seed(seed, "measure", *words, index)
-    prompt = Prompt(index, f"{text} {place}", classes, words, tuple(spans), tuple(relations), depths, "", text_seed)
-    return Asked(prompt, ids, place)
-
-
-def class_words() -> list[tuple[int, str]]:
-    """Return every word of every picture of a VOC class, as (picture id, word)."""
-    return [(k, word) for k, picture in enumerate(PICTURES, 1) if picture.voc_class for word in picture.words]
-
-
-def single_prompts(count: int, seed: int) -> list[Asked]:
-    """Ask for one object each: every word in turn, each on another place in every round."""
-    named, places = class_words(), list(PLACES)
-    return [ask(k, [named[k % len(named)]], places[(k + k // len(named)) % len(places)], seed) for k in range(count)]
-
-
-def pair_prompts(count: int, seed: int) -> list[Asked]:
-    """Ask for two objects of different classes each, at random."""
-    rng = np.random.default_rng(derive_seed(seed, "measure", "pairs"))
-    named, places, asked = class_words(), list(PLACES), []
-    while len(asked) < count:
-        pair = [named[k] for k in rng.integers(len(named), size=2)]
-        if PICTURES[pair[0][0] - 1].voc_class != PICTURES[pair[1][0] - 1].voc_class:
-            asked.append(ask(len(asked), pair, places[len(asked) % len(places)], seed))
-    return asked
-
-
 # ---------------------------------------------------------------------------------------------- judging
-
-
-def iou(mask: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the IoU of two bool maps; 0 where both are empty."""
-    union = (mask | truth).sum().item()
-    return (mask & truth).sum().item() / union if union else 0.0
 
 
 def place_of(image: np.ndarray, is_free: np.ndarray) -> tuple[str, float]:
@@ -232,12 +177,6 @@ def draw_and_judge(
     return result
 
 
-def scene_of(asked: Asked, seed: int) -> Scene:
-    """Draw what a prompt asks for: its pictures on its place."""
-    rng = np.random.default_rng(derive_seed(seed, "measure", "real", asked.prompt.index, *asked.pictures))
-    return draw_scene(rng, [PICTURES[k - 1] for k in asked.pictures], list(asked.prompt.words), asked.place)
-
-
 def judge_real(oracle, asked: list[Asked], seed: int) -> Judged:
     """Judge drawn scenes of the same pictures and places, with their true masks: what a perfect generator would get."""
     result = Judged([], [], [], {}, 0.0)
@@ -302,6 +241,8 @@ def measure_generator(options: argparse.Namespace) -> dict:
     sees. mask_iou: mean IoU of the attention mask (before any refiner) with the oracle's mask of that class, 0 where it
     sees none of it; mask_iou_object: the same with the oracle's mask of all objects, whatever class it takes them for.
     own_picture, background, both_present: see `judge`. real: the same numbers of drawn scenes with their true masks.
+    refined: the masks after each refiner. scenes, scenes_pairs: the generator's loss on those scenes, and the IoU of
+    its attention's masks with the true ones, before and after the refiners; no oracle has a part in it (`held_out`).
     """
     oracle = load_oracle(options.oracle).to(options.device)
     pipeline = load_generator(options.generator, options.device)
@@ -323,6 +264,8 @@ def measure_generator(options: argparse.Namespace) -> dict:
             | {f"mask_{key}_pairs": mean_of(pairs.refined[name], key) for key in ("iou", "iou_object")}
             for name, rows in single.refined.items()
         },
+        "scenes": held_out(pipeline, singles, options.beta, options.seed, ("none", *refiners)),
+        "scenes_pairs": held_out(pipeline, twos, options.beta, options.seed, ("none", *refiners)),
         "real": real,
         "pictures": len(singles),
         "pairs": len(twos),

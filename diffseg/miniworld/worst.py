@@ -13,7 +13,7 @@ import torch
 from diffseg.benchmarks import VOC
 from diffseg.figures import overlay, picture_rows, save_figure
 from diffseg.manifest import project_root
-from diffseg.miniworld.measure import iou
+from diffseg.miniworld.heldout import iou
 from diffseg.miniworld.oracle import (
     CLASS_OF_PICTURE,
     Scenes,
