@@ -116,7 +116,7 @@ def samples_and_seconds(training: Mapping) -> tuple[int, float]:
 
 
 def generator_table(report: Mapping) -> str:
-    """Return results/mini_generator.json as a Markdown table."""
+    """Return results/mini_generator.json as two Markdown tables: the pictures, and the masks by refiner."""
     training, oracle, real = report["training"], report["oracle"], report["real"]
     lines = ["| measure | all words | plain class words | drawn scenes |", "|---|---|---|---|"]
     for name, key in (
@@ -132,6 +132,14 @@ def generator_table(report: Mapping) -> str:
         f"| of two prompted objects both are there (%) | {percent(report['both_present'])} | "
         f"| {percent(real['both_present'])} |"
     )
+    lines += ["", "| mean IoU of masks (%) | generated, one object | generated, two | scenes, one | scenes, two |"]
+    lines.append("|---|---|---|---|---|")
+    plain = {"mask_iou": report["mask_iou"], "mask_iou_pairs": report["mask_iou_pairs"]}
+    for name, found in {"none": plain, **report["refined"]}.items():
+        measured = [found["mask_iou"], found["mask_iou_pairs"]]
+        key = f"mask_iou_{name}".removesuffix("_none")
+        measured += [report["scenes"][key], report["scenes_pairs"][key]]
+        lines.append(f"| refiner `{name}` | {' | '.join(percent(value) for value in measured)} |")
     samples, seconds = samples_and_seconds(training)
     threads = report["hardware"]["threads"] or report["hardware"]["cores"]
     many = "one thread" if str(threads) == "1" else f"{threads} threads"
@@ -140,8 +148,9 @@ def generator_table(report: Mapping) -> str:
         f"{report['pictures']} pictures of one object and {report['pairs']} of two, "
         f"{report['pictures_per_second']} a second on {many}. Drawn scenes, with their "
         f"true masks, are what a perfect generator would get; the oracle's own mIoU on mini VOC is "
-        f"{percent(oracle['miou'])} %. Trained on {samples:,} samples in {seconds / 3600:.1f} hours on "
-        f"a machine of {training['hardware']['cores']} CPU cores."
+        f"{percent(oracle['miou'])} %. Masks of generated pictures are judged by the oracle, those of scenes (drawn, "
+        f"then noised: what does attention find there?) by the true masks. Trained on {samples:,} samples in "
+        f"{seconds / 3600:.1f} hours on a machine of {training['hardware']['cores']} CPU cores."
     )
     return "\n".join(lines)
 

@@ -9,8 +9,10 @@ from segment_anything import SamPredictor
 
 from diffseg.benchmarks import VOC
 from diffseg.errors import DiffsegError
+from diffseg.generator import load_generator
 from diffseg.miniworld import measure, oracle, small_sam, worst
-from diffseg.miniworld.measure import ask, judge, nearest_distances, pair_prompts, place_of, single_prompts
+from diffseg.miniworld.asked import ask, pair_prompts, single_prompts
+from diffseg.miniworld.measure import judge, nearest_distances, place_of
 from diffseg.miniworld.oracle import CLASS_IDS, CLASS_OF_PICTURE, PICTURE_NAMES, PICTURES, Oracle, Scenes, stream
 from diffseg.miniworld.scenes import PLACES, paint_background
 from diffseg.miniworld.small_sam import CONFIG, Prompts, build_small_sam, decode, make_prompts
@@ -70,6 +72,17 @@ def test_degraded_pictures_stay_pictures():
     degraded = oracle.degrade(images, np.random.default_rng(0))
     assert degraded.shape == images.shape and 0 <= degraded.min() and degraded.max() <= 1
     assert not torch.equal(degraded, images)
+
+
+def test_the_vae_renders_the_same_pictures_a_little_worse():
+    """With the noise that a picture may get it stays the same picture; another call with the same rng repeats it."""
+    images = next(stream(Scenes(0, "sam"), 0, 8, 0))[0] / 255
+    vae = load_generator("mini", "cpu").vae
+    rendered = small_sam.through_vae(images, vae, np.random.default_rng(0))
+    assert rendered.shape == images.shape and 0 <= rendered.min() and rendered.max() <= 1
+    psnr = -10 * (rendered - images).square().mean(dim=(1, 2, 3)).log10()
+    assert 18 < psnr.min() and psnr.max() < 35
+    assert torch.equal(rendered, small_sam.through_vae(images, vae, np.random.default_rng(0)))
 
 
 def test_the_oracle_as_a_network_of_classes(network):
@@ -357,6 +370,7 @@ def test_the_generator_is_measured_in_one_go(network, tmp_path):
     for part in (report, report["real"]):
         for name in (*measure.MEASURES, "both_present", "class_present_plain_words", "mask_iou_object_plain_words"):
             assert 0 <= part[name] <= 1, name
+    assert report["scenes"].keys() == report["scenes_pairs"].keys() == {"loss", "mask_iou", "mask_iou_pamr"}
     assert set(report["refined"]) == {"pamr"} and len(list((tmp_path / "results" / "figures").glob("*.png"))) == 3
 
 
