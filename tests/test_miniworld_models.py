@@ -370,7 +370,7 @@ def test_the_generator_is_measured_in_one_go(network, tmp_path):
     for part in (report, report["real"]):
         for name in (*measure.MEASURES, "both_present", "class_present_plain_words", "mask_iou_object_plain_words"):
             assert 0 <= part[name] <= 1, name
-    assert report["scenes"].keys() == report["scenes_pairs"].keys() == {"loss", "mask_iou", "mask_iou_pamr"}
+    assert report["scenes"].keys() == report["scenes_pairs"].keys() == {"psnr", "loss", "mask_iou", "mask_iou_pamr"}
     assert set(report["refined"]) == {"pamr"} and len(list((tmp_path / "results" / "figures").glob("*.png"))) == 3
 
 

@@ -277,9 +277,9 @@ def train_variant(name: str, folder: Path, corpus: Path, options: argparse.Names
 def compare_training(options: argparse.Namespace) -> Path:
     """Train every variant on `options.samples`, by the same schedule; judge them all; return the table's path.
 
-    parameters: of UNet and text encoder. loss_scenes, mask_iou_scenes: see `heldout`; losses compare networks on the
-    latents of one VAE. speed: of drawing on the CPU, where the mini world is drawn; pictures a second over those of the
-    shipped generator, which stands in the first row. Calls for different variants may run at the same time.
+    parameters: of UNet and text encoder. psnr_scenes, loss_scenes, mask_iou_scenes: see `heldout`. speed: of drawing on
+    the CPU, where the mini world is drawn; pictures a second over those of the shipped generator, which stands in the
+    first row. Calls for different variants may run at the same time.
     """
     path = options.results / "tables" / f"generator_training_{options.samples}.csv"
     if not (options.corpus / "latents.npy").is_file():

@@ -1,4 +1,4 @@
-"""What does a generator know before it can draw? Two numbers on drawn scenes that it has not seen.
+"""What does a generator know before it can draw? Numbers on drawn scenes that it has not seen.
 
 After a short training all pictures are blobs, whatever the recipe, and an oracle cannot rank blobs. But the objective
 on new scenes falls from the first step on, and the attention finds objects in a noised scene long before the generator
@@ -37,22 +37,25 @@ def held_out(
 ) -> dict[str, float]:
     """Return what a generator makes of the scenes that the prompts describe, drawn by `asked.scene_of`.
 
-    loss: the training's objective, over all noise levels. mask_iou (0..1): of each object's true mask with the mask
-    that is cut, with `beta`, from the 16 x 16 attention to its word in the noised scene, before any refiner; the mean
-    over a scene's objects, then over scenes. mask_iou_pamr and so on: the same after a refiner, which sees the scene
-    without noise. All compare generators of one noise schedule. The noise follows from the seed.
+    psnr: in dB, of the scenes after the VAE has encoded and decoded them. loss: the training's objective, over all
+    noise levels; it compares generators of one VAE and noise schedule. mask_iou (0..1): of each object's true mask
+    with the mask that is cut, with `beta`, from the 16 x 16 attention to its word in the noised scene, before any
+    refiner; the mean over a scene's objects, then over scenes. mask_iou_pamr and so on: the same after a refiner,
+    which sees the scene without noise. The noise follows from the seed.
     """
     refine = {name: get_refiner(name, "mini", device=pipeline.device) for name in refiners}
     scenes = [scene_of(one, seed) for one in asked]
     images = np.stack([scene.image for scene in scenes])
     noises = torch.Generator().manual_seed(seed)
-    losses, ious = [], {name: [] for name in refiners}
+    errors, losses, ious = [], [], {name: [] for name in refiners}
     for start in range(0, len(asked), BATCH):
         part = slice(start, min(start + BATCH, len(asked)))
         prompts = [one.prompt for one in asked[part]]
         captions = [prompt.prompt for prompt in prompts]
         pixels = load_images(images, np.arange(part.start, part.stop)).to(pipeline.device)
-        latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        encoded = pipeline.vae.encode(pixels).latent_dist.mean
+        errors += (pipeline.vae.decode(encoded).sample.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3)).tolist()
+        latents = encoded * pipeline.vae.config.scaling_factor
         for level in range(LEVELS):
             # each scene at other levels than its neighbours, all levels equally often
             timesteps = (torch.arange(len(prompts)) * 1000 // len(prompts) + level * 1000 // LEVELS) % 1000
@@ -73,5 +76,6 @@ def held_out(
             for name, refiner in refine.items():
                 label, _ = label_and_margin(named, refiner(image / 2 + 0.5, scores, beta))
                 ious[name].append(np.mean([iou(label == i, truth == i) for i in ids]))
-    found = {"loss": sum(losses) / len(asked) / LEVELS}
+    found = {"psnr": -10 * float(np.log10(np.mean(errors) / 4))}  # of values in -1..1, whose range is 2
+    found["loss"] = sum(losses) / len(asked) / LEVELS
     return found | {f"mask_iou_{name}".removesuffix("_none"): float(np.mean(each)) for name, each in ious.items()}
