@@ -134,8 +134,7 @@ def generator_table(report: Mapping) -> str:
     )
     lines += ["", "| mean IoU of masks (%) | generated, one object | generated, two | scenes, one | scenes, two |"]
     lines.append("|---|---|---|---|---|")
-    plain = {"mask_iou": report["mask_iou"], "mask_iou_pairs": report["mask_iou_pairs"]}
-    for name, found in {"none": plain, **report["refined"]}.items():
+    for name, found in {"none": report, **report["refined"]}.items():
         measured = [found["mask_iou"], found["mask_iou_pairs"]]
         key = f"mask_iou_{name}".removesuffix("_none")
         measured += [report["scenes"][key], report["scenes_pairs"][key]]

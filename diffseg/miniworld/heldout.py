@@ -15,7 +15,7 @@ from diffseg.denoising import diffusion_loss, noised_and_target
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.miniworld.asked import Asked, scene_of
 from diffseg.miniworld.oracle import CLASS_IDS
-from diffseg.miniworld.pretrain import load_images
+from diffseg.miniworld.pretrain import load_images, psnr_of
 from diffseg.refiners import get_refiner
 
 # Our choices.
@@ -76,6 +76,5 @@ def held_out(
             for name, refiner in refine.items():
                 label, _ = label_and_margin(named, refiner(image / 2 + 0.5, scores, beta))
                 ious[name].append(np.mean([iou(label == i, truth == i) for i in ids]))
-    found = {"psnr": -10 * float(np.log10(np.mean(errors) / 4))}  # of values in -1..1, whose range is 2
-    found["loss"] = sum(losses) / len(asked) / LEVELS
+    found = {"psnr": psnr_of(np.mean(errors)), "loss": sum(losses) / len(asked) / LEVELS}
     return found | {f"mask_iou_{name}".removesuffix("_none"): float(np.mean(each)) for name, each in ious.items()}

@@ -66,6 +66,11 @@ def load_images(images: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images[np.sort(rows)]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def psnr_of(error: float) -> float:
+    """Return the peak signal-to-noise ratio, in dB, of a mean square error of pictures in -1..1."""
+    return float(-10 * np.log10(error / 4))  # the range is 2
+
+
 # ---------------------------------------------------------------------------------------------- stages
 
 
@@ -105,8 +110,8 @@ def encode(vae: AutoencoderKL, images: np.ndarray) -> tuple[np.ndarray, float]:
         z = vae.encode(x).latent_dist.mean
         latents.append(z.half().cpu().numpy())
         if start < 1024:
-            error.append(F.mse_loss(vae.decode(z).sample.clamp(-1, 1), x).item() / 4)
-    return np.concatenate(latents), float(-10 * np.log10(np.mean(error)))
+            error.append(F.mse_loss(vae.decode(z).sample.clamp(-1, 1), x).item())
+    return np.concatenate(latents), psnr_of(np.mean(error))
 
 
 def save_latents(vae: AutoencoderKL, latents: np.ndarray, corpus: Path) -> None:
@@ -204,9 +209,9 @@ def train_decoder(folder: Path, corpus: Path, options: argparse.Namespace) -> No
     rows = np.arange(min(1024, len(images)))
     with torch.no_grad():
         output = torch.cat([decoded(part, noise=0.0).cpu() for part in np.array_split(rows, 8)])
-    error = F.mse_loss(output.clamp(-1, 1), load_images(images, rows)).item() / 4
+    error = F.mse_loss(output.clamp(-1, 1), load_images(images, rows)).item()
     vae.save_pretrained(folder / "vae")
-    note = {"psnr": -10 * float(np.log10(error)), "samples": trainer.samples, "seconds": trainer.seconds}
+    note = {"psnr": psnr_of(error), "samples": trainer.samples, "seconds": trainer.seconds}
     (folder / "decoder.json").write_text(json.dumps(note))
     print(note)
 
