@@ -6,3 +6,5 @@ __version__ = "0.2.0"
 
 # Progress bars are plain text here, so that Papermill can show them; tqdm.auto would ask for widgets at every import.
 warnings.filterwarnings("ignore", message="IProgress not found")
+
+from diffseg import miniworld  # noqa: E402, F401  (it registers the name "mini")

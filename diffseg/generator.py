@@ -1,7 +1,6 @@
 """Load a Stable Diffusion, and draw pictures whose every pixel follows from prompt and seed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import diffusers
 import torch
@@ -12,18 +11,15 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from diffseg.errors import DiffsegError
-from diffseg.manifest import project_root
-
-# Names for generators that come with the package; any other name is a local folder or an id on the Hugging Face hub.
-GENERATORS = {"mini": Path(__file__).parent / "miniworld" / "weights" / "generator"}
+from diffseg.paths import is_short_name, locate
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def locate_generator(name: str) -> str:
     """Return the folder (a relative one counts from the project's root) or hub id that `name` stands for."""
-    folder = GENERATORS.get(name, project_root() / name)
-    return str(folder) if name in GENERATORS or folder.is_dir() else name
+    folder = locate("generator", name)
+    return str(folder) if folder.is_dir() else name
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:
@@ -71,7 +67,7 @@ def _unloadable(name: str, place: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = (
         "restore the package's weights (git checkout, or reinstall)"
-        if name in GENERATORS
+        if is_short_name("generator", name)
         else "give a local Stable Diffusion folder, or the hub id of one while online"
     )
     return f"the generator {name!r} cannot be loaded from {place} ({reason}); {remedy}"

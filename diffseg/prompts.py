@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from diffseg.english import plural, with_article
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.manifest import project_root
+from diffseg.paths import project_root
 from diffseg.seeds import derive_seed
 from diffseg.words import Word
 

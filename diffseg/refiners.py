@@ -22,8 +22,8 @@ import torch
 from torch.nn import functional as F
 
 from diffseg.errors import DiffsegError
-from diffseg.manifest import project_root
 from diffseg.masks import add_background
+from diffseg.paths import locate
 
 
 def refine_none(image, scores: torch.Tensor, beta: float, attention=None) -> torch.Tensor:
@@ -143,22 +143,24 @@ def refine_sam(image, scores: torch.Tensor, beta: float, attention=None, *, pred
 def load_sam(checkpoint: str, model: str, device: str | torch.device = "cpu"):
     """Return a segment_anything.SamPredictor with weights from a local file; model: a key of its registry.
 
-    The checkpoint "mini" is the mini world's small Sam, whatever the model; a relative path counts from the project's
-    root. Raises a DiffsegError when the model is unknown, or the file is absent or does not fit it.
+    A folder with config.json and model.safetensors is a small Sam (`diffseg.small_sam`), whatever the model; the name
+    "mini" is the mini world's. A relative path counts from the project's root. Raises a DiffsegError when the model is
+    unknown, or the file is absent or does not fit it.
     """
     from segment_anything import SamPredictor, sam_model_registry
 
-    if checkpoint == "mini":
-        from diffseg.miniworld.small_sam import load_small_sam
+    from diffseg.small_sam import load_small_sam
 
-        return SamPredictor(load_small_sam().to(device))
+    path = locate("sam_checkpoint", checkpoint) if checkpoint else None
+    if path and path.is_dir():
+        return SamPredictor(load_small_sam(path).to(device))
     if model not in sam_model_registry:
         raise DiffsegError(f"sam_model is {model!r}; choose one of {', '.join(sam_model_registry)}")
     if not checkpoint:
         raise DiffsegError("the refiner sam needs sam_checkpoint, the path of a Segment Anything checkpoint")
     sam = sam_model_registry[model]()
     try:
-        sam.load_state_dict(torch.load(project_root() / checkpoint, map_location="cpu", weights_only=True))
+        sam.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise DiffsegError(f"there is no sam_checkpoint at {checkpoint}; give the path of one") from None
     except Exception as error:  # torch.load alone raises half a dozen kinds for a file that is something else

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.manifest import project_root
+from diffseg.paths import project_root
 from diffseg.seeds import derive_seed
 
 # Name -> (architecture, encoder, options) of segmentation-models-pytorch.

@@ -20,7 +20,8 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
-from diffseg.benchmarks import Benchmark, write_picture_label
+from diffseg.benchmarks.classes import Benchmark
+from diffseg.benchmarks.labels import write_picture_label
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.generator import draw

@@ -12,28 +12,13 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from diffseg.benchmarks import read_pixels
+from diffseg.benchmarks.labels import read_pixels
 from diffseg.english import with_article
 from diffseg.errors import DiffsegError
-from diffseg.manifest import project_root
-from diffseg.miniworld.disk import locate_data
 from diffseg.seeds import derive_seed
-
-# Names for target domains that come with the package; any other name is a folder.
-TARGETS = {"mini": "leftImg8bit/train"}  # mini Cityscapes' train pictures, below the mini data root
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 METADATA = "metadata.jsonl"  # beside pictures: their own captions, as Hugging Face's ImageFolder has them
-
-
-def locate_pictures(target_images: str) -> Path:
-    """Return the folder that `target_images` names: "mini" is written on first use, any other name is a folder.
-
-    A relative folder counts from the project's root, so that it means the same in every notebook.
-    """
-    if target_images in TARGETS:
-        return locate_data(target_images) / TARGETS[target_images]
-    return project_root() / target_images
 
 
 def find_pictures(folder: str | Path) -> list[Path]:

@@ -9,16 +9,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.benchmarks import CITYSCAPES, MINI_IMAGENET_S, VOC, write_label
+from diffseg.benchmarks.classes import CITYSCAPES, MINI_IMAGENET_S, VOC
+from diffseg.benchmarks.labels import write_label
 from diffseg.errors import DiffsegError
-from diffseg.manifest import project_root
 from diffseg.miniworld.cityscapes import write_cityscapes
 from diffseg.miniworld.imagenet_s import write_imagenet_s
 from diffseg.miniworld.scenes import Scene, sample_scene
+from diffseg.paths import project_root
 from diffseg.seeds import derive_seed
 
 # The benchmarks are fixed things: their seed and size are no parameters. Change the name when one of them changes.
-WORLD = {
+MINI_BENCHMARKS = {
     "version": 2,
     "seed": 0,
     "voc": {"train": 2000, "val": 600},
@@ -27,37 +28,28 @@ WORLD = {
 }
 
 
-def locate_data(data_root: str) -> Path:
-    """Return the root folder of the data sets: "mini" is written on first use, any other name is a folder.
+def mini_data() -> Path:
+    """Return the root folder of the mini benchmarks, results/data/mini-VERSION, which is written on first use.
 
-    A relative folder counts from the project's root, so that it means the same in every notebook. Raises a
-    DiffsegError when the folder is missing or the mini world cannot be written.
+    Raises a DiffsegError when it cannot be written.
     """
-    if data_root != "mini":
-        folder = project_root() / data_root
-        if not folder.is_dir():
-            raise DiffsegError(
-                f"there is no data root {folder}; set data_root to the folder that holds VOCdevkit, ImageNetS50, "
-                "leftImg8bit and the like"
-            )
-        return folder
-    root = project_root() / "results" / "data" / f"mini-{WORLD['version']}"
+    root = project_root() / "results" / "data" / f"mini-{MINI_BENCHMARKS['version']}"
     if not (root / "world.json").is_file():
-        write_world(root)
+        write_benchmarks(root)
     return root
 
 
-def write_world(root: Path, world: dict = WORLD) -> None:
+def write_benchmarks(root: Path, sizes: dict = MINI_BENCHMARKS) -> None:
     """Write all mini benchmarks beside `root` and rename the folder at the end, so that it is whole or absent.
 
-    world: "version", "seed", and for each benchmark to be written its pictures per split (see `WORLD`).
+    sizes: "version", "seed", and for each benchmark to be written its pictures per split (see `MINI_BENCHMARKS`).
     """
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     try:
         for name, (folder, write) in WRITERS.items():
-            if name in world:
-                write(temporary / folder, world[name], world["seed"])
-        (temporary / "world.json").write_text(json.dumps(world, indent=1))
+            if name in sizes:
+                write(temporary / folder, sizes[name], sizes["seed"])
+        (temporary / "world.json").write_text(json.dumps(sizes, indent=1))
         if not root.exists():  # another process may have been faster
             temporary.rename(root)
     except OSError as error:

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.benchmarks import get_benchmark, write_label
+from diffseg.benchmarks.classes import get_benchmark
+from diffseg.benchmarks.labels import write_label
 from diffseg.files import atomic_path
 from diffseg.miniworld.scenes import PLACES, Picture, Scene, draw_scene, load_pictures
 from diffseg.seeds import derive_seed

@@ -1,0 +1,196 @@
+"""Readers: the benchmarks' official folders, and VOC-layout folders with synthetic pictures."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.utils.data import Dataset
+
+from diffseg.benchmarks.classes import Benchmark
+from diffseg.benchmarks.labels import picture_coding, read_label, read_pixels
+from diffseg.errors import DiffsegError
+from diffseg.paths import locate
+
+
+class LabelledPictures(Dataset):
+    """Pictures with label maps: item i is (name, image uint8 3 x H x W, label int64 H x W), as torch tensors.
+
+    `items` holds (name, picture path, label path). Reading raises a DiffsegError that names the file.
+    """
+
+    def __init__(self, benchmark: Benchmark, items: Sequence[tuple[str, Path, Path]]):
+        self.benchmark = benchmark
+        self.items = list(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
+        name, image_path, label_path = self.items[index]
+        pixels, _ = read_pixels(Path(image_path), "RGB")
+        label = read_label(label_path, self.benchmark)
+        if label.shape != pixels.shape[:2]:
+            raise DiffsegError(
+                f"{label_path} is {label.shape[0]} x {label.shape[1]} pixels (height x width), but its "
+                f"picture {image_path} is {pixels.shape[0]} x {pixels.shape[1]}; use its own label."
+            )
+        return name, torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+
+
+def data_folder(data_root: str) -> Path:
+    """Return the root folder of the data sets: "mini" is written on first use, any other name is a folder.
+
+    A relative folder counts from the project's root. Raises a DiffsegError when it is missing or cannot be written.
+    """
+    folder = locate("data_root", data_root)
+    if not folder.is_dir():
+        raise DiffsegError(
+            f"there is no data root {folder}; set data_root to the folder that holds VOCdevkit, ImageNetS50, "
+            "leftImg8bit and the like"
+        )
+    return folder
+
+
+def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> LabelledPictures:
+    """Open one split of a benchmark below its data root, in the official tree, in sorted or listed order.
+
+    - VOC: `VOCdevkit/VOC2012/`; "trainaug" needs `ImageSets/Segmentation/trainaug.txt` and the Semantic
+      Boundaries Dataset's labels as `SegmentationClassAug/<id>.png`. Names are "2007_000033".
+    - ImageNet-S: `ImageNetS50/validation/<tag>/<name>.JPEG` and `validation-segmentation/<tag>/<name>.png`,
+      or "train-semi". Names are "<tag>/<name>".
+    - Cityscapes: `leftImg8bit/<split>/<city>/` and `gtFine/<split>/<city>/..._gtFine_labelIds.png`. Names are
+      "<city>_<sequence>_<frame>".
+
+    Raises a DiffsegError for an unknown split, for missing or wrong folders with the official source and tree, and
+    for a picture or mask of ImageNet-S without the other.
+    """
+    if not benchmark.splits:
+        raise DiffsegError(
+            f"{benchmark.name} has no labelled pictures; set train_real to false and stop after step 4 (--only 1-4)"
+        )
+    if split not in benchmark.splits:
+        raise DiffsegError(f"{benchmark.name} has no split {split!r}; it has {', '.join(benchmark.splits)}.")
+    base = Path(root) / benchmark.folder
+    list_items = {"voc": _voc_items, "imagenet-s": _imagenet_s_items, "cityscapes": _cityscapes_items}
+    items = list_items[benchmark.protocol](benchmark, Path(root), base, split)
+    if not items:
+        raise DiffsegError(f"The split {split} of {benchmark.name} below {base} is empty; unpack the data again.")
+    return LabelledPictures(benchmark, items)
+
+
+def _require(base: Path, tree: Sequence[str], source: str) -> None:
+    for part in tree:
+        if not (base / part).exists():
+            expected = ", ".join(str(base / part) for part in tree)
+            raise DiffsegError(f"{base / part} is missing: get {source} and unpack it so that there is {expected}.")
+
+
+def _listed(path: Path) -> list[str]:
+    """Names in a VOC list; a line may also be a pair of paths, as the circulating trainaug lists are."""
+    return [Path(line.split()[0]).stem for line in path.read_text("utf-8").splitlines() if line.strip()]
+
+
+def _voc_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
+    labels = "SegmentationClassAug" if split == "trainaug" else "SegmentationClass"
+    source = benchmark.source
+    if split == "trainaug":
+        source += " and the Semantic Boundaries Dataset's labels as palette PNGs (SegmentationClassAug)"
+    _require(base, ("JPEGImages", labels, f"ImageSets/Segmentation/{split}.txt"), source)
+    if split == "trainaug":  # a list that torchvision does not know
+        names = _listed(base / "ImageSets/Segmentation/trainaug.txt")
+        return [(name, base / "JPEGImages" / f"{name}.jpg", base / labels / f"{name}.png") for name in names]
+    official = torchvision.datasets.VOCSegmentation(root, year="2012", image_set=split)
+    pairs = zip(official.images, official.masks, strict=True)
+    return [(Path(image).stem, Path(image), Path(mask)) for image, mask in pairs]
+
+
+def _imagenet_s_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
+    _require(base, (split, f"{split}-segmentation"), benchmark.source)
+    pictures, masks = base / split, base / f"{split}-segmentation"
+    items = []
+    for label in sorted(masks.glob("*/*.png")):
+        tag = label.parent.name
+        if tag not in benchmark.classes:
+            raise DiffsegError(f"{label.parent} is no class of {benchmark.name}; give the root of its own data set.")
+        items.append((f"{tag}/{label.stem}", pictures / tag / f"{label.stem}.JPEG", label))
+    there, expected = set(pictures.glob("*/*.JPEG")), {picture for _, picture, _ in items}
+    missing = sorted(expected - there)
+    missing += sorted(masks / path.parent.name / f"{path.stem}.png" for path in there - expected)
+    if missing:  # there is no list of the split, but its two folders hold the same names
+        raise DiffsegError(
+            f"{len(missing)} of the pictures and masks of {benchmark.name} {split} are missing, the first is "
+            f"{missing[0]}; unpack {split} and {split}-segmentation again, and whole."
+        )
+    return items
+
+
+def _cityscapes_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
+    _require(base, (f"leftImg8bit/{split}", f"gtFine/{split}"), benchmark.source)
+    official = torchvision.datasets.Cityscapes(root, split=split, mode="fine", target_type="semantic")
+    items = [
+        (Path(image).stem.removesuffix("_leftImg8bit"), Path(image), Path(target[0]))
+        for image, target in zip(official.images, official.targets, strict=True)
+    ]
+    items.sort()  # torchvision lists folders in the file system's order
+    # trainIds are valid labelIds too, so a single file cannot tell; but vegetation, sky, people and vehicles
+    # are all above 18, and eight street scenes without any of them are trainIds.
+    spread = items[:: max(1, len(items) // 8)][:8]
+    if spread and max(read_pixels(label)[0].max() for _, _, label in spread) < 19:
+        raise DiffsegError(
+            f"The files ..._gtFine_labelIds.png in {base / 'gtFine' / split} hold trainIds (none above 18); "
+            "put the official labelIds back, since they are converted to trainIds on reading."
+        )
+    return items
+
+
+class PictureSet(LabelledPictures):
+    """A VOC-layout folder for training: item i is (name, image, label, reliability).
+
+    Image and label as in `LabelledPictures`, the ignored pixels being `benchmark.ignore`; reliability is
+    uint8 H x W (the margin between best and second-best score, 0..255), or None where the folder has no
+    `Reliability`.
+    """
+
+    def __init__(self, benchmark: Benchmark, items: Sequence[tuple[str, Path, Path]], reliability: Path | None):
+        super().__init__(picture_coding(benchmark), items)
+        self.ignore = benchmark.ignore
+        self.reliability = reliability
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        name, image, label = super().__getitem__(index)
+        label[label == self.benchmark.ignore] = self.ignore
+        if self.reliability is None:
+            return name, image, label, None
+        path = self.reliability / f"{name}.png"
+        margin, mode = read_pixels(path)
+        if mode != "L" or margin.shape != label.shape:
+            raise DiffsegError(f"{path} is no one-channel picture of its label's size; make the synthetic set again.")
+        return name, image, label, torch.from_numpy(margin)
+
+
+def pictures_set(folder: str | os.PathLike, benchmark: Benchmark, split: str = "train") -> PictureSet:
+    """Open a synthetic set, or any folder in VOC's layout, whose labels are the classes of `benchmark`.
+
+    Expects `JPEGImages/<id>.jpg`, `SegmentationClass/<id>.png`, `ImageSets/Segmentation/<split>.txt`, and
+    optionally `Reliability/<id>.png`. Labels are palette PNGs with 255 = ignored, or R + 256 * G with 1000 =
+    ignored where the benchmark has more than 255 classes, as `write_picture_label` writes them. Raises a
+    DiffsegError otherwise.
+    """
+    folder = Path(folder)
+    listing = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
+    _require(
+        folder,
+        ("JPEGImages", "SegmentationClass", str(listing.relative_to(folder))),
+        "a data set in VOC's layout",
+    )
+    names = _listed(listing)
+    if not names:
+        raise DiffsegError(f"{listing} names no picture; make the synthetic set again.")
+    reliability = folder / "Reliability"
+    return PictureSet(
+        benchmark,
+        [(name, folder / "JPEGImages" / f"{name}.jpg", folder / "SegmentationClass" / f"{name}.png") for name in names],
+        reliability if reliability.is_dir() else None,
+    )

@@ -1,0 +1,83 @@
+"""What do the training modes cost beside plain training? Each in turn, a few iterations at a time, at mini VOC's size.
+
+python -m diffseg.experiments.speed.training      writes results/benchmarks/training.json
+
+Every repetition trains each mode for the same few iterations, so a change in the machine's load meets all alike; a
+ratio is the median over repetitions of mode / plain. On a CPU the process's seconds count, on a GPU those of the clock.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from functools import partial
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import Subset
+
+from diffseg.benchmarks.classes import VOC
+from diffseg.benchmarks.readers import data_folder, open_split
+from diffseg.experiments.noise import Disturbed
+from diffseg.experiments.speed import time_in_turn
+from diffseg.files import atomic_path
+from diffseg.lab.manifests import provenance
+from diffseg.paths import project_root
+from diffseg.segmenters import new_networks
+from diffseg.training import NETWORKS, TrainingOptions, train
+
+
+def measure(options: TrainingOptions, segmenter: str, pictures: int, repetitions: int) -> list[dict]:
+    """Return a row a mode: networks, median seconds of an iteration, median ratio to plain in the same repetition."""
+    device = PartialState().device
+    real = open_split(VOC, data_folder("mini"), VOC.training_split)
+    dataset = Disturbed(Subset(real, range(pictures)), "dropped", 0.0, seed=0)  # true masks, margins by distance
+    networks = {mode: new_networks(count, segmenter, VOC.classes, seed=0) for mode, count in NETWORKS.items()}
+    calls = {}
+    for mode, network in networks.items():
+        chosen = dataclasses.replace(options, training_mode=mode)
+        # it ends with numbers on the CPU, so a GPU's work is over, too
+        calls[mode] = partial(train, network, dataset, VOC.ignore, chosen, 0, device, mode)
+    times = time_in_turn(calls, repetitions + 1)  # the first round warms up
+    which = 0 if device.type == "cuda" else 1  # of (wall, CPU)
+    seconds = {mode: [pair[which] / options.iterations for pair in pairs[1:]] for mode, pairs in times.items()}
+    return [
+        {
+            "mode": mode,
+            "networks": NETWORKS[mode],
+            "seconds_an_iteration": round(statistics.median(values), 4),
+            "ratio_to_plain": round(
+                statistics.median(own / plain for own, plain in zip(values, seconds["plain"], strict=True)), 3
+            ),
+        }
+        for mode, values in seconds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=8, help="of each mode in a repetition")
+    parser.add_argument("--segmenter", default="deeplabv3plus-resnet18")
+    arguments = parser.parse_args()
+    options = TrainingOptions(arguments.iterations, 16, 64, (0.9, 1.1), 0.1, 2e-3, 1e-4, "fp32", 0)
+    rows = measure(options, arguments.segmenter, 64, arguments.repetitions)
+    report = {
+        "segmenter": arguments.segmenter,
+        "batch": options.training_batch,
+        "crop": options.crop,
+        "warmup": options.warmup,
+        "mixing": options.mixing,
+        "threads": torch.get_num_threads(),
+        "repetitions": arguments.repetitions,
+        "iterations": arguments.iterations,
+        "rows": rows,
+        **provenance(),
+    }
+    with atomic_path(project_root() / "results" / "benchmarks" / "training.json") as path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

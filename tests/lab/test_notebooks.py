@@ -1,0 +1,112 @@
+"""Every committed notebook and parameter file keeps the house rules; none of them is executed here."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from diffseg.lab.manifests import STEPS
+from diffseg.lab.parameters import check, declared, is_parameters, merge, read_cells, read_yaml
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PARAMETERS = sorted((FOLDER / "params").glob("*.yaml"))
+
+specification = importlib.util.spec_from_file_location("strip", FOLDER / "strip.py")
+strip = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(strip)
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def test_the_notebooks_folder_is_there():
+    assert FOLDER.is_dir() and (FOLDER / "params").is_dir()
+
+
+@each_notebook
+def test_notebook_is_valid_and_stripped(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    nbformat.validate(nbformat.from_dict(notebook))
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert "papermill" not in notebook["metadata"]
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+        assert "papermill" not in cell["metadata"] and "execution" not in cell["metadata"]
+    assert notebook["cells"] == strip.strip(notebook)["cells"], "run python notebooks/strip.py"
+
+
+@each_notebook
+def test_notebook_has_stable_cell_ids_and_a_readable_length(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ids = [cell.get("id") for cell in cells]
+    assert all(ids) and len(set(ids)) == len(ids)
+    assert 15 <= len(cells) <= 25
+    assert cells[0]["cell_type"] == "markdown" and "".join(cells[0]["source"]).startswith("# ")
+
+
+@each_notebook
+def test_parameters_cell(path):
+    parameters = declared(path)  # raises unless there is exactly one, of plain assignments
+    assert all(parameter.help for parameter in parameters.values())
+    assert {"run", "out", "seed"} <= parameters.keys()
+    [source] = [cell["source"] for cell in read_cells(path) if is_parameters(cell)]
+    assert len([line for line in source.splitlines() if re.match(r"\w+ = .*  # .+", line)]) == len(parameters)
+    # plain papermill must read the same names and help; a `#` in a text would garble it
+    seen = papermill.inspect_notebook(path)
+    assert {name: entry["help"] for name, entry in seen.items()} == {p.name: p.help for p in parameters.values()}
+
+
+@each_notebook
+def test_no_absolute_path_and_the_right_name(path):
+    sources = [cell["source"] for cell in read_cells(path)]
+    for source in sources:
+        assert not re.search(r"""["'`(\s](/(home|root|tmp|work|usr|mnt|data|content)/|[A-Z]:\\|~/)""", source)
+    if path.stem in STEPS:
+        assert any(f'begin("{path.stem}", globals())' in source for source in sources)
+        assert any("step.finish(" in source for source in sources)
+
+
+@each_notebook
+def test_what_it_imports_from_the_package_is_there(path):
+    """A name that the package lost is seen here in a second, not after the cells before it have run."""
+    code = [cell["source"] for cell in read_cells(path) if cell["cell_type"] == "code"]
+    for node in (node for source in code for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "diffseg":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), name
+
+
+@pytest.mark.parametrize("path", PARAMETERS, ids=lambda path: path.stem)
+def test_parameter_file_fits_the_notebooks(path):
+    if not NOTEBOOKS:
+        pytest.skip("there are no notebooks yet")
+    values = read_yaml(path)
+    check(values, merge(FOLDER / f"{step}.ipynb" for step in STEPS), path.name)
+    assert values["run"] == path.stem  # two files that share a run's folder would undo each other
+    assert path.read_text(encoding="utf-8").startswith("# "), "`diffseg list` shows the first comment"
+
+
+def test_strip_keeps_sources_ids_and_tags_only():
+    code = nbformat.v4.new_code_cell("a = 1  # number", metadata={"tags": ["parameters"], "papermill": {"x": 1}})
+    code.execution_count = 3
+    code.outputs = [nbformat.v4.new_output("stream", text="out")]
+    injected = nbformat.v4.new_code_cell("a = 2", metadata={"tags": ["injected-parameters"]})
+    text = nbformat.v4.new_markdown_cell("# Title")
+    metadata = {
+        "papermill": {"input_path": "/somewhere"},
+        "language_info": {"name": "python", "version": "3.11"},
+    }
+    stripped = strip.strip(nbformat.v4.new_notebook(cells=[text, code, injected], metadata=metadata))
+    nbformat.validate(nbformat.from_dict(stripped))
+    assert [cell["source"] for cell in stripped["cells"]] == ["# Title", "a = 1  # number"]
+    assert [cell["id"] for cell in stripped["cells"]] == [text.id, code.id]
+    assert stripped["cells"][1]["metadata"] == {"tags": ["parameters"]}
+    assert "papermill" not in json.dumps(stripped) and "out" not in stripped["cells"][1]["outputs"]
+    assert strip.strip(stripped) == stripped

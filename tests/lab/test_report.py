@@ -1,0 +1,356 @@
+"""What a run's report says: its own numbers, those of others beside them, the list of claims, and the HTML pages."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import diffseg
+from diffseg.errors import DiffsegError
+from diffseg.experiments.generator.versions import version_rows
+from diffseg.figures import first_of_each, story
+from diffseg.files import read_rows
+from diffseg.lab.manifests import STEPS
+from diffseg.lab.pages import page, with_formulas
+from diffseg.lab.publishing import (
+    benchmarks_table,
+    claims_table,
+    generator_table,
+    published_table,
+    readme_with_tables,
+    run_table,
+)
+from diffseg.lab.publishing import main as publish
+from diffseg.lab.report import beside_published, caption, published_numbers, summarise, table_text
+from diffseg.paths import project_root
+
+RESULTS = project_root() / "results"
+
+
+def manifests(groups: bool = False, real: bool = True) -> dict:
+    """The parts of five manifests that a summary needs; scores that can be read in the table at once."""
+
+    def scores(miou: float) -> dict:
+        merged = {"group/Human": miou + 0.1, "group/Vehicle": None} if groups else {}
+        bounds = {"miou_low": miou - 0.02, "miou_high": miou + 0.03}
+        pixels = {"images": 150, "iou/person": miou, "iou/car": miou}
+        return {
+            "benchmark": "cityscapes-things",
+            "inference": "single scale",
+            "miou": miou,
+            **bounds,
+            **pixels,
+            **merged,
+        }
+
+    evaluation = {"synthetic": scores(0.3)} | ({"real": scores(0.6)} if real else {})
+    machine = {"gpus": [], "cores": 2, "cpu": "a CPU"}
+    made = {step: {"metrics": {}, "parameters": {}, "seconds": 60.0} for step in list(STEPS)[:5]}
+    made["03_synthesis"] |= {"hardware": machine, "metrics": {"images": 720}, "parameters": {"generator": "mini"}}
+    made["04_robust_training"]["metrics"] = {"images_real": 700 if real else None}
+    made["04_robust_training"]["parameters"] = {"segmenter": "unet", "seed": 3}
+    made["05_evaluation"]["metrics"] = evaluation
+    return made
+
+
+def read_csv(name: str) -> list[dict[str, str]]:
+    return read_rows(RESULTS / name)
+
+
+# the run's own numbers
+
+
+def test_merged_classes_stand_in_summary_and_tables_where_a_benchmark_has_them():
+    summary = summarise(manifests(groups=True))
+    assert summary["groups"]["synthetic"] == {"Human": 0.4, "Vehicle": None}
+    assert summary["groups"]["real"]["Human"] == pytest.approx(0.7)
+    text = table_text(summary).splitlines()
+    assert text[1].endswith("Human (%)   Vehicle (%)")
+    assert text[2].split()[-6:] == ["30.0", "28.0", "to", "33.0", "40.0", "-"]
+    assert len(text[1]) == len(text[2]) == len(text[3]) and text[4].split() == ["ratio", "0.50"]
+    table = run_table(summary).splitlines()
+    assert table[0].endswith("| Human (%) | Vehicle (%) |") and table[1] == "|---" * 6 + "|"
+    assert table[2] == "| synthetic pictures, masks from attention | 720 | 30.0 | 28.0 to 33.0 | 40.0 | - |"
+    assert table[4] == "| **ratio** | | **0.50** | | | |"
+
+
+def test_without_merged_classes_or_a_real_network_neither_is_mentioned():
+    summary = summarise(manifests(real=False))
+    assert "groups" not in summary and summary["ratio"] is None and summary["miou_real"] is None
+    assert len(table_text(summary).splitlines()) == 3 and "real" not in table_text(summary)
+    assert run_table(summary).splitlines()[0].count("|") == 5
+    assert "real" not in caption(summary)
+    for part in ("720 synthetic", "seed 3", "150 cityscapes-things validation", "2 cores of a CPU"):
+        assert part in caption(summary)
+
+
+# the numbers of others
+
+
+def test_the_published_numbers_are_well_formed_and_no_others_than_we_know():
+    rows = read_csv("published.csv")
+    columns = "method benchmark segmenter training_images miou miou_real source sure differs".split()
+    for row in rows:
+        assert list(row) == columns and all(row[name] for name in ("method", "benchmark", "source", "sure", "differs"))
+        assert row["sure"] in ("read", "second-hand") and re.search(
+            r"\(\w+ 20\d\d\), arXiv \d{4}\.\d{5}$", row["source"]
+        )
+        assert row["miou"] or "not known to us" in row["differs"]
+        assert row["training_images"] or not row["miou"] or row["benchmark"].startswith("masks")
+    known = {(row["miou"], row["miou_real"], row["training_images"]) for row in rows if row["benchmark"] == "VOC"}
+    paper = {("41.2", "", "2000"), ("51.1", "", "168679"), ("58.3", "", "168679")}
+    peers = {("57.4", "77.3", "60000"), ("61.6", "77.4", "40000"), ("64.8", "79.9", "40000")}
+    assert known == paper | peers
+    assert {row["miou"] for row in rows if row["benchmark"] != "VOC"} == {"", "67", "70.4", "66.2", "80.3"}
+
+
+def test_notebook_06_shows_ours_above_theirs():
+    cells = nbformat.read(project_root() / "notebooks" / "06_report.ipynb", 4).cells
+    [shown] = [cell.source for cell in cells if cell.id == "published"]
+    assert "beside_published(summary, published_numbers(bench.protocol))" in shown
+    voc = published_numbers("voc")
+    assert list(voc.miou) == [41.2, 51.1, 58.3, 57.4, 61.6, 64.8] and "benchmark" not in voc
+    for protocol in ("imagenet-s", "cityscapes"):
+        [value] = published_numbers(protocol).miou
+        assert np.isnan(value)
+    beside = beside_published(summarise(manifests()), voc)
+    assert list(beside.columns) == list(voc.columns) and len(beside) == 7
+    assert list(beside.iloc[0][["segmenter", "training_images", "miou", "miou_real"]]) == ["unet", 720, 30.0, 60.0]
+    assert beside.iloc[3].miou == 58.3 and beside.training_images.dtype == pd.Int64Dtype()
+    alone = beside_published(summarise(manifests(real=False)), voc)
+    assert pd.isna(alone.miou_real[0])
+
+
+# the pictures
+
+
+def test_the_first_picture_of_each_class_is_the_one_that_shows_most_of_it():
+    labels = [[0, 0, 0, 0], [2, 1, 1, 255], [7, 7, 7, 2], [1, 2, 2, 2], [2, 2, 2, 2]]
+    pictures = [(str(k), None, np.array([label])) for k, label in enumerate(labels)]
+    assert first_of_each(pictures, [1, 2]) == {1: 1, 2: 2}  # of 1 and 2 only: 7 is not asked for
+    assert first_of_each(pictures, [1, 2, 3]) == {1: 1, 2: 2} and first_of_each(pictures[:1], [1]) == {}
+
+
+def test_a_story_draws_every_picture_in_its_shape_and_its_text_inside_the_figure():
+    picture = np.zeros((10, 20, 3), np.uint8)
+    rows = {"drawn": [picture, picture, picture], "mask from\nattention": [picture, None, picture]}
+    figure = story([("words " * 40, ["a", "b", "long words " * 5], rows), ("result", [], {})], width=6)
+    assert len(figure.axes) == 5 and figure.get_size_inches()[0] == 6
+    figure.canvas.draw()
+    boxes = [axis.get_window_extent() for axis in figure.axes]
+    assert all(box.width / box.height == pytest.approx(2) for box in boxes)
+    for text in figure.texts:
+        extent = text.get_window_extent()
+        assert not any(extent.overlaps(box) for box in boxes), text.get_text()
+        for (low, high), limit in zip(extent.get_points().T, figure.bbox.size, strict=True):
+            assert -1 <= low and high <= limit + 1, text.get_text()
+    plt.close(figure)
+
+
+# the claims
+
+
+def decimals(text: str) -> set[str]:
+    return set(re.findall(r"\d+\.\d+", text))
+
+
+@pytest.mark.parametrize("claim", read_csv("claims.csv"), ids=lambda row: row["claim"][:40])
+def test_a_claim_with_a_verdict_names_a_file_that_holds_its_numbers(claim):
+    for verdict, file in (("mini", "mini_file"), ("paper_scale", "paper_scale_file")):
+        assert claim[verdict] in ("shown", "not shown", "not run")
+        if claim[verdict] != "not run":
+            assert (project_root() / claim[file]).is_file(), claim[file] or "a verdict needs a file"
+    if decimals(claim["mini_finding"]):
+        values = [float(value) for value in decimals((project_root() / claim["mini_file"]).read_text())]
+        rounded = {f"{value * factor:.{places}f}" for value in values for factor in (1, 100) for places in (1, 2)}
+        assert decimals(claim["mini_finding"]) <= rounded
+    published = {row["miou"] for row in read_csv("published.csv")} | {"0.2"}  # the paper's beta
+    assert decimals(claim["paper"]) <= published
+
+
+# the README's tables
+
+
+def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
+    for name, made in (("mini-a", manifests(groups=True)), ("mini-b", manifests(real=False))):
+        (tmp_path / "results" / name / "manifests").mkdir(parents=True)
+        (tmp_path / "results" / name / "summary.json").write_text(json.dumps(summarise(made)))
+        evaluation = tmp_path / "results" / name / "manifests" / "05_evaluation.json"
+        version = diffseg.__version__ if name == "mini-a" else "0.0.1"
+        evaluation.write_text(json.dumps(made["05_evaluation"] | {"versions": {"diffseg": version}}))
+    readme = "a\n<!-- table: results/*/summary.json -->\nold\n<!-- /table -->\nb\n"
+    lines = readme_with_tables(readme, tmp_path / "results").splitlines()
+    assert (
+        lines[4] == "| mini-a | cityscapes-things | 2 | 720 | 30.0 (28.0 to 33.0) | 60.0 (58.0 to 63.0) | 0.50 | 5.0 |"
+    )
+    assert lines[5] == "| mini-b | cityscapes-things | 2 | 720 | 30.0 (28.0 to 33.0) | - | - | 5.0 |"
+    assert lines[-3] == "mini-b was measured with diffseg 0.0.1." and "mini-a was" not in " ".join(lines)
+    assert lines[0] == "a" and lines[-1] == "b" and "old" not in lines
+    assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
+
+
+def test_a_generator_that_went_on_from_another_tells_of_all_its_training():
+    report = json.loads((RESULTS / "mini_generator.json").read_text())
+    training, before = report["training"], report["training"]["initial"]
+    told = generator_table(report)
+    assert f"Trained on {training['samples_seen'] + before['samples_seen']:,} samples" in told
+    assert f"in {(training['seconds'] + before['seconds']) / 3600:.1f} hours" in told
+
+
+def test_two_generators_are_compared_on_the_same_pictures_only():
+    report = json.loads((RESULTS / "mini_generator.json").read_text())
+    better = report | {"both_present": 1.0, "per_class": report["per_class"] | {"cat": report["per_class"]["dog"]}}
+    gains = {(row["of"], row["measure"]): row["gain"] for row in version_rows(report, better)}
+    assert gains["all", "both_present"] == round(1 - round(report["both_present"], 4), 4) > 0
+    assert gains["all", "mask_iou"] == gains["dog", "mask_iou"] == 0 != gains["cat", "mask_iou"]
+    assert {of for of, _ in gains} == {"all", *report["per_class"]}
+    with pytest.raises(DiffsegError, match="differ in pairs"):
+        version_rows(report, report | {"pairs": 1})
+
+
+def test_the_published_runs_claims_and_numbers_of_others_fill_their_tables():
+    readme = "".join(
+        f"<!-- table: results/{name} -->\n<!-- /table -->\n"
+        for name in ("*/summary.json", "published.csv", "claims.csv")
+    )
+    filled = readme_with_tables(readme, RESULTS)
+    assert readme_with_tables(filled, RESULTS) == filled
+    for table in (published_table(RESULTS / "published.csv"), claims_table(RESULTS / "claims.csv")):
+        lines = table.splitlines()
+        assert table in filled and len({line.count("|") for line in lines}) == 1
+    assert benchmarks_table(sorted(RESULTS.glob("*/summary.json"))) in filled
+    for link in re.findall(r"\]\(([^)]+)\)", filled):
+        assert (project_root() / link).is_file()
+
+
+# the pages
+
+
+def png(figure: bool) -> str:
+    """A figure of a few lines, or a photograph's noise, as an executed notebook holds it."""
+    file = io.BytesIO()
+    if figure:
+        drawing, axis = plt.subplots(figsize=(2, 2))
+        axis.plot([0, 1])
+        drawing.savefig(file, format="png")
+        plt.close(drawing)
+    else:
+        noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+        Image.fromarray(noise).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def write_executed(path: Path) -> None:
+    """A notebook by hand with all that must be tidied: progress bars, foreign folders, large pictures, formulas."""
+    output = nbformat.v4.new_output
+    begin = nbformat.v4.new_code_cell('out = "/far/away/runs"\nstep.folder')
+    begin.outputs = [
+        output("execute_result", {"text/plain": "PosixPath('/far/away/runs/tiny/05_evaluation')"}),
+        output(
+            "stream",
+            name="stdout",
+            text="wrote /far/away/runs/tiny and /far/away/results/runs/other/03 and 3 < 4\n",
+        ),
+        output("stream", name="stderr", text="\r 20%|##   | 1/5\r100%|#####| 5/5"),
+    ]
+    draw = nbformat.v4.new_code_cell("plot()")
+    draw.outputs = [
+        output("display_data", {"image/png": png(figure), "text/plain": "<Figure>"}) for figure in (True, False)
+    ]
+    text = nbformat.v4.new_markdown_cell(
+        "# Title\n\nIoU of $x_i$ for `$HOME` costs 3$ or 4$.\n\n$$\\mathrm{IoU} = \\frac{a}{b}$$\n\n"
+        "| a | b |\n|---|---|\n| $\\frac{1}{|I|}$ | c |\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[text, begin, draw]), path)
+
+
+def test_a_page_needs_no_other_file_and_names_no_foreign_folder(tmp_path):
+    executed = tmp_path / "05_evaluation" / "notebook.ipynb"
+    write_executed(executed)
+    html = page(executed, "tiny", ["04_robust_training", "05_evaluation"])
+    assert html.startswith("<!doctype html>") and "<h1" in html and "05_evaluation (tiny)" in html
+    assert "far/away" not in html and "results/runs/tiny/05_evaluation" in html and "3 &lt; 4" in html
+    assert "wrote results/runs/tiny and results/runs/other/03" in html
+    assert "5/5" not in html and "<script" not in html and not re.search(r"""(src|href)=["']?(https?:)?//""", html)
+    assert '<a href="04_robust_training.html">' in html and "<b>05_evaluation</b>" in html
+    assert html.count("<td") == 2  # the bar of |I| did not end the cell
+    pictures = [base64.b64decode(data) for data in re.findall(r"data:image/webp;base64,([^\"]+)", html)]
+    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(200, 200), (200, 200)]
+    for coded, figure in zip(pictures, (True, False), strict=True):
+        assert len(coded) < 0.6 * len(base64.b64decode(png(figure)))
+    formulas = re.findall(r'<img alt="([^"]+)"[^>]*image/png', html)
+    assert formulas == ["x_i", r"\mathrm{IoU} = \frac{a}{b}", r"\frac{1}{|I|}"]
+    assert "<code>$HOME</code>" in html and "costs 3$ or 4$" in html
+
+
+def test_todays_text_stands_over_the_same_code_only(tmp_path):
+    def cells(prose: str, second: str, comment: str) -> nbformat.NotebookNode:
+        made = [
+            nbformat.v4.new_markdown_cell(f"# Title, {prose}", id="title"),
+            nbformat.v4.new_code_cell(f"images = 1  # {comment}", id="parameters", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("begin()", id="begin"),
+            nbformat.v4.new_markdown_cell(f"Text, {prose}", id="text"),
+            nbformat.v4.new_code_cell(second, id="second"),
+        ]
+        return nbformat.v4.new_notebook(cells=made)
+
+    executed, today = tmp_path / "05_evaluation" / "notebook.ipynb", tmp_path / "today.ipynb"
+    executed.parent.mkdir()
+    old = cells("old", "go()", "a comment")
+    injected = nbformat.v4.new_code_cell("images = 2", metadata={"tags": ["injected-parameters"]})
+    old.cells.insert(2, injected)
+    nbformat.write(old, executed)
+
+    def prose(notebook: nbformat.NotebookNode) -> list[str]:
+        nbformat.write(notebook, today)
+        return re.findall(r"(?:Title|Text), (\w+)", page(executed, "tiny", today=today).partition("<body>")[2])
+
+    assert prose(cells("new", "go()", "another comment")) == ["new", "new"]
+    assert prose(cells("new", "stop()", "a comment")) == ["new", "old"]  # the old outputs stand under the old text
+    more = cells("new", "go()", "a comment")
+    more.cells.insert(3, nbformat.v4.new_markdown_cell("More", id="more"))
+    assert prose(more) == ["old", "old"]
+
+
+def test_code_stays_and_a_formula_that_cannot_be_drawn_stays_tex():
+    assert with_formulas("```\n$x$\n```\nand `$y$`") == "```\n$x$\n```\nand `$y$`"
+    assert with_formulas(r"$\begin{cases}a\end{cases}$") == r"$\begin{cases}a\end{cases}$"
+
+
+def test_every_formula_of_the_notebooks_can_be_drawn_but_those_with_a_brace_below():
+    for path in sorted((project_root() / "notebooks").glob("*.ipynb")):
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "markdown":
+                rest = re.sub(r"<img [^>]*>|```.*?```|`[^`]*`", "", with_formulas(cell.source), flags=re.DOTALL)
+                left = [tex for tex in re.findall(r"\$+[^$]+\$+", rest) if r"\underbrace" not in tex]
+                assert not left, f"{path.name}, cell {cell.id}: write it in the words of matplotlib's mathtext"
+
+
+def test_publish_writes_a_page_for_each_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "README.md").write_text("nothing to fill\n")
+    run = tmp_path / "results" / "runs" / "tiny"
+    for step in STEPS:
+        write_executed(run / step / "notebook.ipynb")
+        manifest = {"key": "k", "parameters": {}, "outputs": {}, "metrics": {}}
+        (run / step / "manifest.json").write_text(json.dumps(manifest))
+    assert publish([str(run)]) == 0
+    pages = sorted((tmp_path / "results" / "notebooks" / "tiny").iterdir())
+    assert [path.name for path in pages] == [f"{step}.html" for step in STEPS]
+    assert all(path.stat().st_size < 600e3 for path in pages)
+    assert sorted(path.stem for path in (tmp_path / "results" / "tiny" / "manifests").iterdir()) == list(STEPS)
+
+
+def test_a_step_without_its_executed_notebook_is_one_sentence(tmp_path):
+    with pytest.raises(DiffsegError, match="is no executed notebook"):
+        page(tmp_path / "notebook.ipynb", "tiny")

@@ -1,0 +1,248 @@
+"""Every term of the robust losses on hand-made tensors: which pixels count, how much, and where gradients flow."""
+
+import math
+
+import pytest
+import torch
+
+from diffseg import cotraining as terms
+from diffseg.benchmarks.classes import VOC
+from diffseg.experiments.noise import STRENGTHS, distance_margin, disturb
+from diffseg.experiments.noise import main as noise_study
+from diffseg.experiments.noise import means as noise_means
+from diffseg.files import read_rows
+from diffseg.segmenters import new_networks, save_segmenter
+
+IGNORE = 255
+
+
+def random_logits(seed: int = 0, size: tuple[int, ...] = (2, 3, 4, 5)) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def pixel_gradients(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Which pixels (bool B x H x W) a loss moves."""
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return gradient.abs().sum(dim=1) > 0
+
+
+@pytest.fixture
+def label() -> torch.Tensor:
+    label = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(1))
+    label[0, 0] = IGNORE
+    return label
+
+
+@pytest.fixture
+def reliable() -> torch.Tensor:
+    return torch.rand((2, 4, 5), generator=torch.Generator().manual_seed(2)) < 0.5
+
+
+def test_the_plain_loss_is_the_mean_over_valid_pixels(label):
+    logits = random_logits()
+    probabilities = logits.detach().softmax(dim=1)
+    by_hand = [
+        -math.log(probabilities[b, label[b, y, x], y, x])
+        for b in range(2)
+        for y in range(4)
+        for x in range(5)
+        if label[b, y, x] != IGNORE
+    ]
+    assert len(by_hand) == 35
+    loss = terms.plain_loss(logits, label, IGNORE)
+    assert loss.item() == pytest.approx(sum(by_hand) / 35, rel=1e-5)
+    assert torch.equal(pixel_gradients(loss, logits), label != IGNORE)
+
+
+def test_reliable_and_peer_pixels_are_a_partition_of_the_valid_ones(label, reliable):
+    logits, peer = random_logits(), random_logits(3)
+    own = pixel_gradients(terms.reliable_loss(logits, label, reliable, IGNORE), logits)
+    other = pixel_gradients(terms.peer_loss(logits, peer, label, reliable, IGNORE), logits)
+    assert torch.equal(own, reliable & (label != IGNORE))
+    assert torch.equal(other, ~reliable & (label != IGNORE))
+
+
+def test_the_peer_teaches_its_argmax_and_gets_no_gradient(label, reliable):
+    logits, peer = random_logits(), random_logits(3)
+    loss = terms.peer_loss(logits, peer, label, reliable, IGNORE)
+    assert torch.autograd.grad(loss, peer, retain_graph=True, allow_unused=True) == (None,)
+    taught = (~reliable & (label != IGNORE))[:, None].expand_as(logits)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    # softmax minus one-hot is negative at the target's class alone
+    assert torch.equal(
+        (gradient < 0) & taught, taught & torch.zeros_like(taught).scatter(1, peer.argmax(1)[:, None], 1)
+    )
+    # another label on those pixels changes nothing, as long as it is not ignored
+    relabelled = torch.where(reliable | (label == IGNORE), label, (label + 1) % 3)
+    assert terms.peer_loss(logits, peer, relabelled, reliable, IGNORE).item() == pytest.approx(loss.item())
+
+
+def test_the_two_terms_with_a_perfect_peer_are_the_plain_loss(label, reliable):
+    logits = random_logits()
+    peer = torch.nn.functional.one_hot(label.masked_fill(label == IGNORE, 0), 3).permute(0, 3, 1, 2).float()
+    total = terms.reliable_loss(logits, label, reliable, IGNORE) + terms.peer_loss(
+        logits, peer, label, reliable, IGNORE
+    )
+    assert total.item() == pytest.approx(terms.plain_loss(logits, label, IGNORE).item(), rel=1e-5)
+
+
+def test_the_band_weighs_a_fifth_more_where_it_is_reliable():
+    """Equal logits, so each of 4 pixels costs log 3: three are reliable, two in the band, one is both."""
+    logits, label = torch.zeros(1, 3, 1, 4), torch.zeros(1, 1, 4, dtype=torch.int64)
+    reliable = torch.tensor([[[True, True, True, False]]])
+    band = torch.tensor([[[True, False, False, True]]])
+    loss = terms.reliable_loss(logits, label, reliable, IGNORE, band, 0.2)
+    assert loss.item() == pytest.approx((1.2 + 1 + 1) / 4 * math.log(3))
+
+
+def test_urn_counts_uncertain_pixels_a_twentieth():
+    logits, label = torch.zeros(1, 3, 1, 4), torch.tensor([[[0, 1, 2, IGNORE]]])
+    certain = torch.tensor([[[True, False, False, True]]])
+    loss = terms.weighted_loss(logits, label, certain, IGNORE, 0.05)
+    assert loss.item() == pytest.approx((1 + 0.05 + 0.05) / 3 * math.log(3))
+
+
+def test_empty_and_fully_unreliable_pictures_add_zero(label):
+    logits, peer, nothing = random_logits(), random_logits(3), torch.zeros_like(label, dtype=torch.bool)
+    ignored = torch.full_like(label, IGNORE)
+    for loss in (
+        terms.reliable_loss(logits, label, nothing, IGNORE),
+        terms.reliable_loss(logits, ignored, ~nothing, IGNORE),
+        terms.peer_loss(logits, peer, ignored, nothing, IGNORE),
+        terms.weighted_loss(logits, ignored, nothing, IGNORE),
+        terms.plain_loss(logits, ignored, IGNORE),
+    ):
+        assert loss.item() == 0 and not pixel_gradients(loss, logits).any()
+
+
+def test_certainty_follows_from_the_scores_that_made_the_margin():
+    """By hand, from scores a of one class: label and margin as masks.py makes them, then URN's rule on a itself."""
+    beta, powers = 0.2, (0.15, 0.2, 0.25, 4, 5, 6)
+    scores = torch.tensor([[0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.79]])  # below 1 - beta, where a_bg is not yet bounded
+    label = (scores > (1 - beta - scores)).long()
+    margin = ((2 * scores - (1 - beta)).abs() * 255).round().to(torch.uint8)
+    expected = []
+    for a in scores[0].tolist():
+        share = sum(a**power > 0.4 for power in powers) / 6
+        expected.append(1 - 4 * share * (1 - share) > 0.05)
+    assert terms.certain_pixels(label, margin, powers, beta)[0].tolist() == expected
+    assert expected[0] and not expected[3] and not expected[4]
+    # a class that fills the scale is certain, too
+    assert terms.certain_pixels(torch.ones(1, 1), torch.full((1, 1), 255), powers, beta).all()
+
+
+def test_online_labels_need_confidence_of_the_mean():
+    """Pixel 0: both sure; 1: they contradict each other; 2: one sure, one not; 3: both sure, but ignored."""
+    first = torch.tensor([[9.0, 9, 9, 9], [0, 0, 0, 0]]).view(1, 2, 1, 4)
+    second = torch.tensor([[9.0, 0, 1, 9], [0, 9, 0, 0]]).view(1, 2, 1, 4)
+    label = torch.tensor([[[1, 0, 0, IGNORE]]])
+    online = terms.online_labels([first, second], label, 0.95, IGNORE)
+    assert online.tolist() == [[[0, IGNORE, IGNORE, IGNORE]]]
+    assert terms.online_labels([first, second], label, 0.8, IGNORE).tolist() == [[[0, IGNORE, 0, IGNORE]]]
+
+
+def test_half_of_the_foreground_classes_is_chosen():
+    online = torch.tensor([[0, 1, 2], [3, 3, IGNORE]])
+    seen = set()
+    for seed in range(20):
+        region = terms.half_of_the_classes(online, 0, IGNORE, torch.Generator().manual_seed(seed))
+        chosen = frozenset(online[region].tolist())
+        assert len(chosen) == 2 and not chosen & {0, IGNORE}
+        assert torch.equal(region, torch.isin(online, torch.tensor(sorted(chosen))))
+        seen.add(chosen)
+    assert len(seen) == 3
+    empty = torch.tensor([[0, IGNORE]])
+    assert not terms.half_of_the_classes(empty, 0, IGNORE, torch.Generator()).any()
+    # Cityscapes has no background: class 0 is a class as any other
+    assert terms.half_of_the_classes(empty, None, IGNORE, torch.Generator()).tolist() == [[True, False]]
+
+
+def test_the_band_is_two_pixels_wide_at_the_edge():
+    region = torch.zeros(1, 7, 7, dtype=torch.bool)
+    region[0, 2:5, 2:5] = True
+    expected = torch.zeros_like(region)
+    expected[0, 1:6, 1:6] = True
+    expected[0, 3, 3] = False
+    assert torch.equal(terms.boundary_band(region), expected)
+    full = torch.ones_like(region)
+    assert not terms.boundary_band(full).any() and not terms.boundary_band(~full).any()
+
+
+def test_pasting_takes_pixels_labels_and_trust_from_the_region_only():
+    images, others = torch.zeros(1, 3, 5, 5), torch.ones(1, 3, 5, 5)
+    label, online = torch.zeros(1, 5, 5, dtype=torch.int64), torch.full((1, 5, 5), 7)
+    reliable, region = torch.zeros(1, 5, 5, dtype=torch.bool), torch.zeros(1, 5, 5, dtype=torch.bool)
+    reliable[0, 0, 0] = region[0, 2, 2] = True
+    mixed, new_label, new_reliable, band = terms.paste(images, label, reliable, others, region, online)
+    assert torch.equal(mixed[0, 0] == 1, region[0]) and torch.equal(new_label == 7, region)
+    assert torch.equal(new_reliable, region | reliable) and band.sum() == 9
+    nothing = torch.zeros_like(region)
+    same = terms.paste(images, label, reliable, others, nothing, online)
+    for before, after in zip((images, label, reliable, nothing), same, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_neighbours_exchange():
+    assert terms.partners(4).tolist() == [1, 0, 3, 2] and terms.partners(3).tolist() == [1, 0, 2]
+
+
+def scene() -> torch.Tensor:
+    label = torch.zeros(16, 16, dtype=torch.int64)
+    label[4:8, 4:8], label[10:14, 2:6], label[0] = 3, 7, IGNORE
+    return label
+
+
+def test_noise_is_what_it_is_called():
+    label = scene()
+    grown = disturb(label, "dilation", 2, 0, 21, IGNORE)
+    assert (grown[2:10, 2:10] == 3).sum() >= 64 - 12 and (grown[4:8, 4:8] == 3).all()
+    assert (grown == 3).sum() <= 64
+    # the centre of a shifted object lies where it should, wherever the direction points
+    for seed in range(5):
+        moved = disturb(label, "shift", 3, seed, 21, IGNORE)
+        centre = (moved == 3).nonzero().float().mean(dim=0)
+        assert (centre - torch.tensor([5.5, 5.5])).norm() == pytest.approx(3, abs=0.75)
+    dropped = disturb(label, "dropped", 1.0, 0, 21, IGNORE)
+    assert set(dropped.unique().tolist()) == {0, IGNORE}
+    wrong = disturb(label, "wrong class", 1.0, 0, 21, IGNORE)
+    assert torch.equal(wrong > 0, label > 0) and not ((wrong == label) & (label > 0) & (label != IGNORE)).any()
+    assert 0 < wrong[5, 5] < 21 and 0 < wrong[11, 3] < 21
+    for kind in STRENGTHS:
+        noisy = disturb(label, kind, 0.5, 0, 21, IGNORE)
+        assert (noisy[0] == IGNORE).all() and torch.equal(disturb(label, kind, 0, 0, 21, IGNORE), label)
+        assert torch.equal(noisy, disturb(label, kind, 0.5, 0, 21, IGNORE))
+    hits = [int(disturb(label, "dropped", 0.3, seed, 21, IGNORE)[5, 5] == 0) for seed in range(300)]
+    assert sum(hits) / 300 == pytest.approx(0.3, abs=0.08)
+
+
+def test_the_margin_of_a_mask_is_the_distance_to_its_edge():
+    label = torch.zeros(9, 20, dtype=torch.int64)
+    label[:, 10:] = 1
+    margin = distance_margin(label, 5)
+    left = [255, 255, 255, 255, 255, 204, 153, 102, 51, 0]
+    assert margin[4].tolist() == left + left[::-1]
+    assert (distance_margin(torch.zeros(4, 4, dtype=torch.int64)) == 255).all()
+
+
+@pytest.mark.slow
+def test_the_study_of_noise_starts_anew_from_another_network(tmp_path, capsys):
+    start = tmp_path / "start"
+    few = f"--out {tmp_path / 'out'} --kinds dilation --modes cotrain --images 2 --iterations 1 --batch 2 --seeds 1"
+    call = [*few.split(), "--segmenter", "deeplabv3plus-resnet18", "--initial-network", str(start)]
+    lines = []
+    for seed in (0, 0, 1):
+        save_segmenter(new_networks(1, "deeplabv3plus-resnet18", VOC.classes, seed), start)
+        noise_study(call)
+        lines.append([line for line in capsys.readouterr().out.splitlines() if " cotrain 0 " in line])
+    assert [len(each) for each in lines] == [3, 0, 3] and lines[0] != lines[2]
+    tables = tmp_path / "out" / "tables"
+    assert len(read_rows(tables / "noise_seeds.csv")) == len(read_rows(tables / "noise.csv")) == 3
+
+
+def test_means_and_spreads_of_the_study_of_noise_are_over_seeds_alone():
+    def row(mode: str, seed: int, miou: float) -> dict:
+        return dict(kind="shift", strength="4.0", mode=mode, seed=seed, label_miou=60, miou=miou, seconds=seed)
+
+    plain, cotrain = noise_means([row("plain", 0, 50), row("cotrain", 0, 40), row("plain", 2, 53), row("plain", 1, 47)])
+    assert plain["seeds"] == 3 and plain["miou"] == "50.0" and plain["miou_spread"] == "3.0" and plain["seconds"] == 1
+    assert cotrain["mode"] == "cotrain" and cotrain["seeds"] == 1 and cotrain["miou_spread"] == ""

@@ -1,0 +1,516 @@
+"""LoRA on a tiny Stable Diffusion made of the real classes: exact round trips, resume, bad input."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import compute_snr
+from PIL import Image
+from safetensors import safe_open
+from tokenizers import AddedToken
+from torchmetrics.image.kid import poly_mmd
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffseg import denoising, lora, target_domain
+from diffseg.errors import DiffsegError
+from diffseg.experiments.pseudo_captions import largest_classes
+from diffseg.experiments.pseudo_captions import main as guess_captions
+from diffseg.generator import draw, load_generator
+from diffseg.lora import TuningOptions, load_lora, tune
+from diffseg.paths import locate
+from diffseg.segmenters import new_networks, save_segmenter
+
+CAPTIONS = ["a street with a car", "a street with a rider"]
+OPTIONS = TuningOptions(height=16, width=32, rank=2, alpha=6, learning_rate=1e-2, steps=4, batch=2, checkpoint_every=2)
+
+
+def tiny_pipeline(prediction: str = "v_prediction", width: int = 16) -> StableDiffusionPipeline:
+    """A Stable Diffusion with random weights: 16 x 16 pictures, 8 x 8 latents."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=8)
+    words = ("a", "street", "with", "car", "rider")
+    tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True, normalized=True) for word in words])
+    text = CLIPTextConfig(
+        vocab_size=7, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(width, width), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2, cross_attention_dim=16,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction,
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae.eval(), CLIPTextModel(text).eval(), tokenizer, unet.eval(), scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(PartialState().device)  # where tuning takes it
+
+
+def picture(pipeline) -> np.ndarray:
+    images = draw(pipeline, CAPTIONS, [1, 2], height=16, width=32, sampling_steps=3)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    with safe_open(folder / lora.WEIGHTS, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures of three sizes, one in a folder below."""
+    folder = tmp_path / "pictures"
+    (folder / "city").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, (height, width) in {"b.png": (20, 40), "city/a.JPG": (40, 30), "c.jpeg": (16, 32)}.items():
+        Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "readme.txt").write_text("no picture")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_picture_survives_saving_and_loading_and_scale_zero_is_the_base_model(tmp_path, pictures, prediction):
+    pipeline = tiny_pipeline(prediction)
+    base = picture(pipeline)
+    losses = tune(pipeline, pictures, CAPTIONS, OPTIONS, tmp_path / "lora", seed=3)
+    tuned = picture(pipeline)
+    assert len(losses) == 4 and np.isfinite(losses).all()
+    assert (tuned != base).any()
+
+    fresh = tiny_pipeline(prediction)
+    load_lora(fresh, tmp_path / "lora")
+    assert (picture(fresh) == tuned).all()  # alpha / rank is 3 here: it survives, or the pictures differ
+    load_lora(fresh, tmp_path / "lora", scale=0)
+    assert (picture(fresh) == base).all()
+    load_lora(fresh, tmp_path / "lora", scale=0.5)
+    assert (picture(fresh) != base).any() and (picture(fresh) != tuned).any()
+    load_lora(pipeline, tmp_path / "lora")  # over the LoRA that tuning has left there
+    assert (picture(pipeline) == tuned).all()
+
+
+def test_through_a_generator_folder_as_step_03_loads_it(tmp_path, pictures):
+    tiny_pipeline().save_pretrained(tmp_path / "generator")
+    pipeline = load_generator(str(tmp_path / "generator"), PartialState().device)
+    tune(pipeline, pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
+    tuned = picture(pipeline)
+    other = load_generator(str(tmp_path / "generator"), PartialState().device)
+    load_lora(other, tmp_path / "lora", 1.0)
+    assert (picture(other) == tuned).all()
+    other = load_generator(str(tmp_path / "generator"), PartialState().device)
+    other.load_lora_weights(tmp_path / "lora")  # diffusers' own call, as any other tool loads it
+    assert (picture(other) == tuned).all()
+
+
+def test_only_attention_projections_change_and_by_alpha_over_rank_times_b_a(tmp_path, pictures):
+    pipeline = tiny_pipeline()
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    tune(pipeline, pictures, CAPTIONS, OPTIONS, tmp_path)
+    saved = weights(tmp_path)
+    pipeline.fuse_lora()  # peft writes W + alpha / r B A into the layers
+    pipeline.unload_lora_weights()
+    for name, value in pipeline.unet.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if f"unet.{layer}.lora_A.weight" in saved:
+            a, b = saved[f"unet.{layer}.lora_A.weight"], saved[f"unet.{layer}.lora_B.weight"]
+            change = (6 / 2 * b @ a).to(value.device)
+            assert torch.allclose(value, before[name] + change, atol=1e-6)
+            assert layer.endswith(OPTIONS.targets) and ".attn" in layer and (b != 0).any()
+        else:
+            assert (value == before[name]).all()
+
+
+def test_settings_and_losses_on_disk(tmp_path, pictures):
+    losses = tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path)
+    with safe_open(tmp_path / lora.WEIGHTS, "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert settings["unet.lora_alpha"] == 6 and settings["unet.r"] == 2
+    rows = list(csv.DictReader((tmp_path / lora.LOSSES).open()))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+    assert [float(row["loss"]) for row in rows] == losses
+
+
+# --------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_killed_run_that_goes_on_equals_an_uninterrupted_one(tmp_path, pictures, ema):
+    options = dataclasses.replace(OPTIONS, steps=5, warmup=3, ema=ema)
+    whole = tune(tiny_pipeline(), pictures, CAPTIONS, options, tmp_path / "whole")
+
+    pipeline, calls = tiny_pipeline(), []
+
+    def kill(*_):
+        calls.append(1)
+        if len(calls) == 4:  # behind the checkpoint of step 2
+            raise KeyboardInterrupt
+
+    pipeline.unet.register_forward_pre_hook(kill)
+    with pytest.raises(KeyboardInterrupt):
+        tune(pipeline, pictures, CAPTIONS, options, tmp_path / "parts")
+    assert not (tmp_path / "parts" / lora.WEIGHTS).exists()
+    torch.manual_seed(99)  # nothing may hang on the global generators
+    np.random.seed(99)
+    parts = tune(tiny_pipeline(), pictures, CAPTIONS, options, tmp_path / "parts")
+    assert parts == whole
+    for name in (lora.WEIGHTS, lora.LOSSES):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_finished_run_is_prolonged_by_more_steps(tmp_path, pictures):
+    longer = dataclasses.replace(OPTIONS, steps=6)
+    whole = tune(tiny_pipeline(), pictures, CAPTIONS, longer, tmp_path / "whole")
+    first = tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "parts")
+    again = tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "parts")
+    assert again == first  # nothing was left to do
+    assert tune(tiny_pipeline(), pictures, CAPTIONS, longer, tmp_path / "parts") == whole
+    for name in (lora.WEIGHTS, lora.LOSSES):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(DiffsegError, match="has 6 steps already, more than lora_steps 4"):
+        tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "parts")
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path, pictures):
+    tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
+    other = dataclasses.replace(OPTIONS, alpha=2)
+    for changed in (dict(seed=1), dict(captions=["a car"]), dict(options=other)):
+        arguments = dict(captions=CAPTIONS, options=OPTIONS, seed=0) | changed
+        with pytest.raises(DiffsegError, match="is of other pictures, captions, options or seed"):
+            tune(tiny_pipeline(), pictures, folder=tmp_path / "lora", **arguments)
+    (tmp_path / "lora" / lora.CHECKPOINT).write_bytes(b"half a file")
+    with pytest.raises(DiffsegError, match="is damaged; delete it"):
+        tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
+
+
+def test_gradient_checkpointing_changes_nothing_and_mixed_precision_little(tmp_path, pictures):
+    plain = tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "plain")
+    thrifty = dataclasses.replace(OPTIONS, gradient_checkpointing=True)
+    losses = tune(tiny_pipeline(), pictures, CAPTIONS, thrifty, tmp_path / "thrifty")
+    assert losses == pytest.approx(plain, rel=1e-5)
+    pipeline, mixed = tiny_pipeline(), dataclasses.replace(OPTIONS, precision="bf16")
+    half = tune(pipeline, pictures, CAPTIONS, mixed, tmp_path / "half")
+    assert half != plain and half == pytest.approx(plain, rel=0.05)
+    fresh = tiny_pipeline()
+    load_lora(fresh, tmp_path / "half")
+    assert (picture(fresh) == picture(pipeline)).all()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path, pictures):
+    """Gloo on the CPU: a batch of four, cut into two halves, and gone on with in two processes after a stop."""
+    options = dataclasses.replace(OPTIONS, batch=4)
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_lora as t
+for steps in (2, 4):
+    options = t.dataclasses.replace(t.OPTIONS, batch=4, steps=steps)
+    t.tune(t.tiny_pipeline(), Path({str(pictures)!r}), t.CAPTIONS, options, {str(tmp_path / "two")!r})
+"""
+    (tmp_path / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = tune(tiny_pipeline(), pictures, CAPTIONS, options, tmp_path / "one")
+    rows = list(csv.DictReader((tmp_path / "two" / lora.LOSSES).open()))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(losses, rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    odd = script.replace("batch=4", "batch=3")
+    (tmp_path / "script.py").write_text(odd)
+    done = subprocess.run([*launch, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "lora_batch 3 must be a multiple of the 2 processes" in done.stderr
+
+
+def test_the_loss_falls_on_one_picture(tmp_path):
+    """At a fixed set of draws: before against after."""
+    Image.new("RGB", (32, 16), (200, 40, 90)).save(tmp_path / "red.png")
+    pipeline = tiny_pipeline()
+    options = dataclasses.replace(OPTIONS, steps=60, rank=8, alpha=8, batch=4, caption_dropout=0)
+    draws = target_domain.Draws(pipeline, [tmp_path / "red.png"], CAPTIONS, 16, 32, 0, seed=77)
+    batch = send_to_device(torch.utils.data.default_collate([draws[n] for n in range(32)]), pipeline.device)
+    with torch.no_grad():
+        before = denoising.diffusion_loss(pipeline, pipeline.unet, batch, 5.0).item()
+    tune(pipeline, tmp_path, CAPTIONS, options, tmp_path / "lora")
+    with torch.no_grad():
+        assert denoising.diffusion_loss(pipeline, pipeline.unet, batch, 5.0).item() < 0.95 * before
+
+
+# ------------------------------------------------------------------------------------- formulas and drawing
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_objective_is_that_of_diffusers_training_scheduler(prediction):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction)
+    latents, noise = torch.randn(4, 4, 3, 5), torch.randn(4, 4, 3, 5)
+    timesteps = torch.tensor([0, 10, 500, 999])
+    alphas = scheduler.alphas_cumprod[timesteps]
+    noised, target = denoising.noised_and_target(latents, noise, alphas, prediction)
+    assert torch.allclose(noised, scheduler.add_noise(latents, noise, timesteps), atol=1e-6)
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    assert torch.allclose(target, noise if prediction == "epsilon" else velocity, atol=1e-6)
+    snr = compute_snr(scheduler, timesteps)
+    expected = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
+    assert torch.allclose(denoising.snr_weight(alphas, 5.0, prediction), expected, rtol=1e-4)
+    assert (denoising.snr_weight(alphas, 0, prediction) == 1).all()
+    with pytest.raises(DiffsegError, match="predicts 'sample'"):
+        denoising.noised_and_target(latents, noise, alphas, "sample")
+
+
+def test_draws_follow_from_their_number_and_show_all_pictures_equally_often(pictures):
+    paths = target_domain.find_pictures(pictures)
+    assert [path.name for path in paths] == ["b.png", "c.jpeg", "a.JPG"]
+    draws = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
+    first, again, other = draws[7], draws[7], draws[8]
+    assert all(torch.equal(first[key], again[key]) for key in ("pixels", "noise", "posterior_noise"))
+    assert not torch.equal(first["noise"], other["noise"])
+    assert not torch.equal(first["noise"], first["posterior_noise"])
+    assert first["pixels"].shape == (3, 16, 32) and first["noise"].shape == (4, 8, 16)
+    assert first["pixels"].min() >= -1 and first["pixels"].max() <= 1
+    for start in (0, 3, 6):  # every round shows each picture once: c.jpeg needs no scaling
+        exact = target_domain.to_tensor(Image.open(pictures / "c.jpeg"))
+        assert sum(torch.equal(draws[n]["pixels"], exact) for n in range(start, start + 3)) == 1
+    captions = [draws[n]["caption"] for n in range(200)]
+    assert set(captions) == {"", *CAPTIONS} and 5 <= captions.count("") <= 40
+
+
+def test_a_picture_has_its_own_caption_where_metadata_gives_one(pictures):
+    paths = target_domain.find_pictures(pictures)
+    by_lot = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
+    without = lora.describe(paths, CAPTIONS, OPTIONS, 0)
+    named = paths[1]
+    (named.parent / target_domain.METADATA).write_text(
+        json.dumps({"file_name": named.name, "text": "a rider"}) + '\n{"file_name": "gone.png", "text": "a car"}\n'
+    )
+    draws = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
+    assert target_domain.own_captions(paths) == {named: "a rider"}
+    exact = target_domain.to_tensor(Image.open(named))
+    for n in range(60):  # the lots are those without captions: the same crops, noise and empty captions
+        assert all(torch.equal(draws[n][key], by_lot[n][key]) for key in ("pixels", "noise"))
+        own = torch.equal(draws[n]["pixels"], exact) and by_lot[n]["caption"]
+        assert draws[n]["caption"] == ("a rider" if own else by_lot[n]["caption"])
+    assert lora.describe(paths, CAPTIONS, OPTIONS, 0) != without  # a checkpoint of other captions is refused
+
+
+@pytest.mark.parametrize(
+    "line", ["a street", '["1.png"]', '{"file_name": "1.png"}', '{"file_name": "1.png", "text": " "}']
+)
+def test_a_line_of_metadata_that_is_no_caption_is_named(tmp_path, line):
+    (tmp_path / target_domain.METADATA).write_text('{"file_name": "1.png", "text": "a street"}\n' + line + "\n")
+    with pytest.raises(DiffsegError, match=r"metadata.jsonl, line 2: give"):
+        target_domain.own_captions([tmp_path / "1.png"])
+
+
+def test_the_largest_classes_are_named():
+    label = np.zeros((10, 10), np.int64)
+    label[:3], label[5, :2], label[6] = 2, 1, 3
+    names = ("background", "car", "bus", "rider")
+    assert largest_classes(label, names, 0.01, 2) == ["bus", "rider"]
+    assert largest_classes(label, names, 0.01, 9) == ["bus", "rider", "car"]
+    assert largest_classes(label, names, 0.10, 9) == ["bus", "rider"]
+    assert largest_classes(np.zeros((4, 4), np.int64), names, 0.0, 9) == []
+
+
+def test_guessed_captions_are_read_by_the_tuning(tmp_path, pictures):
+    """A network that sees one class everywhere: its word comes into every caption, by the word that was asked for."""
+    network = new_networks(1, "deeplabv3plus-resnet18", ("background", "motorcycle", "bus"), 0)
+    with torch.no_grad():
+        for parameter in network.network.segmentation_head.parameters():
+            parameter.zero_()
+        network.network.segmentation_head[0].bias[1] = 1
+    save_segmenter(network, tmp_path / "network")
+    call = [str(tmp_path / "network"), "--out", str(tmp_path / "out"), "--target-images", str(pictures)]
+    guess_captions([*call, "--words", "motorcycle=motorbike"])
+    paths = target_domain.find_pictures(tmp_path / "out")
+    assert len(paths) == 3 and all(path.is_symlink() for path in paths)
+    assert target_domain.own_captions(paths) == dict.fromkeys(paths, "a street scene with a motorbike")
+    assert target_domain.own_captions(target_domain.find_pictures(pictures)) == {}  # the folder itself is left alone
+    with pytest.raises(DiffsegError, match="the network knows no class 'tram'"):
+        guess_captions([*call, "--words", "tram=streetcar"])
+    with pytest.raises(DiffsegError, match="must hold {} once"):
+        guess_captions([*call, "--template", "a street"])
+    shutil.copyfile(pictures / "b.png", pictures / "city" / "b.png")
+    with pytest.raises(DiffsegError, match="the same file name"):
+        guess_captions(call)
+
+
+def test_held_out_pictures_are_the_others(tmp_path):
+    paths = [tmp_path / f"{k}.png" for k in range(40)]
+    tuned, kept = target_domain.hold_out(paths, 0.25, seed=3)
+    assert len(kept) == 10 and sorted([*tuned, *kept]) == sorted(paths)
+    assert target_domain.hold_out(paths, 0.25, seed=3) == (tuned, kept)
+    assert target_domain.hold_out(paths, 0.25, seed=4) != (tuned, kept)
+    assert target_domain.hold_out(paths, 0, seed=3) == (paths, [])
+    with pytest.raises(DiffsegError, match="lora_held_out must be at least 0 and below 1, not 1"):
+        target_domain.hold_out(paths, 1, seed=3)
+
+
+def test_a_relative_folder_of_target_pictures_counts_from_the_projects_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = target_domain.project_root()
+    assert locate("target_images", "streets") == root / "streets"
+    assert locate("target_images", str(tmp_path)) == tmp_path
+
+
+def test_fit_scales_to_cover_and_cuts():
+    square = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[:, None, None] * 4, 64, 1).repeat(3, 2))
+    for where, rows in ((0, slice(0, 16)), (1, slice(16, 32))):  # halved to 32 x 32, then 16 of 32 rows
+        expected = np.asarray(square.resize((32, 32), Image.Resampling.LANCZOS))[rows]
+        assert (np.asarray(target_domain.fit(square, 16, 32, where)) == expected).all()
+    assert target_domain.fit(Image.new("RGB", (7, 3)), 16, 32).size == (32, 16)
+
+
+def test_captions_from_templates_and_words():
+    templates = ["a street with {}", "a street", "a street"]
+    assert target_domain.build_captions(templates, ["car", "open car"]) == [
+        "a street with a car",
+        "a street with an open car",
+        "a street",
+    ]
+    with pytest.raises(DiffsegError, match="needs words"):
+        target_domain.build_captions(["a street with {}"])
+    with pytest.raises(DiffsegError, match="lora_captions is empty"):
+        target_domain.build_captions([])
+
+
+def test_kernel_distance_is_that_of_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(9, 12, generator=generator, dtype=torch.float64)
+    b = torch.randn(14, 12, generator=generator, dtype=torch.float64) + 1
+    c = torch.randn(9, 12, generator=generator, dtype=torch.float64)
+    assert target_domain.kernel_distance(a, c) == pytest.approx(poly_mmd(a, c, degree=3, coef=1.0).item())
+    assert target_domain.kernel_distance(a, b) > abs(target_domain.kernel_distance(a, c))
+    assert target_domain.kernel_distance(a, b) == pytest.approx(target_domain.kernel_distance(b, a))
+    with pytest.raises(DiffsegError, match="at least two"):
+        target_domain.kernel_distance(a, b[:1])
+
+
+def test_latent_features_describe_each_picture_alone():
+    pipeline = tiny_pipeline()
+    images = [Image.new("RGB", (32, 16), color) for color in ("red", "blue", "white")]
+    features = target_domain.latent_features(pipeline, images)
+    assert features.shape == (3, 2 * 4 * 16) and features.isfinite().all()
+    assert torch.equal(features[1:], target_domain.latent_features(pipeline, images[1:]))
+    assert not torch.equal(features[0], features[1])
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(tmp_path, pictures):
+    wild = dataclasses.replace(OPTIONS, steps=8)
+    pipeline, calls = tiny_pipeline(), []
+
+    def spoil(module, inputs, output):
+        calls.append(1)
+        return output * float("nan") if len(calls) == 5 else output
+
+    hook = pipeline.unet.conv_out.register_forward_hook(spoil)
+    with pytest.raises(DiffsegError, match="loss is not finite at step 5 of 8; .*or set lora_steps to 4"):
+        tune(pipeline, pictures, CAPTIONS, wild, tmp_path / "lora")
+    hook.remove()
+    state = torch.load(tmp_path / "lora" / lora.CHECKPOINT, weights_only=True)
+    assert len(state["rows"]) == 4 and all(value.isfinite().all() for value in state["lora"].values())
+    assert len((tmp_path / "lora" / lora.LOSSES).read_text().splitlines()) == 5
+    assert not (tmp_path / "lora" / lora.WEIGHTS).exists()
+    kept = tune(pipeline, pictures, CAPTIONS, OPTIONS, tmp_path / "lora")  # the remedy: keep 4 steps
+    assert kept == tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "other")
+
+
+def test_an_infinite_learning_rate_ends_in_one_sentence(tmp_path, pictures):
+    wild = dataclasses.replace(OPTIONS, learning_rate=1e30)
+    with pytest.raises(DiffsegError, match=r"not finite at step 2 of 4; lower lora_learning_rate\.$"):
+        tune(tiny_pipeline(), pictures, CAPTIONS, wild, tmp_path / "lora")
+    assert not (tmp_path / "lora" / lora.CHECKPOINT).exists()
+
+
+def test_bad_folders_and_pictures(tmp_path, pictures):
+    with pytest.raises(DiffsegError, match="there is no folder .*nowhere"):
+        target_domain.find_pictures(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DiffsegError, match="empty holds no JPEG or PNG picture"):
+        target_domain.find_pictures(tmp_path / "empty")
+    for mode in ("L", "RGBA", "P"):
+        Image.new(mode, (32, 16)).save(pictures / "odd.png")
+        with pytest.raises(DiffsegError, match=f"odd.png has the mode {mode}, not RGB"):
+            target_domain.find_pictures(pictures)
+    whole = (pictures / "city" / "a.JPG").read_bytes()
+    (pictures / "odd.png").unlink()
+    (pictures / "city" / "a.JPG").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DiffsegError, match="a.JPG is truncated or no picture"):
+        tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (dict(rank=0), "lora_rank must be above 0"),
+        (dict(rank=17), "the LoRA rank 17 does not fit: the smallest tuned layer has 16"),
+        (dict(targets=("to_x",)), "no linear layer of the UNet is called 'to_x'"),
+        (dict(targets=()), "lora_targets must be a list with a layer at least"),
+        (dict(height=15), "lora_height must be a multiple of 2 .*, not 15"),
+        (dict(precision="half"), "must be fp32, fp16 or bf16, not 'half'"),
+        (dict(learning_rate=0.0), "lora_learning_rate must be above 0"),
+        (dict(caption_dropout=1.0), "lora_caption_dropout must be at least 0 and below 1"),
+        (dict(snr_gamma=-1.0), "lora_snr_gamma must be 0 or above"),
+    ],
+)
+def test_bad_options(tmp_path, pictures, changed, sentence):
+    with pytest.raises(DiffsegError, match=sentence):
+        tune(tiny_pipeline(), pictures, CAPTIONS, dataclasses.replace(OPTIONS, **changed), tmp_path / "lora")
+
+
+def test_half_precision_needs_a_gpu_and_captions_are_needed(tmp_path, pictures):
+    if not torch.cuda.is_available():
+        half = dataclasses.replace(OPTIONS, precision="fp16")
+        with pytest.raises(DiffsegError, match="lora_precision fp16 needs a GPU"):
+            tune(tiny_pipeline(), pictures, CAPTIONS, half, tmp_path)
+    with pytest.raises(DiffsegError, match="captions must be one or more texts"):
+        tune(tiny_pipeline(), pictures, [], OPTIONS, tmp_path)
+
+
+def test_a_lora_that_is_absent_damaged_or_of_another_base_model(tmp_path, pictures):
+    with pytest.raises(DiffsegError, match="there is no LoRA"):
+        load_lora(tiny_pipeline(), tmp_path)
+    tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
+    wider = tiny_pipeline(width=32)
+    base = picture(wider)
+    with pytest.raises(DiffsegError, match=r"is of another base model \(.* has 32 inputs, the LoRA's 16\)"):
+        load_lora(wider, tmp_path / "lora")
+    assert (picture(wider) == base).all()  # refused before anything was touched
+    shutil.copytree(tmp_path / "lora", tmp_path / "bad")
+    (tmp_path / "bad" / lora.WEIGHTS).write_bytes(b"half a file")
+    with pytest.raises(DiffsegError, match="is damaged"):
+        load_lora(tiny_pipeline(), tmp_path / "bad")

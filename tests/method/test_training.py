@@ -1,0 +1,325 @@
+"""Segmenters and their training at tiny size."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from diffseg.errors import DiffsegError
+from diffseg.paths import project_root
+from diffseg.segmenters import (
+    SEGMENTERS,
+    Ensemble,
+    FromTransformers,
+    Segmenter,
+    load_segmenter,
+    new_networks,
+    save_segmenter,
+)
+from diffseg.training import NETWORKS, Augmented, TrainingOptions, mix, train, trusted_pixels
+
+CLASSES = ("background", "thing")
+OPTIONS = TrainingOptions(
+    iterations=12,
+    training_batch=4,
+    crop=32,
+    scale_jitter=(0.9, 1.1),
+    colour_jitter=0.1,
+    learning_rate=2e-3,
+    weight_decay=1e-4,
+    precision="fp32",
+    workers=0,
+)
+
+
+def changed(**values) -> TrainingOptions:
+    return dataclasses.replace(OPTIONS, **values)
+
+
+def halves(count: int = 8, margin: bool = False) -> list[tuple]:
+    """Pictures whose upper half is red and of class 1, the rest blue background; sure away from the edge."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[0, :16], image[2, 16:] = 220, 220
+    label = torch.zeros(32, 32, dtype=torch.int64)
+    label[:16] = 1
+    sure = (torch.arange(32) - 15.5).abs().mul(16).byte()[:, None].expand(32, 32).contiguous()
+    return [(f"picture_{k}", image, label, *([sure] if margin else [])) for k in range(count)]
+
+
+def trained(dataset, options=OPTIONS, seed=0, **more):
+    network = new_networks(NETWORKS[options.training_mode], "upernet-swin-mini", CLASSES, seed)
+    return network, train(network, dataset, 255, options, seed, **more)
+
+
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    weights = second.state_dict()
+    return all(torch.equal(value, weights[key]) for key, value in first.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return trained(halves(margin=True))
+
+
+def test_training_learns_an_easy_task_and_repeats_exactly(plain):
+    network, history = plain
+    again, history_again = trained(halves(margin=True))
+    assert history == history_again and len(history["loss"]) == OPTIONS.iterations
+    assert same(network, again)
+    assert sum(history["loss"][-3:]) < 0.7 * sum(history["loss"][:3])
+
+
+def test_an_ensemble_is_two_plain_networks(plain):
+    """Same pictures, same augmentation: the first is the plain network to the bit, the second another."""
+    ensemble, history = trained(halves(margin=True), changed(training_mode="ensemble"))
+    assert same(ensemble.networks[0], plain[0]) and not same(ensemble.networks[1], plain[0])
+    assert history["valid"] == plain[1]["valid"] and history["contradicted"] == plain[1]["contradicted"]
+    image = torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        first, second = (network(image) for network in ensemble.networks)
+        assert torch.allclose(ensemble(image), (first + second) / 2)
+
+
+@pytest.mark.parametrize("mode", ("cotrain", "urn"))
+def test_robust_modes_learn_the_easy_task(mode):
+    options = changed(training_mode=mode, iterations=16, urn_powers=(0.5, 0.7, 1.5, 2.0))
+    network, history = trained(halves(margin=True), options)
+    _, image, label, _ = halves(margin=True)[0]
+    with torch.inference_mode():
+        seen = network(image[None] / 255).argmax(dim=1)[0]
+    assert (seen == label).float().mean() > 0.8
+    assert 0 < history["trusted"][0] < 0.8
+    assert ("disagreement" in history) == (mode == "cotrain")
+
+
+def test_half_of_each_class_is_trusted_on_the_whole_picture():
+    _, _, label, margin = halves(margin=True)[0]
+    trusted = trusted_pixels(label, margin, changed(training_mode="cotrain", reliable_share=0.25))
+    assert trusted[:4].all() and trusted[-4:].all() and trusted.sum() == 8 * 32
+    for mode in ("plain", "ensemble"):
+        assert trusted_pixels(label, margin, changed(training_mode=mode)).all()
+    assert trusted_pixels(label, None, changed(training_mode="cotrain")).all()
+
+
+def test_the_reliable_share_of_the_whole_set_may_leave_a_picture_without_any():
+    name, image, label, margin = halves(margin=True)[0]
+    weak = (name, image, label, margin // 4)
+    options = changed(training_mode="cotrain", reliable_rule="set", scale_jitter=(1.0, 1.0))
+    pictures = [(name, image, label, margin), weak, (name, image, torch.full_like(label, 255), margin)]
+    seen = Augmented(pictures, 255, options, seed=0)
+    trusted = [seen.view(k, 0)[3] for k in range(3)]
+    assert trusted[0].sum() > trusted[1].sum() and not trusted[2].any()
+    _, history = trained(pictures, changed(training_mode="cotrain", reliable_rule="set", iterations=6, warmup=0.5))
+    assert torch.tensor(history["loss"]).isfinite().all()
+
+
+def test_mixing_pastes_confident_classes_of_the_neighbour(plain):
+    images = torch.stack([image for _, image, *_ in halves(4)]).float() / 255
+    images[1::2] = images[1::2].flip(2)  # the neighbours' objects lie below
+    label = torch.stack([label for _, _, label in halves(4)])
+    label[1::2] = label[1::2].flip(1)
+    trusted = torch.zeros_like(label, dtype=torch.bool)
+    options = changed(mixing=1.0, mixing_confidence=0.5)
+    before = {key: value.clone() for key, value in plain[0].state_dict().items()}
+    mixed, new_label, new_trusted, band = mix(
+        [plain[0]], images, label, trusted, options, 0, 255, torch.Generator().manual_seed(0)
+    )
+    plain[0].eval()
+    pasted = new_trusted
+    assert 0.2 < pasted.float().mean() < 0.8 and (new_label[pasted] == 1).all() and band.any()
+    neighbours = images[[1, 0, 3, 2]]
+    assert torch.equal(mixed, torch.where(pasted[:, None], neighbours, images))
+    assert torch.equal(new_label[~pasted], label[~pasted])
+    assert all(torch.equal(value, before[key]) for key, value in plain[0].state_dict().items())
+    unchanged = mix([plain[0]], images, label, trusted, changed(mixing=0.0), 0, 255, torch.Generator())
+    assert torch.equal(unchanged[0], images) and not unchanged[3].any()
+
+
+class Cut(list):
+    """A data set that breaks down when its n-th item is read."""
+
+    left = 10**9
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"optimizer": "adamw"},
+        pytest.param({"optimizer": "sgd", "ema": 0.9, "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({"optimizer": "sgd", "precision": "fp16"}, marks=pytest.mark.slow),  # with its scaler of losses
+    ),
+    ids=str,
+)
+def test_a_cut_cotraining_goes_on_to_the_same_bytes(tmp_path, options):
+    options = changed(training_mode="cotrain", iterations=8, checkpoint_every=3, mixing_confidence=0.5, **options)
+    whole, history = trained(Cut(halves(margin=True)), options)
+    cut = Cut(halves(margin=True))
+    cut.left = 5 * OPTIONS.training_batch + 1
+    with pytest.raises(KeyboardInterrupt):
+        trained(cut, options, checkpoint=tmp_path / "checkpoint.pt")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 3
+    network, resumed = trained(Cut(halves(margin=True)), options, checkpoint=tmp_path / "checkpoint.pt")
+    assert resumed == history and same(network, whole)
+    # finished: nothing is left to do, and the history is still there
+    finished, again = trained(Cut(halves(margin=True)), options, checkpoint=tmp_path / "checkpoint.pt")
+    assert again == history and same(finished, whole)
+
+
+def test_a_foreign_or_damaged_checkpoint_is_one_sentence(tmp_path):
+    path, options = tmp_path / "checkpoint.pt", changed(iterations=1)
+    trained(halves(), options, checkpoint=path)
+    with pytest.raises(DiffsegError, match="other options; delete it"):
+        trained(halves(), changed(iterations=1, learning_rate=1e-3), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DiffsegError, match="no usable checkpoint"):
+        trained(halves(), options, checkpoint=path)
+
+
+def test_a_loss_that_is_not_finite_names_iteration_and_pictures_and_keeps_the_checkpoint(tmp_path):
+    options = changed(learning_rate=float("inf"), checkpoint_every=1)
+    with pytest.raises(DiffsegError, match=r"iteration 1 \(pictures picture_"):
+        trained(halves(), options, checkpoint=tmp_path / "checkpoint.pt")
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+
+
+def test_an_ignored_picture_is_harmless_and_a_set_of_them_an_error():
+    nothing = [(name, image, torch.full_like(label, 255)) for name, image, label in halves()]
+    _, history = trained([*halves(3), *nothing[:1]], changed(iterations=2))
+    assert all(value > 0 for value in history["loss"])
+    with pytest.raises(DiffsegError, match="no pixel of the training set"):
+        trained(nothing)
+
+
+def test_the_average_of_weights_is_what_is_left(plain):
+    network, _ = trained(halves(margin=True), changed(ema=0.999))
+    assert not same(network, plain[0])
+    slow, fast = network.state_dict(), plain[0].state_dict()
+    start = new_networks(1, "upernet-swin-mini", CLASSES, 0).state_dict()
+    key = "network.model.decode_head.classifier.weight"
+    assert (slow[key] - start[key]).norm() < (fast[key] - start[key]).norm()
+
+
+def test_picture_label_and_trust_are_transformed_together():
+    """Wherever the view is red, the label is 1; padding is ignored and never trusted; trust keeps off the edge."""
+    options = changed(colour_jitter=0.0, scale_jitter=(0.5, 1.5), training_mode="cotrain", blur=0.0)
+    augmented = Augmented(halves(margin=True), 255, options)
+    for k in range(8):
+        name, image, label, trusted = augmented[k]
+        assert image.shape == (3, 32, 32) and 0 <= image.min() and image.max() <= 1
+        red, blue = image[0] > 0.8, image[2] > 0.8
+        assert (label[red] == 1).float().mean() > 0.97 and (label[blue] == 0).float().mean() > 0.97
+        padding = image.amax(dim=0) == 0
+        assert (label[padding] == 255).all() and not trusted[padding].any()
+        edge = (label[1:] != label[:-1]) & (label[1:] != 255) & (label[:-1] != 255)
+        assert not (trusted[1:] & edge).any() and not (trusted[:-1] & edge).any()
+
+
+def test_views_depend_on_their_place_only():
+    first, second = Augmented(halves(), 255, changed(blur=1.0)), Augmented(halves(), 255, changed(blur=1.0))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert all(torch.equal(a, b) for a, b in zip(first[7][1:], second[7][1:], strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(first.view(0, 1)[1], first.view(0, 2)[1])
+    assert sorted(first[k][0] for k in range(8)) == sorted(name for name, *_ in halves())  # an epoch has each once
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ({"precision": "fp8"}, {"training_mode": "robust"}, {"optimizer": "lion"}, {"warmup": 1.5}, {"ema": 1.0}),
+    ids=str,
+)
+def test_wrong_options_are_named(wrong):
+    with pytest.raises(DiffsegError, match=next(iter(wrong))):
+        changed(**wrong)
+
+
+def test_a_mode_wants_its_number_of_networks():
+    with pytest.raises(DiffsegError, match="trains 2 network"):
+        train(new_networks(1, "upernet-swin-mini", CLASSES, 0), halves(), 255, changed(training_mode="cotrain"), 0)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_every_segmenter_maps_odd_sizes_to_logits_of_the_same_size(name):
+    network = Segmenter(name, ("background", "thing", "other")).eval()
+    with torch.inference_mode():
+        assert network(torch.rand(2, 3, 40, 75)).shape == (2, 3, 40, 75)
+
+
+@pytest.mark.parametrize("name", ("unet-resnet18", "upernet-swin-mini", "mask2former-swin-mini"))
+def test_a_saved_segmenter_predicts_the_same(tmp_path, name):
+    network = Segmenter(name, CLASSES).eval()
+    save_segmenter(network, tmp_path)
+    image = torch.rand(1, 3, 64, 64)
+    loaded = load_segmenter(tmp_path)
+    with torch.inference_mode():
+        assert torch.equal(network(image), loaded(image))
+    assert loaded.classes == CLASSES
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_a_saved_ensemble_is_one_module(tmp_path):
+    ensemble = new_networks(2, "upernet-swin-mini", CLASSES, 0).eval()
+    save_segmenter(ensemble, tmp_path)
+    image = torch.rand(1, 3, 32, 32)
+    loaded = load_segmenter(tmp_path)
+    with torch.inference_mode():
+        assert isinstance(loaded, Ensemble) and torch.equal(ensemble(image), loaded(image))
+
+
+def test_mask2former_is_trained_by_pixels_and_argmax_is_semantic_inference():
+    network = Segmenter("mask2former-swin-mini", CLASSES)
+    image = torch.rand(1, 3, 64, 64)
+    logits = network(image)
+    logits.square().mean().backward()
+    heads = [p for n, p in network.named_parameters() if "class_predictor" in n or "mask_embedder" in n]
+    assert heads and all(parameter.grad is not None and parameter.grad.any() for parameter in heads)
+    assert isinstance(network.network, FromTransformers)
+    output = network.eval().network.model(pixel_values=(image - network.mean) / network.std)
+    shares = output.class_queries_logits.softmax(-1)[0, :, :-1]
+    scores = (shares[:, :, None, None] * output.masks_queries_logits[0].sigmoid()[:, None]).sum(0)
+    small = torch.nn.functional.interpolate(network(image), scores.shape[-2:], mode="bilinear", antialias=True)
+    assert (small[0].argmax(0) == scores.argmax(0)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ("fpn-resnet18", "upernet-swin-mini", "mask2former-swin-mini"))
+def test_an_initial_network_gives_all_weights_but_the_last_layers(tmp_path, name):
+    source = Segmenter(name, ("background", "cat", "dog"))
+    save_segmenter(source, tmp_path)
+    weights = source.state_dict()
+    started = new_networks(2, name, CLASSES, 3, initial_network=str(tmp_path))
+    for network in started.networks:
+        differing = {
+            key
+            for key, value in network.state_dict().items()
+            if value.shape != weights[key].shape or not torch.equal(value, weights[key])
+        }
+        assert 1 <= len(differing) <= 3 and all(weights[key].shape[0] in (3, 4) for key in differing)
+    # the same number of other classes starts its last layer anew, too; the same classes keep it
+    other = new_networks(1, name, ("background", "car", "bus"), 3, initial_network=str(tmp_path))
+    assert not same(other, source)
+    relative = os.path.relpath(tmp_path, project_root())  # counts from there, wherever a notebook runs
+    assert same(new_networks(1, name, source.classes, 3, initial_network=relative), source)
+    with pytest.raises(DiffsegError, match=f"set segmenter to {name}"):
+        new_networks(1, "unet-resnet18", CLASSES, 0, initial_network=str(tmp_path))
+
+
+def test_unknown_missing_and_truncated_segmenters_are_one_sentence(tmp_path):
+    with pytest.raises(DiffsegError, match="unet-resnet99"):
+        Segmenter("unet-resnet99", CLASSES)
+    with pytest.raises(DiffsegError, match="upernet-swin-mini cannot be made"):
+        Segmenter("upernet-swin-mini", CLASSES, str(tmp_path / "nowhere"))
+    with pytest.raises(DiffsegError, match="train it again"):
+        load_segmenter(tmp_path / "nowhere")
+    save_segmenter(Segmenter("fpn-resnet18", CLASSES), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(DiffsegError, match="train it again"):
+        load_segmenter(tmp_path)
