@@ -26,8 +26,8 @@ study: install  ## the mini benchmarks, then every study of notebooks/studies: a
 	for name in $(basename $(notdir $(wildcard notebooks/studies/*.yaml))); do $(BIN)/diffseg study $$name --jobs $(JOBS) || exit 1; done
 	$(BIN)/python -m diffseg.experiments.noise
 
-test: install  ## the tests that CI runs
-	$(BIN)/python -m pytest
+test: install  ## the tests that CI runs: a worker a core, one thread each, a file on one worker
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=10
 
 test-slow: install  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
@@ -35,6 +35,7 @@ test-slow: install  ## the tests that take longer
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 strip: install  ## remove outputs from the notebooks before a commit
 	$(BIN)/python notebooks/strip.py notebooks/*.ipynb
