@@ -21,9 +21,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn import functional as F
 
 from diffseg.errors import DiffsegError
+from diffseg.word_maps import WordMaps, average
 
 
 def token_positions(tokenizer, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -79,12 +79,15 @@ class AttentionRecorder:
     tokens: for each picture of the call, for each of its words, the positions of the word's tokens
         (`token_positions`); a word's map is the mean over its tokens.
     resolutions: map sizes to record, each the shorter side in positions; 16 is 16 x 16, or 16 x 32 at 1:2.
+        None for all that the generator has.
     steps: denoising steps to record (`parse_steps`), from 0; None for all.
     self_resolution: a map size whose self-attention is recorded too; None for none.
+    separately: keep the words' maps of each step apart (`word_maps`), in place of one sum over the steps.
 
-    Memory does not grow with the number of steps: for each resolution a running sum in float32 of the words'
-    maps (words x h x w a picture), and one of the self-attention ((h w)^2 a picture: 0.3 MB at 16 x 16, 4 MB
-    at 32 x 32). A picture's maps do not depend on its batch: within 1e-4 of their largest value in float32,
+    Unless they are kept separately, memory does not grow with the number of steps: for each layer a running sum in
+    float32 of the words' maps (words x h x w a picture), and for all layers together one of the self-attention
+    ((h w)^2 a picture: 0.3 MB at 16 x 16, 4 MB at 32 x 32). A picture's maps do not depend on its batch: within 1e-4
+    of their largest value in float32,
     and within the rounding of the pictures themselves in half precision.
     """
 
@@ -92,22 +95,25 @@ class AttentionRecorder:
         self,
         pipeline,
         tokens: Sequence[Sequence[Sequence[int]]],
-        resolutions: Sequence[int] = (16,),
+        resolutions: Sequence[int] | None = (16,),
         steps: Sequence[int] | None = None,
         self_resolution: int | None = None,
+        separately: bool = False,
     ):
-        self.pipeline, self.steps = pipeline, steps
-        self.resolutions, self.self_resolution = sorted(set(resolutions)), self_resolution
+        self.pipeline, self.steps, self.separately = pipeline, steps, separately
+        self.resolutions = None if resolutions is None else sorted(set(resolutions))
+        self.self_resolution = self_resolution
         self.words = [len(words) for words in tokens]
-        if not self.resolutions or not self.words or 0 in self.words:
+        if self.resolutions == [] or not self.words or 0 in self.words:
             raise DiffsegError("there is nothing to record; give a resolution, and a word for each picture")
         # picture x token x word: multiplying by it averages the tokens of each word
         self.weights = torch.zeros(len(tokens), pipeline.tokenizer.model_max_length, max(self.words))
         for b, words in enumerate(tokens):
             for w, positions in enumerate(words):
                 self.weights[b, list(positions), w] = 1 / len(positions)
-        self.sums: dict[tuple[str, int], torch.Tensor] = {}  # by ("cross" or "self", resolution)
-        self.counts: Counter[tuple[str, int]] = Counter()
+        # by ("cross" or "self", resolution, layer or "", step or -1 for all together)
+        self.sums: dict[tuple[str, int, str, int], torch.Tensor] = {}
+        self.counts: Counter[tuple[str, int, str, int]] = Counter()
         self.evaluations = 0  # of the UNet
         self.evaluated: set[int] = set()  # steps
         self.met: dict[str, set[int]] = {"cross": set(), "self": set()}  # resolutions that the generator has
@@ -118,7 +124,9 @@ class AttentionRecorder:
         self.processors = dict(unet.attn_processors)
         kinds = ("attn2.processor", "attn1.processor") if self.self_resolution else ("attn2.processor",)
         recording = {
-            name: RecordingProcessor(processor, self) if name.endswith(kinds) else processor
+            name: RecordingProcessor(processor, self, name.removesuffix(".processor"))
+            if name.endswith(kinds)
+            else processor
             for name, processor in self.processors.items()
         }
         unet.set_attn_processor(recording)
@@ -141,6 +149,7 @@ class AttentionRecorder:
         step = self.evaluations * scheduler.num_inference_steps // len(scheduler.timesteps)
         self.evaluations += 1
         self.evaluated.add(step)
+        self.step = step
         self.recording = self.steps is None or step in self.steps
         self.latent_size = (args[0] if args else kwargs["sample"]).shape[-2:]
 
@@ -152,12 +161,13 @@ class AttentionRecorder:
         return height, width
 
     @torch.no_grad()
-    def record(self, attn, hidden_states: torch.Tensor, context: torch.Tensor | None) -> None:
+    def record(self, layer: str, attn, hidden_states: torch.Tensor, context: torch.Tensor | None) -> None:
         """Add one layer's probabilities to the running sums; `context` is None for self-attention."""
         kind, size = "self" if context is None else "cross", self.map_size(hidden_states.shape[1])
         resolution = min(size)
         self.met[kind].add(resolution)
-        if resolution not in (self.resolutions if kind == "cross" else [self.self_resolution]):
+        wanted = self.resolutions if kind == "cross" else [self.self_resolution]
+        if wanted is not None and resolution not in wanted:
             return
         pictures, parts = len(self.words), 2 if self.pipeline.do_classifier_free_guidance else 1
         if len(hidden_states) != pictures * parts:
@@ -179,11 +189,10 @@ class AttentionRecorder:
             else:  # one head at a time: all heads together would take 8 (h w)^2 a picture and more
                 found = sum((query[:, h] @ key[:, h]).softmax(dim=-1) for h in range(attn.heads))
                 found = (found / attn.heads).unflatten(-1, size).unflatten(1, size)
-            if (kind, resolution) in self.sums:
-                self.sums[kind, resolution] += found
-            else:
-                self.sums[kind, resolution] = found
-            self.counts[kind, resolution] += 1
+            part = (layer, self.step if self.separately else -1) if kind == "cross" else ("", -1)
+            place = (kind, resolution, *part)
+            self.sums[place] = self.sums[place] + found if place in self.sums else found
+            self.counts[place] += 1
 
     def maps(self, resolutions: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Return one float32 tensor (words x h x w, probabilities 0..1) for each picture, on the CPU.
@@ -192,11 +201,27 @@ class AttentionRecorder:
         the same weight, however many layers it has. Raises a DiffsegError when a step or a resolution that was
         asked for did not occur.
         """
-        means = [self.mean("cross", resolution) for resolution in sorted(set(resolutions or self.resolutions))]
-        size = means[-1].shape[-2:]
-        resized = [F.interpolate(mean, size=size, mode="bilinear", align_corners=False) for mean in means]
-        mean = torch.stack(resized).mean(dim=0).cpu()
+        recorded = self.resolutions or sorted(self.met["cross"])
+        mean = average([self.mean("cross", resolution) for resolution in sorted(set(resolutions or recorded))]).cpu()
         return [mean[b, :words] for b, words in enumerate(self.words)]
+
+    def word_maps(self) -> list[WordMaps]:
+        """Return what is kept of each picture: its words' maps of every layer and, where recorded so, of every step."""
+        steps = [[step] for step in sorted(self.evaluated & set(self.steps or self.evaluated))]
+        if not self.separately:
+            steps = [[step for [step] in steps]]
+        for resolution in self.resolutions or ():
+            self.mean("cross", resolution)  # raises for what did not occur
+        attentions = self.self_attention() if self.self_resolution else [None] * len(self.words)
+        layers: dict[str, list[torch.Tensor]] = {}
+        for place in sorted(self.sums, key=lambda place: (place[2], place[3])):
+            if place[0] == "cross":
+                layers.setdefault(place[2], []).append((self.sums[place] / self.counts[place]).cpu())
+        stacked = {layer: torch.stack(maps) for layer, maps in layers.items()}  # step x picture x word x h x w
+        return [
+            WordMaps({layer: maps[:, b, :words] for layer, maps in stacked.items()}, steps, attentions[b])
+            for b, words in enumerate(self.words)
+        ]
 
     def self_attention(self) -> list[torch.Tensor]:
         """Return one float32 tensor h x w x h x w for each picture, on the CPU: what [y, x] reads of [v, u].
@@ -217,21 +242,22 @@ class AttentionRecorder:
                 f"step {absent[0]} (from 0) was asked for and the pipeline made {len(self.evaluated)} steps; "
                 "choose attention_steps among them"
             )
-        if (kind, resolution) not in self.sums:
+        places = [place for place in self.sums if place[:2] == (kind, resolution)]
+        if not places:
             raise DiffsegError(
                 f"no {kind}-attention was recorded at resolution {resolution}: at this picture size the "
                 f"generator has it at {sorted(self.met[kind])}; choose attention_resolutions among them"
             )
-        return self.sums[kind, resolution] / self.counts[kind, resolution]
+        return sum(self.sums[place] for place in places) / sum(self.counts[place] for place in places)
 
 
 class RecordingProcessor:
     """The attention processor that was there before, with a look at its inputs."""
 
-    def __init__(self, processor: Callable, recorder: AttentionRecorder):
-        self.processor, self.recorder = processor, recorder
+    def __init__(self, processor: Callable, recorder: AttentionRecorder, layer: str):
+        self.processor, self.recorder, self.layer = processor, recorder, layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **rest):
         if self.recorder.recording:
-            self.recorder.record(attn, hidden_states, encoder_hidden_states)
+            self.recorder.record(self.layer, attn, hidden_states, encoder_hidden_states)
         return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **rest)

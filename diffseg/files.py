@@ -2,27 +2,61 @@
 
 import contextlib
 import csv
+import filecmp
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from diffseg.errors import DiffsegError
+
+MANIFEST = "manifest.json"  # the last file of a step, .../steps/<step>/<key>/: what lies there is finished
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an exception.
 
-    A reader therefore never sees half a file, and a failed write leaves nothing behind. The temporary name keeps
-    the suffix, because image libraries choose the format by it.
+    A reader therefore never sees half a file, and a failed write leaves nothing behind. A file that has the same bytes
+    already stays as it is; one of a finished step is never replaced by other bytes (DiffsegError). The temporary name
+    keeps the suffix, because image libraries choose the format by it. durable: on the disk when the block is left, so
+    that a power failure does not lose it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
+        if path.is_file():
+            if filecmp.cmp(temporary, path, shallow=False):
+                return
+            if step := finished_step(path):
+                raise DiffsegError(
+                    f"{path} belongs to a finished step and would get other bytes; to make it anew, remove {step}."
+                )
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finished_step(path: Path) -> Path | None:
+    """Return the folder of the finished step that a path lies in, if any."""
+    folders = (folder for folder in path.parents if folder.parent.parent.name == "steps")
+    return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
+
+
+def sync(path: Path) -> None:
+    """Have a file's or a folder's content written to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
@@ -31,10 +65,11 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
-    """Write rows of the same keys, at least one, as a CSV file with a header; whole or not at all."""
+def write_rows(path: str | os.PathLike, rows: Iterable[Mapping], columns: Sequence[str] = ()) -> None:
+    """Write rows as a CSV file with a header (`columns`; else the first row's keys); whole or not at all."""
+    rows = list(rows)
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns or list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -43,3 +78,7 @@ def sha256_file(path: str | os.PathLike) -> str:
     """Return the sha256 of a file's bytes as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -88,13 +89,14 @@ def draw(
 
     The noise of each picture comes from a CPU generator of its own, in float32 whatever the generator's precision:
     the same on every device and, up to rounding, in every precision. (Left to diffusers, it is drawn in the generator's
-    precision: on a GPU with torch 2.11 the pictures in fp16 were others altogether.)
+    precision: on a GPU with torch 2.11 the pictures in fp16 were others altogether.) An image with pixels that are no
+    numbers, as a VAE in half precision can give, comes out black.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     unet, factor = pipeline.unet, pipeline.vae_scale_factor
     sides = [unet.config.sample_size if side is None else side // factor for side in (height, width)]
     noise = randn_tensor((len(generators), unet.config.in_channels, *sides), generators)
-    return pipeline(
+    pixels = pipeline(
         list(prompts),
         negative_prompt=None if negative is None else list(negative),
         height=height,
@@ -103,4 +105,7 @@ def draw(
         guidance_scale=guidance_scale,
         generator=generators,
         latents=noise.to(unet.dtype),
+        output_type="np",
     ).images
+    pixels[~np.isfinite(pixels).all(axis=(1, 2, 3))] = 0
+    return pipeline.image_processor.numpy_to_pil(pixels)

@@ -1,13 +1,14 @@
 """Where the project lies, and what the short names of parameters stand for."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffseg.errors import DiffsegError
 
-# parameter -> name -> the place that it stands for. "mini" is registered by `diffseg.miniworld`, and nowhere else.
-_SHORT_NAMES: dict[str, dict[str, Callable[[], Path]]] = {}
+# (parameter, name) -> the place that it stands for, and the files that decide its bytes where these are not the place's
+# own. "mini" is registered by `diffseg.miniworld`, and nowhere else.
+_SHORT_NAMES: dict[tuple[str, str], tuple[Callable[[], Path], Sequence[Path]]] = {}
 
 
 def project_root() -> Path:
@@ -18,14 +19,18 @@ def project_root() -> Path:
     return root
 
 
-def register(name: str, **places: Callable[[], Path]) -> None:
-    """Let `name` stand for a place in each of the named parameters; a place may be made when it is first asked for."""
-    for parameter, place in places.items():
-        _SHORT_NAMES.setdefault(parameter, {})[name] = place
+def register(parameter: str, name: str, place: Callable[[], Path], made_of: Sequence[Path] = ()) -> None:
+    """Let `name` stand for a place in a parameter; with `made_of`, the files it is made from when first asked for."""
+    _SHORT_NAMES[parameter, name] = place, made_of
 
 
 def is_short_name(parameter: str, value: str) -> bool:
-    return value in _SHORT_NAMES.get(parameter, {})
+    return (parameter, value) in _SHORT_NAMES
+
+
+def sources(parameter: str, value: str) -> Sequence[Path]:
+    """Return the files that a short name's place is made from; none for a place that is there, and for other values."""
+    return _SHORT_NAMES[parameter, value][1] if is_short_name(parameter, value) else ()
 
 
 def locate(parameter: str, value: str) -> Path:
@@ -35,5 +40,5 @@ def locate(parameter: str, value: str) -> Path:
     need not exist.
     """
     if is_short_name(parameter, value):
-        return _SHORT_NAMES[parameter][value]()
+        return _SHORT_NAMES[parameter, value][0]()
     return project_root() / Path(value).expanduser()

@@ -1,43 +1,44 @@
-"""From prompts to a synthetic data set on disk: pictures, pseudo-masks and their reliability.
+"""Cut the masks of a synthetic set from what was drawn (`diffseg.drawing`).
 
-The set has PASCAL VOC's layout, so that any trainer reads it: JPEGImages/, SegmentationClass/ (palette PNG, 255 =
-ignored), ImageSets/Segmentation/train.txt, and beside it Reliability/ (one-channel PNG, margin 0..255) and
-index.csv (prompt, words, classes, seed of every picture).
+Another beta, refiner, layer or step range is thus a matter of minutes. The set has PASCAL VOC's layout, which any
+trainer reads: JPEGImages/ (a link to what was drawn), SegmentationClass/ (palette PNG, 255 = ignored),
+ImageSets/Segmentation/train.txt, and beside it Reliability/ (margin, 0..255), ReliabilityRank/ (`diffseg.reliability`)
+and index.csv (prompt, words, classes, seed of every image).
 """
 
-import csv
+import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
-from diffseg.attention import AttentionRecorder, parse_steps, token_positions
+from diffseg.attention import parse_steps
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.labels import write_picture_label
-from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path
-from diffseg.generator import draw
+from diffseg.drawing import IMAGES, DrawingOptions, batches_of, draw_with_maps, name_of, read_drawn
+from diffseg.errors import DiffsegError, Incomplete
+from diffseg.files import atomic_path, write_rows
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
+from diffseg.reliability import rank_within_class
+from diffseg.word_maps import WordMaps
+
+MASKS = ("SegmentationClass", "Reliability", "ReliabilityRank")
+FAILED = "Failed"  # a text file with the reason for each image from which no mask can be cut
 
 
 @dataclass(frozen=True)
-class SynthesisOptions:
-    """The constants of the method; the notebook's parameters of the same names explain each."""
+class SynthesisOptions(DrawingOptions):
+    """The constants of drawing and cutting; the notebook's parameters of the same names explain each."""
 
-    height: int
-    width: int
-    sampling_steps: int
-    guidance_scale: float
     attention_resolutions: tuple[int, ...]
     attention_steps: str
     beta: float
@@ -45,127 +46,140 @@ class SynthesisOptions:
     sam_checkpoint: str = ""
     sam_model: str = "vit_b"
 
+    def refine(self, device: str | torch.device) -> Callable:
+        return get_refiner(self.refiner, self.sam_checkpoint, self.sam_model, device)
+
 
 @dataclass
-class Drawn:
-    """One drawn picture with everything that led to its mask (for figures); arrays at the picture's size."""
+class Cut:
+    """What is cut from one image's word maps; arrays at the image's size."""
 
-    image: Image.Image
     ids: list[int]  # class ids of the prompt, ascending
     scores: torch.Tensor  # float32 C x H x W, 0..1, before refinement
     label: torch.Tensor  # uint8 or int16 H x W
     margin: torch.Tensor  # uint8 H x W
 
 
-def draw_rows(pipeline, rows: Sequence[Prompt], options: SynthesisOptions) -> list[Image.Image]:
-    """Draw the pictures of some rows of prompts.csv in one batch, each from its own seed."""
-    return draw(
-        pipeline,
-        [row.prompt for row in rows],
-        [row.seed for row in rows],
-        [row.negative for row in rows] if any(row.negative for row in rows) else None,
-        options.height,
-        options.width,
-        options.sampling_steps,
-        options.guidance_scale,
-    )
+def cut(
+    image: Image.Image, maps: WordMaps, row: Prompt, benchmark: Benchmark, options: SynthesisOptions, refine: Callable
+) -> Cut:
+    """Cut one image's mask from its word maps. Raises a DiffsegError for a blank image and for flat maps."""
+    low, high = np.array(image.convert("L").getextrema())
+    if low == high:
+        raise DiffsegError("the image has one colour only, as when its pixels are no numbers; use float32 or bf16")
+    class_ids = [benchmark.classes.index(name) for name in row.classes]
+    mean = maps.mean(options.attention_resolutions, parse_steps(options.attention_steps, options.sampling_steps))
+    ids, scores = class_scores(mean, class_ids, image.size[::-1])
+    pixels = to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True)
+    return Cut(ids, scores, *label_and_margin(ids, refine(pixels, scores, options.beta, maps.attention)))
 
 
-def draw_with_masks(pipeline, rows: Sequence[Prompt], benchmark: Benchmark, options: SynthesisOptions) -> list[Drawn]:
-    """Draw the pictures of some rows of prompts.csv in one batch and cut their masks from the attention."""
-    tokens = [token_positions(pipeline.tokenizer, row.prompt, row.spans) for row in rows]
-    steps = parse_steps(options.attention_steps, options.sampling_steps)
-    refine = get_refiner(options.refiner, options.sam_checkpoint, options.sam_model, pipeline.device)
-    reads_self = max(options.attention_resolutions) if options.refiner == "self-attention" else None
-    with AttentionRecorder(pipeline, tokens, options.attention_resolutions, steps, reads_self) as recorder:
-        images = draw_rows(pipeline, rows, options)
-    attentions = recorder.self_attention() if reads_self else [None] * len(rows)
-    drawn = []
-    for row, image, maps, attention in zip(rows, images, recorder.maps(), attentions, strict=True):
-        class_ids = [benchmark.classes.index(name) for name in row.classes]
-        try:
-            ids, scores = class_scores(maps, class_ids, image.size[::-1])
-        except DiffsegError as error:
-            raise DiffsegError(f"prompt {row.index} ({row.prompt!r}): {error}") from error
-        pixels = to_dtype(to_image(image), torch.float32, scale=True)
-        refined = refine(pixels, scores, options.beta, attention)
-        drawn.append(Drawn(image, ids, scores, *label_and_margin(ids, refined)))
-    return drawn
-
-
-def synthesise(
-    pipeline,
+def cut_set(
     rows: Sequence[Prompt],
+    drawn: Path,
     folder: Path,
     benchmark: Benchmark,
     options: SynthesisOptions,
+    device: str | torch.device = "cpu",
     batch_size: int = 8,
-    jpeg_quality: int = 95,
-) -> dict[str, float]:
-    """Write the synthetic data set of `rows` to `folder`; pictures that are there already are kept.
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Cut the masks of the images in `drawn` that are not in `folder` yet; JPEGImages there is a link to the images.
 
-    A batch is always made of the same rows (those of one multiple of batch_size), so a run that was cut and goes on
-    computes exactly what it would have computed. Several processes (started by `accelerate launch`) take the batches
-    in turn and fill one folder, with the files that one process would write; the first writes the lists. Returns the
-    mean share of foreground and the mean margin (0..1). Raises a DiffsegError when a picture is missing at the end.
+    An image from which no mask can be cut is left out with its reason (`write_lists`); the others go on. batch_size and
+    share are those of `draw_set`, so that a process cuts what it has drawn.
     """
-    folders = [(folder / name, suffix) for name, suffix in
-               (("JPEGImages", ".jpg"), ("SegmentationClass", ".png"), ("Reliability", ".png"))]  # fmt: skip
-    names = [f"{row.index:06d}" for row in rows]
-
-    def is_done(name: str) -> bool:
-        return all((place / f"{name}{suffix}").is_file() for place, suffix in folders)
-
-    state = PartialState()
-    starts = batches(len(rows), batch_size, state.process_index, state.num_processes)
-    todo = [s for s in starts if not all(is_done(name) for name in names[s : s + batch_size])]
-    mine, missing = (sum(len(names[s : s + batch_size]) for s in some) for some in (starts, todo))
-    bar = tqdm(total=mine, initial=mine - missing, desc="drawing pictures and masks", unit="picture",
-               smoothing=0.1, disable=not state.is_main_process)  # fmt: skip
-    for start in todo:
-        batch = rows[start : start + batch_size]
-        for row, drawn in zip(batch, draw_with_masks(pipeline, batch, benchmark, options), strict=True):
-            name = f"{row.index:06d}"
-            with atomic_path(folder / "JPEGImages" / f"{name}.jpg") as path:
-                drawn.image.save(path, quality=jpeg_quality, subsampling=0)
-            with atomic_path(folder / "Reliability" / f"{name}.png") as path:
-                Image.fromarray(drawn.margin.numpy()).save(path)
-            write_picture_label(folder / "SegmentationClass" / f"{name}.png", drawn.label.numpy(), benchmark)
-        bar.update(len(batch))
-    bar.close()
-    state.wait_for_everyone()
-    means = [None]
-    if state.is_main_process:
-        if absent := [name for name in names if not is_done(name)]:
-            raise DiffsegError(
-                f"picture {absent[0]} is not in {folder} at the end; several machines must share that folder."
-            )
-        with atomic_path(folder / "ImageSets" / "Segmentation" / "train.txt") as path:
-            path.write_text("".join(f"{name}\n" for name in names))
-        means = [write_index(rows, names, folder)]
-    return broadcast_object_list(means)[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / IMAGES).exists():
+        (folder / IMAGES).symlink_to(os.path.relpath(drawn / IMAGES, folder), target_is_directory=True)
+    mine = [row for batch in batches_of(rows, batch_size, share) for row in batch]
+    todo = [row for row in mine if not is_cut(folder, row)]
+    refine = options.refine(device) if todo else None
+    for row in tqdm(todo, "cutting masks", unit="image", smoothing=0.1):
+        name = name_of(row)
+        try:
+            made = cut(*read_drawn(drawn, row), row, benchmark, options, refine)
+        except DiffsegError as error:
+            with atomic_path(folder / FAILED / f"{name}.txt") as path:
+                path.write_text(f"{error}\n", encoding="utf-8")
+            continue
+        rank = rank_within_class(made.label, made.margin)
+        for place, pixels in (("ReliabilityRank", rank), ("Reliability", made.margin)):
+            with atomic_path(folder / place / f"{name}.png") as path:
+                Image.fromarray(pixels.cpu().numpy()).save(path)
+        write_picture_label(folder / "SegmentationClass" / f"{name}.png", made.label.cpu().numpy(), benchmark)
 
 
-def batches(rows: int, batch_size: int, process: int = 0, processes: int = 1) -> range:
-    """Return the first row of each batch that is this process's.
+def is_cut(folder: Path, row: Prompt) -> bool:
+    places = [folder / place / f"{name_of(row)}.png" for place in MASKS]
+    return (folder / FAILED / f"{name_of(row)}.txt").is_file() or all(path.is_file() for path in places)
 
-    By number, not by what is missing: that changes while another process looks.
+
+def write_lists(rows: Sequence[Prompt], folder: Path, failed_share: float = 0.01) -> dict[str, float]:
+    """Write train.txt, index.csv and failed.csv of a whole set from its files; return its means.
+
+    Returned are the mean share of foreground and mean margin (0..1) and the number of images that failed. Raises
+    Incomplete when a mask is missing, and a DiffsegError when more than `failed_share` (0..1) of the images failed.
     """
-    return range(process * batch_size, rows, processes * batch_size)
+    if missing := [row for row in rows if not is_cut(folder, row)]:
+        raise Incomplete(f"{len(missing)} of {len(rows)} masks are not cut yet (the first is {name_of(missing[0])}).")
+    index, failed = [], []
+    for row in rows:
+        name = name_of(row)
+        reason = folder / FAILED / f"{name}.txt"
+        if reason.is_file():
+            failed.append({"name": name, "prompt": row.prompt, "reason": reason.read_text(encoding="utf-8").strip()})
+            continue
+        label, margin = (np.asarray(Image.open(folder / place / f"{name}.png")) for place in MASKS[:2])
+        foreground = label.any(axis=-1) if label.ndim == 3 else label > 0
+        index.append(
+            {
+                "name": name,
+                "prompt": row.prompt,
+                "classes": json.dumps(row.classes),
+                "words": json.dumps(row.words),
+                "seed": row.seed,
+                "foreground": f"{foreground.mean():.4f}",
+                "margin": f"{margin.mean() / 255:.4f}",
+            }
+        )
+    write_rows(folder / "failed.csv", failed, ["name", "prompt", "reason"])
+    if len(failed) > failed_share * len(rows):
+        raise DiffsegError(
+            f"{len(failed)} of {len(rows)} images failed, more than failed_share = {failed_share} allows; see "
+            f"{folder / 'failed.csv'}, the first: {failed[0]['reason']}"
+        )
+    write_rows(folder / "index.csv", index)
+    with atomic_path(folder / "ImageSets" / "Segmentation" / "train.txt") as path:
+        path.write_text("".join(f"{row['name']}\n" for row in index))
+    means = {name: float(np.mean([float(row[name]) for row in index])) for name in ("foreground", "margin")}
+    return means | {"failed": len(failed)}
 
 
-def write_index(rows: Sequence[Prompt], names: Sequence[str], folder: Path) -> dict[str, float]:
-    """Write index.csv, one row a picture, from the files themselves; return the means over the set."""
-    shares, margins = [], []
-    with atomic_path(folder / "index.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "prompt", "classes", "words", "seed", "foreground", "margin"])
-        for row, name in zip(rows, names, strict=True):
-            label = np.asarray(Image.open(folder / "SegmentationClass" / f"{name}.png"))
-            margin = np.asarray(Image.open(folder / "Reliability" / f"{name}.png"))
-            foreground = label.any(axis=-1) if label.ndim == 3 else label > 0
-            shares.append(foreground.mean())
-            margins.append(margin.mean() / 255)
-            writer.writerow([name, row.prompt, json.dumps(row.classes), json.dumps(row.words), row.seed,
-                             f"{shares[-1]:.4f}", f"{margins[-1]:.4f}"])  # fmt: skip
-    return {"foreground": float(np.mean(shares)), "margin": float(np.mean(margins))}
+# ------------------------------------------------------------------------------------------------------ both at once
+
+
+@dataclass
+class Drawn(Cut):
+    """One image with everything that led to its mask."""
+
+    image: Image.Image
+
+
+def draw_with_masks(pipeline, rows: Sequence[Prompt], benchmark: Benchmark, options: SynthesisOptions) -> list[Drawn]:
+    """Draw some rows in one batch and cut their masks at once, without files and without what the cut does not read."""
+    needed = dataclasses.replace(
+        options,
+        kept_steps=options.attention_steps,
+        self_attention=max(options.attention_resolutions) if options.refiner == "self-attention" else 0,
+    )
+    refine = options.refine(pipeline.device)
+    drawn = []
+    images, recorded = draw_with_maps(pipeline, rows, needed, options.attention_resolutions)
+    for row, image, maps in zip(rows, images, recorded, strict=True):
+        try:
+            made = cut(image, maps, row, benchmark, options, refine)
+        except DiffsegError as error:
+            raise DiffsegError(f"prompt {row.index} ({row.prompt!r}): {error}") from error
+        drawn.append(Drawn(**vars(made), image=image))
+    return drawn

@@ -28,17 +28,17 @@ from tqdm import tqdm
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.metrics import ConfusionMatrix, bootstrap_interval, mean_iou
+from diffseg.drawing import draw_rows
 from diffseg.errors import DiffsegError
 from diffseg.experiments.speed import time_in_turn
-from diffseg.files import atomic_path
-from diffseg.lab.manifests import MANIFEST
+from diffseg.files import MANIFEST, atomic_path
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.miniworld.oracle import ClassOracle, load_oracle
 from diffseg.paths import project_root
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
 from diffseg.segmenters import load_segmenter
-from diffseg.synthesis import SynthesisOptions, draw_rows, draw_with_masks
+from diffseg.synthesis import SynthesisOptions, draw_with_masks
 
 SMALLEST_OBJECT = 0.01  # share of the picture below which a class counts as not seen; our choice
 

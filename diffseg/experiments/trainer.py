@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from diffseg.files import atomic_path
-from diffseg.lab.manifests import hardware, versions
+from diffseg.lab.provenance import hardware, versions
 
 
 def mixed_precision(device: torch.device, precision: str = "bf16") -> torch.autocast:

@@ -1,34 +1,52 @@
-"""The command `diffseg`: run the notebooks of a parameter file or a whole study, or list what there is."""
+"""The command `diffseg`: run the notebooks of a parameter file or a whole study, list what there is, and clean up."""
 
 import argparse
+import signal
 import sys
-from pathlib import Path
+from typing import Any
 
 from diffseg.errors import DiffsegError
 from diffseg.lab import processes
-from diffseg.lab.manifests import STEPS, read_manifest, run_folder, step_key
+from diffseg.lab.batch import run
+from diffseg.lab.cleaning import clean
+from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import parse_assignments
-from diffseg.lab.runs import IN_PROGRESS, run
+from diffseg.lab.runs import trouble
+from diffseg.lab.steps import STEPS, linked_keys, results_folder, step_key
 from diffseg.lab.studies import print_studies, run_study, study_files
 from diffseg.paths import project_root
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems send it before they kill."""
+
+
+def terminate(*_: Any) -> None:
+    raise Terminated
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 one sentence on stderr says why not, 130 interrupted."""
+    """Return the exit code: 0 done, 1 one sentence on stderr says why not, 130 interrupted, 143 terminated."""
     parser = argparse.ArgumentParser(prog="diffseg", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="run the steps of a parameter file, skipping what is up to date")
+    runner = commands.add_parser("run", help="run the notebooks of a parameter file; what is finished is not made anew")
     runner.add_argument("name", help="a name in notebooks/params, such as mini-voc, or a path to a YAML file")
-    runner.add_argument("--only", metavar="STEPS", help="step numbers: 3, 3-5 or 1,3")
+    runner.add_argument("--only", metavar="NUMBERS", help="numbers of notebooks: 3, 3-5 or 1,3")
     runner.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="parameters")
-    runner.add_argument("--out", metavar="DIR", default="", help="where the run's folder goes (default: results/runs)")
-    runner.add_argument("--force", action="store_true", help="make the steps anew even if they are up to date")
-    runner.add_argument("--share", action="store_true", help="link what another run has made in the same way")
+    runner.add_argument("--out", metavar="DIR", default="", help="folder of steps and runs (default: results)")
+    runner.add_argument("--force", action="store_true", help="execute notebooks of finished steps again; they find "
+                        "their results, figures and executed notebooks are made anew")  # fmt: skip
+    runner.add_argument("--shard", metavar="K/N", default="", help="with --only 3: the K-th of N parts (job arrays)")
+    runner.add_argument("--verify", action="store_true", help="hash every file of finished steps")
     commands.add_parser("list", help="list the parameter files and the state of the runs in results/runs")
     several = commands.add_parser("study", help="make the runs of a study and its table; without a name, list them")
     several.add_argument("name", nargs="?", help="a name in notebooks/studies, such as augmentation")
     several.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at the same time; they share the cores")
+    cleaner = commands.add_parser("clean", help="list the steps that no run refers to, and remove them when you agree")
+    cleaner.add_argument("--yes", action="store_true", help="remove them without asking")
+    cleaner.add_argument("--out", metavar="DIR", default="", help="folder of steps and runs (default: results)")
     arguments = parser.parse_args(argv)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         if processes.count() > 1 and arguments.command != "run":
             raise DiffsegError(f"diffseg {arguments.command} is one process; start it without a launcher.")
@@ -37,14 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "list":
             print_list()
         elif arguments.command == "run":
-            run(
-                arguments.name,
-                arguments.only,
-                parse_assignments(arguments.set),
-                arguments.out,
-                arguments.force,
-                arguments.share,
-            )
+            changes = parse_assignments(arguments.set)
+            run(arguments.name, arguments.only, changes, arguments.out, arguments.force, arguments.shard,
+                arguments.verify)  # fmt: skip
+        elif arguments.command == "clean":
+            clean(arguments.out, arguments.yes)
         elif arguments.name:
             run_study(arguments.name, arguments.jobs)
         else:
@@ -52,9 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     except DiffsegError as error:
         print(f"diffseg: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ndiffseg: interrupted; the same command continues where it stopped.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        is_term = isinstance(error, Terminated)
+        what = "terminated" if is_term else "interrupted"
+        print(f"\ndiffseg: {what}; the same command continues where it stopped.", file=sys.stderr)
+        return 143 if is_term else 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
@@ -63,26 +82,26 @@ def print_list() -> None:
     for path in sorted((project_root() / "notebooks" / "params").glob("*.yaml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         print(f"{path.stem:24}{first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
-    studies = {path.stem for path in study_files()}
-    for folder in sorted(path for path in run_folder("any").parent.glob("[!.]*") if path.is_dir()):
-        if folder.name in studies:
-            continue  # its runs are the affair of `diffseg study`
-        print(f"\n{folder}")
-        for step in STEPS:
-            print(f"  {step:24}{state(folder / step)}")
+    studies = {path.stem for path in study_files()}  # their runs are the affair of `diffseg study`
+    for folder in sorted(path for path in (results_folder() / "runs").glob("[!.]*") if path.is_dir()):
+        if folder.name not in studies:
+            print(f"\n{folder}")
+            for step in STEPS:
+                print(f"  {step:24}{state(folder, step)}")
 
 
-def state(folder: Path) -> str:
-    """Say whether a step is done, stale, unfinished or absent; files are looked for, not hashed."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return "unfinished" if (folder / IN_PROGRESS).is_file() else "absent"
+def state(run: Any, step: str) -> str:
+    """Say whether a run's step is done, of other parameters or code than today's, unfinished or absent."""
+    if not (run / step).exists():
+        return "absent"
     try:
-        current = step_key(folder.name, manifest["parameters"], folder.parent) == manifest["key"]
-    except DiffsegError:  # its notebook or an upstream step is gone
-        current = False
-    whole = all((folder / name).is_file() for name in manifest["outputs"])
-    return f"{'done' if current and whole else 'stale'}, {manifest['seconds']:.0f} s"
+        manifest = read_manifest(run / step)
+        if manifest is None or (problem := trouble(run / step)):
+            return f"unfinished{f': {problem}' if manifest else ''}"
+        is_current = step_key(step, manifest["parameters"], linked_keys(run)) == manifest["key"]
+    except DiffsegError as error:
+        return str(error)
+    return f"{'done' if is_current else 'of other code or earlier steps'}, {manifest['seconds']:.0f} s"
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
 import diffseg
-from diffseg.errors import DiffsegError
+from diffseg.errors import DiffsegError, Incomplete
+from diffseg.lab.processes import SHARD
+from diffseg.lab.runs import RUNNER
 
 
 def environment() -> dict[str, str]:
     """Return what a kernel gets besides this process's environment variables."""
     here = str(Path(diffseg.__file__).parents[1])  # the kernel imports this very package
     return {
+        RUNNER: "1",  # the runner holds the locks
         "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger's warning at every start
         "TQDM_NCOLS": str(shutil.get_terminal_size().columns),
@@ -50,13 +53,15 @@ class Live:
         self.stream.flush()
 
 
-def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: Path) -> None:
+def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: Path, shard: str = "") -> None:
     """Run a notebook with `folder` as working directory and write it, with its outputs, to `executed`.
 
-    What its cells print is shown live. A cell that fails or a kernel that dies raises DiffsegError: one
-    sentence with the notebook's name, the cell's error and the path of the executed notebook.
+    What its cells print is shown live. A cell that fails or a kernel that dies raises DiffsegError: one sentence with
+    the notebook's name, the cell's error and the path of the executed notebook. A cell that misses other shares' work
+    raises Incomplete.
     """
     executed.parent.mkdir(parents=True, exist_ok=True)
+    os.environ[SHARD] = shard  # the kernel inherits it
     # papermill takes braces in a path for parameters
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed))
     try:
@@ -74,8 +79,13 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: 
         )
         return
     except papermill.PapermillExecutionError as error:
+        if error.ename == "Incomplete":
+            raise Incomplete(error.evalue) from None
+        is_full = error.ename == "OSError" and "No space left" in error.evalue
         reason = error.evalue if error.ename == "DiffsegError" else f"{error.ename}: {error.evalue}"
+        if is_full:
+            reason = f"the disk of {folder} is full; free some space, and the same command continues"
     except DeadKernelError:
-        reason = "its kernel died, most likely for want of memory"
+        reason = "its kernel died, most likely for want of memory; the same command continues where it stopped"
     sentence = " ".join(reason.split())[:500].rstrip(". ")
     raise DiffsegError(f"{notebook.stem} failed: {sentence} (executed notebook: {executed}).")

@@ -1,16 +1,19 @@
-"""One run in several processes: `accelerate launch --num_processes 4 -m diffseg run voc`.
+"""One run in several processes: by Accelerate, `accelerate launch --num_processes 4 -m diffseg run voc`, or by shares.
 
 The main process (rank 0) runs the notebooks as ever; it alone holds the run's lock and writes manifests and executed
-notebooks. When a step of TOGETHER begins it calls the others, and each runs the same notebook in a kernel of its own,
-up to the last cell in which the work is divided: there Accelerate finds them all. The other steps are the main
-process's. An error ends its process, and the launcher ends the rest: no one waits for a dead process.
+notebooks. When a notebook with cells tagged `together` begins it calls the others, and each runs the same notebook in a
+kernel of its own, up to the last of these cells: there Accelerate finds them all. All work in the same folders: what
+two of them write is the same, and whole or absent. An error ends its process, and the launcher ends the rest.
+
+A job array needs no group: `diffseg run voc --only 3 --shard 3/16` draws the third of sixteen parts and waits for no
+one. Whoever finds all parts there finishes the step.
 """
 
 import contextlib
 import datetime
 import json
 import os
-import shutil
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,25 +22,13 @@ from typing import Any
 
 from diffseg.errors import DiffsegError
 
-# step -> the last cell in which the work is divided, and what all processes share of the step's folder (files that a
-# cut step goes on from and folders that all fill); anything else the others write is thrown away
-TOGETHER = {
-    "02_lora_tuning": (
-        "tune",
-        ("checkpoint.pt", "losses.csv", "pytorch_lora_weights.safetensors", "candidates/*/*"),
-    ),
-    "03_synthesis": ("all", ("JPEGImages/", "SegmentationClass/", "Reliability/")),
-    "04_robust_training": ("real", ("synthetic.checkpoint.pt", "real.checkpoint.pt")),
-    "05_evaluation": ("evaluate", ("predictions/",)),
-}
 # what a launcher tells its processes; a kernel that has none of it works alone
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
             "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
-# A wait ends with an error after this time (our choice): kernels wait while one of them writes an index of 168,679
-# pictures, runners while the main process does the rest of a step. A launcher ends the processes of its machine sooner.
-KERNELS_WAIT = datetime.timedelta(hours=3)
-RUNNERS_WAIT = datetime.timedelta(days=7)
-SCRATCH = ".processes"
+SHARD = "DIFFSEG_SHARD"  # "3/16" in the kernels of `--shard`
+# The fast wait for the slow, who may have gigabytes to write and notebooks to finish, so this only ends what hangs (our
+# choice). A launcher ends the processes of its machine at once when one of them fails.
+WAIT = datetime.timedelta(days=7)
 
 
 def count() -> int:
@@ -50,6 +41,30 @@ def rank() -> int:
     return int(os.environ["RANK"]) if count() > 1 else 0
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return (3, 16) of "3/16": which part of how many, from 1. Raises DiffsegError for another text."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise DiffsegError(f"--shard is {text!r}; write the part and the number of parts, such as 3/16.")
+    return int(found[1]), int(found[2])
+
+
+def shard() -> tuple[int, int] | None:
+    """Return this kernel's part of a job array, None where there is none."""
+    return parse_shard(os.environ[SHARD]) if os.environ.get(SHARD) else None
+
+
+def share() -> tuple[int, int]:
+    """Return (index, number) of the part of a divided work that this process does, from 0, over shards and ranks."""
+    part, parts = shard() or (1, 1)
+    return (part - 1) * count() + rank(), parts * count()
+
+
+def suffix(text: str) -> str:
+    """Return what tells the executed notebook of a shard from the others'."""
+    return f".{text.replace('/', '-of-')}" if text else ""
+
+
 def meet() -> None:
     """In a kernel: wait until every process is here, and make Accelerate's group of them on the first call."""
     if count() > 1:
@@ -57,25 +72,7 @@ def meet() -> None:
         from accelerate import PartialState
 
         # without a GPU Accelerate forms a group only where it is told that the CPU is meant
-        PartialState(cpu=not torch.cuda.is_available(), timeout=KERNELS_WAIT).wait_for_everyone()
-
-
-def own_folder(folder: Path) -> Path:
-    """Return the empty scratch folder in which this process, not the main one, takes part in the step of `folder`.
-
-    What TOGETHER names is a link to the step's own file or folder, which need not be there yet.
-    """
-    own = folder.parent / SCRATCH / str(rank()) / folder.name
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir(parents=True)
-    for name in TOGETHER[folder.name][1]:
-        if name.endswith("/"):
-            (folder / name).mkdir(exist_ok=True)
-        for path in folder.glob(name) if "*" in name else [folder / name]:
-            link = own / path.relative_to(folder)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
-    return own
+        PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT).wait_for_everyone()
 
 
 class Group:
@@ -89,7 +86,7 @@ class Group:
         if self.count > 1:
             from torch import distributed
 
-            distributed.init_process_group("gloo", timeout=RUNNERS_WAIT)
+            distributed.init_process_group("gloo", timeout=WAIT)
             self.variables = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
             self.is_main = self.variables["RANK"] == "0"
         return self
@@ -113,8 +110,8 @@ class Group:
 
     @contextlib.contextmanager
     def together(self, notebook: Path, parameters: dict[str, Any], folder: Path) -> Iterator[None]:
-        """Main process: call the others to a step; within the block kernels find each other."""
-        if self.count == 1 or notebook.stem not in TOGETHER:
+        """Main process: call the others to a notebook; within the block kernels find each other."""
+        if self.count == 1 or not divided(notebook):
             yield
             return
         with socket.socket() as free:  # a new one for each step: the last step's main kernel has taken its own along
@@ -136,36 +133,29 @@ class Group:
 
 
 def assist() -> None:
-    """Take part in the steps to which the main process calls, until its run is over; quiet, but for an error.
+    """Take part in the notebooks to which the main process calls, until its run is over; quiet, but for an error.
 
-    What is left of this process after an error lies in `<run>/.processes/<rank>`.
+    Of each, this process's executed part lies in `<run>/notebooks` under its rank.
     """
     from diffseg.lab.kernel import execute
 
     with Group() as group:
         while task := group.exchange():
             notebook, folder = Path(task[0]), Path(task[2])
-            own = folder / SCRATCH / group.variables["RANK"]
-            part = own / notebook.name
+            part = folder / "notebooks" / f"{notebook.stem}.rank-{group.variables['RANK']}.ipynb"
             try:
-                own.mkdir(parents=True, exist_ok=True)
-                part.write_text(json.dumps(first_cells(notebook)), encoding="utf-8")
+                part.parent.mkdir(parents=True, exist_ok=True)
+                part.write_text(json.dumps(divided(notebook)), encoding="utf-8")
             except OSError as error:
-                raise DiffsegError(f"process {own.name} cannot write to {own} ({error.strerror}); delete it.") from None
+                raise DiffsegError(f"process{part.suffixes[0]} cannot write {part} ({error.strerror}).") from None
             with group.environment(task[3]), open(os.devnull, "w") as nowhere:
                 with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                     execute(part, part, task[1], folder)
-            shutil.rmtree(own)
-            with contextlib.suppress(OSError):  # others are at work there
-                own.parent.rmdir()
+            part.unlink()
 
 
-def first_cells(notebook: Path) -> dict:
-    """Return the notebook up to the last cell in which the processes work together."""
+def divided(notebook: Path) -> dict | None:
+    """Return the notebook up to its last cell tagged `together`; None where the main process does all of it."""
     content = json.loads(notebook.read_text(encoding="utf-8"))
-    last = TOGETHER[notebook.stem][0]
-    ids = [cell.get("id") for cell in content["cells"]]
-    if last not in ids:
-        raise DiffsegError(f"{notebook} has no cell {last!r}; restore it with git, or change diffseg/processes.py.")
-    content["cells"] = content["cells"][: ids.index(last) + 1]
-    return content
+    places = [k for k, cell in enumerate(content["cells"]) if "together" in cell["metadata"].get("tags", [])]
+    return content | {"cells": content["cells"][: places[-1] + 1]} if places else None

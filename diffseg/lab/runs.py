@@ -1,17 +1,13 @@
-"""Runs: a step from inside its notebook (`begin`), and all steps in order over papermill (`run`).
+"""A step from inside its notebook: `step = runs.begin("03_synthesis", globals())` ... `step.finish([...])`.
 
-A step's folder holds `in-progress.json` while the step works and `manifest.json` once it is finished, both
-with the step's key. Killed at any moment, a step leaves whole files only and continues with them if its key
-is the same. Runs that share (`run(share=True)`) hold a link in place of a step that another run has made.
+The step's folder is where its key says (`diffseg.lab.steps`); the run's folder gets a link to it. Killed at any moment,
+a step leaves whole files only and continues with them. In a finished step the same cells find their results, and
+nothing on disk changes.
 """
 
 import contextlib
 import datetime
-import difflib
-import fcntl
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,34 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path, sha256_file
+from diffseg.files import MANIFEST
 from diffseg.lab import processes
-from diffseg.lab.manifests import (
-    MANIFEST,
-    STEPS,
-    UNFINISHED,
-    WHERE,
-    altered,
-    named_files,
-    notebook_path,
-    plain,
-    provenance,
-    read_json,
-    read_manifest,
-    run_folder,
-    step_key,
-    trouble,
-    upstream,
-)
-from diffseg.lab.parameters import check, declared, merge, read_yaml
-from diffseg.lab.sharing import claimed, confirm, link, remove
-from diffseg.paths import project_root
+from diffseg.lab.declarations import check_together
+from diffseg.lab.locks import acquire, run_lock, step_lock
+from diffseg.lab.manifests import LISTING, damage, read_manifest, write_manifest
+from diffseg.lab.parameters import check, declared
+from diffseg.lab.provenance import as_json, provenance
+from diffseg.lab.steps import key_of, linked_keys, notebook_of, run_folder, step_folder, step_recipe, upstream
 
-__all__ = ["Step", "begin", "read_manifest", "run", "run_folder"]
+__all__ = ["Step", "begin", "meet", "read_manifest", "share"]
 
-IN_PROGRESS = "in-progress.json"
-EXECUTED = "notebook.ipynb"
-MINIMUM_FREE = 200e6  # bytes; our choice: a mini run writes about half of it
+RUNNER = "DIFFSEG_RUNNER"  # set in the kernels of `diffseg run`, which holds the locks itself
+share, meet = processes.share, processes.meet  # for notebooks: this process's part of divided work, and the wait
+
+_held: dict[Path, Any] = {}  # locks of this process, until it ends
 
 
 @dataclass
@@ -57,59 +40,72 @@ class Step:
     folder: Path  # absolute; artefacts go here
     parameters: dict[str, Any]  # resolved and checked
     key: str
-    resumed: bool  # earlier artefacts of the same key are kept
+    recipe: dict[str, Any]  # what the key is made of
+    finished: bool  # the folder holds the whole result already
+    resumed: bool  # the folder holds a part of it
     run: Path  # the run's folder
-    inputs: dict[str, str] = field(default_factory=dict)  # "NN_step/file", or the path of a named file -> sha256
+    keys: dict[str, str]  # of the earlier steps of the run
+    inputs: dict[str, dict] = field(default_factory=dict)  # step -> key and fingerprint of what was read
     started: float = field(default_factory=time.time)
 
     def input(self, step: str, name: str = ".") -> Path:
         """Return the path of an upstream step's output file, or of a folder of outputs ("." for all of them).
 
-        The files are recorded with their sha256. A step that is not upstream or not finished, a name that is
-        none of its outputs and a file altered since raise DiffsegError.
+        A step that is not upstream or not finished, a name that is none of its outputs, and files that are missing or
+        altered since raise DiffsegError.
         """
         if step not in upstream(self.name):
-            raise DiffsegError(f"{self.name} does not stand on {step}; add it to STEPS in diffseg/manifest.py.")
-        folder = self.run / step
-        manifest = read_manifest(folder)
+            raise DiffsegError(f"{self.name} does not stand on {step}; add it to STEPS in diffseg/lab/steps.py.")
+        folder = self.folder.parents[1] / step / self.keys.get(step, "")
+        manifest = read_manifest(folder) if step in self.keys else None
         if manifest is None:
-            raise DiffsegError(f"{self.name} needs {step}, which is not finished in {folder}; run that step first.")
-        outputs = {
-            output: sha
-            for output, sha in manifest["outputs"].items()
-            if name in (".", output) or output.startswith(f"{name}/")
-        }
-        if not outputs:
-            raise DiffsegError(f"{step} has no output {name}; it has {', '.join(sorted(manifest['outputs'])[:8])}.")
-        if bad := altered(folder, {"outputs": outputs}):
-            raise DiffsegError(f"{folder / bad[0]} is missing or altered since {step} finished; run {step} again.")
-        self.inputs |= {f"{step}/{output}": sha for output, sha in outputs.items()}
+            raise DiffsegError(f"{self.name} needs {step}, which is not finished in {self.run}; run that step first.")
+        if step not in self.inputs and not processes.rank():
+            if problem := trouble(folder):
+                raise DiffsegError(f"{step} is not whole in {folder}: {problem}; run that step again.")
+        if not (folder / name).exists():
+            raise DiffsegError(f"{step} has no output {name} in {folder}; look at its {LISTING}.")
+        self.inputs[step] = {"key": manifest["key"], "sha256": manifest["outputs"]["sha256"]}
         return folder / name
 
-    def finish(self, outputs: Iterable[str | os.PathLike], metrics: dict[str, Any] | None = None) -> dict:
-        """Check the declared outputs, write `manifest.json` as the last file of the step and return it.
+    def save_figure(self, figure, name: str) -> None:
+        """Save a figure as <run>/figures/<number>_<name>.png and .pdf: it is the run's, no artefact of the step."""
+        from diffseg.figures import save_figure  # here: it loads torch
 
-        `outputs` are paths or globs relative to the folder. One that is absent, matches nothing or is an
-        empty file raises DiffsegError. `metrics` may hold numbers, texts, lists, arrays, dictionaries; NaN
-        becomes null.
+        if not processes.rank():
+            save_figure(figure, self.run / "figures" / f"{self.name[:2]}_{name}.png")
+
+    def finish(
+        self, outputs: Iterable[str | os.PathLike], metrics: dict[str, Any] | None = None, drop: Iterable[str] = ()
+    ) -> dict:
+        """Check the declared outputs, write the manifest as the last file of the step and return it.
+
+        `outputs` are paths or globs relative to the folder. One that is absent, matches nothing or is an empty file
+        raises DiffsegError. `metrics` may hold numbers, texts, lists, arrays, dictionaries; NaN becomes null. `drop`
+        are globs of what only an interrupted step needs, removed in the end. Of a finished step nothing is written.
         """
-        names = sorted({name for output in outputs for name in self._match(output)})
+        if processes.rank():
+            return {"seconds": 0.0, "metrics": metrics or {}}
+        if finished := read_manifest(self.folder):  # by an earlier run, or by another share of this one
+            return finished
+        names = {name for output in outputs for name in self._match(output)}
+        content = {
+            "step": self.name,
+            "run": self.run.name,
+            "key": self.key,
+            "parameters": {name: value for name, value in self.parameters.items() if name not in ("run", "out")},
+            "recipe": self.recipe,
+            **provenance(),
+            "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(),
+            "seconds": round(time.time() - self.started, 2),  # of this attempt, when the step was resumed
+            "resumed": self.resumed,
+            "inputs": self.inputs,
+            "metrics": as_json(metrics or {}),
+        }
         with writing(self.folder):
-            manifest = {
-                "step": self.name,
-                "run": self.run.name,
-                "key": self.key,
-                "parameters": {name: value for name, value in self.parameters.items() if name not in WHERE},
-                **provenance(),
-                "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(),
-                "seconds": round(time.time() - self.started, 2),  # of this attempt, when the step was resumed
-                "resumed": self.resumed,
-                "inputs": self.inputs,
-                "outputs": {name: sha256_file(self.folder / name) for name in names},
-                "metrics": plain(metrics or {}),
-            }
-            write_json(self.folder / MANIFEST, manifest)
-            (self.folder / IN_PROGRESS).unlink(missing_ok=True)
+            manifest = write_manifest(self.folder, names, content)
+            for path in [path for pattern in drop for path in self.folder.glob(pattern)]:
+                path.unlink()
         return manifest
 
     def _match(self, output: str | os.PathLike) -> list[str]:
@@ -117,69 +113,84 @@ class Step:
         if pattern.startswith(".."):
             raise DiffsegError(f"{self.name} declares the output {output}, which lies outside {self.folder}.")
         paths = [self.folder / pattern] if (self.folder / pattern).is_file() else self.folder.glob(pattern)
-        files = [
-            p for p in paths if p.is_file() and p.name not in (IN_PROGRESS, MANIFEST, EXECUTED) and p.name[0] != "."
-        ]
+        files = [p for p in paths if p.is_file() and p.name not in (MANIFEST, LISTING) and p.name[0] != "."]
         if not files:
             raise DiffsegError(f"{self.name} declares the output {output} but has not written it in {self.folder}.")
         for path in files:
             if path.stat().st_size == 0:
                 raise DiffsegError(f"{self.name} has written an empty file {path}; delete it and run the step again.")
+            if not path.resolve().is_relative_to(self.folder.resolve()):
+                raise DiffsegError(f"{path}, an output of {self.name}, is a link to a place outside its folder.")
         return [path.relative_to(self.folder).as_posix() for path in files]
 
 
 def begin(step_name: str, namespace: dict[str, Any]) -> Step:
-    """Open a step from its notebook: `step = runs.begin("03_synthesis", globals())`.
+    """Open a step from its notebook.
 
-    Takes the values of the declared parameters from `namespace`, converts them and puts them back. The folder
-    keeps what an attempt with the same key made, finished or not (but for altered files), else it is emptied.
-    Raises DiffsegError on a wrong value, an unfinished upstream step or an unwritable folder. A process that helps
-    the main one gets a scratch folder (`diffseg.lab.processes`).
+    Takes the values of the declared parameters from `namespace`, checks them and puts them back converted. The folder
+    keeps what an earlier attempt with the same key made. Raises DiffsegError on a wrong value, an upstream step that
+    the run has not, an altered result, an unwritable folder, and while another process makes this step.
     """
-    notebook = notebook_path(step_name)
+    notebook = notebook_of(step_name)
     names = declared(notebook)
-    missing = [name for name in (*names, *WHERE) if name not in namespace]
-    if missing:
+    if missing := [name for name in (*names, "run", "out") if name not in namespace]:
         raise DiffsegError(f"{step_name} misses the parameter {missing[0]}; run its parameters cell first.")
     parameters = check({name: namespace[name] for name in names}, names, notebook.name)
+    check_together(parameters, notebook.name)
     namespace.update(parameters)
-    folder = run_folder(namespace["run"], namespace["out"]) / step_name
-    key = step_key(step_name, parameters, folder.parent)
+    run, out = run_folder(namespace["run"], namespace["out"]), namespace["out"]
+    keys = linked_keys(run)
+    recipe = step_recipe(step_name, parameters, keys)
+    key = key_of(recipe)
+    folder = step_folder(step_name, key, out)
     if processes.rank():
         processes.meet()  # the main process sorts out what is there
-        return Step(step_name, processes.own_folder(folder), parameters, key, False, folder.parent)
-    if folder.is_symlink():
-        folder.unlink()  # another run's step: it is not ours to alter
-    manifest, progress = read_manifest(folder), read_json(folder / IN_PROGRESS)
-    resumed = key in ((manifest or {}).get("key"), (progress or {}).get("key"))
+        return Step(step_name, folder, parameters, key, recipe, bool(read_manifest(folder)), False, run, keys)
     with writing(folder):
+        if RUNNER not in os.environ:
+            for path, busy in (run_lock(run), step_lock(folder)):
+                _held[path] = _held.get(path) or acquire(path, busy)
+        problem = trouble(folder)
+        resumed = folder.is_dir() and any(folder.iterdir())
         folder.mkdir(parents=True, exist_ok=True)
-        if resumed:
-            write_json(folder / IN_PROGRESS, {"key": key})
-            damaged = altered(folder, manifest) if manifest and manifest["key"] == key else []
-            # a killed attempt leaves the temporary files of atomic_path behind
-            for path in [folder / MANIFEST, *(folder / name for name in damaged), *folder.rglob(".*.tmp*")]:
-                path.unlink(missing_ok=True)
-        else:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            empty(folder)
-            write_json(folder / IN_PROGRESS, {"key": key})
+        if problem:
+            for name in (MANIFEST, LISTING):  # of a step with missing files: it is not finished any more
+                (folder / name).unlink(missing_ok=True)
+            if processes.shard() is None:  # a killed attempt leaves temporary files; those of other shares are at work
+                for path in folder.rglob(".*.tmp*"):
+                    path.unlink(missing_ok=True)
+        link(run / step_name, folder)
     processes.meet()
-    return Step(step_name, folder, parameters, key, resumed, folder.parent, named_files(parameters))
+    return Step(step_name, folder, parameters, key, recipe, not problem, bool(problem) and resumed, run, keys)
 
 
-def empty(folder: Path) -> None:
-    """Remove everything in a step's folder but the executed notebook, which papermill is writing."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != EXECUTED:
-            path.unlink()
+def trouble(folder: Path, verify: bool = False) -> str:
+    """Say why a step must be made, or made whole; "" when it is finished. An altered file raises DiffsegError.
+
+    verify: hash every file, in place of looking at sizes and times.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return "it is not finished"
+    missing, altered = damage(folder, manifest, verify)
+    if altered:
+        raise DiffsegError(
+            f"{folder / altered[0]} was altered since its step finished ({len(altered)} files in all); restore it, or "
+            "remove it to have it made again."
+        )
+    return f"its file {missing[0]} is missing" if missing else ""
 
 
-def write_json(path: Path, value: dict) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def link(place: Path, folder: Path) -> None:
+    """Let `place` in a run's folder be a relative link to a step's folder, in the place of an earlier link."""
+    if place.is_dir() and not place.is_symlink():
+        raise DiffsegError(f"{place} is a folder, where a link belongs; move it away (diffseg 0.2 kept steps there).")
+    target = os.path.relpath(folder, place.parent)
+    if not (place.is_symlink() and os.readlink(place) == target):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        temporary.symlink_to(target, target_is_directory=True)
+        os.replace(temporary, place)
 
 
 @contextlib.contextmanager
@@ -191,148 +202,3 @@ def writing(folder: Path) -> Iterator[None]:
         raise DiffsegError(
             f"cannot write to {folder} ({error.strerror or error}); free some space or set another out."
         ) from None
-
-
-def run(
-    name: str,
-    only: str | None = None,
-    set: dict[str, Any] | None = None,
-    out: str = "",
-    force: bool = False,
-    share: bool = False,
-) -> Path:
-    """Run the steps of a parameter file in order, skip those that are up to date, return the run's folder.
-
-    `name` is a file of notebooks/params (without suffix) or a path to a YAML file; `only` are steps such as
-    "3-5" or "1,3"; `set` overrides parameters; `out` is where the run's folder goes, relative to the working
-    directory; `force` makes the steps anew; `share` links finished steps of the same key from any run in
-    results/runs instead. All values are checked before anything runs. A wrong value and a step that fails raise
-    DiffsegError. Of several processes this is the main one; the others call `diffseg.lab.processes.assist`.
-    """
-    notebooks = step_notebooks()
-    values, folder = resolve(name, set or {}, out)
-    selected = select(only, list(notebooks))
-    wanted = {*selected, *(before for step in selected for before in upstream(step))}
-    from diffseg.lab.kernel import execute  # here: notebooks and `diffseg list` need not wait for papermill
-
-    with locked(folder), processes.Group() as group:
-        for number, (step, notebook) in enumerate(notebooks.items(), start=1):
-            if step not in wanted:
-                continue
-            parameters = step_parameters(notebook, values)
-            key = step_key(step, parameters, folder)
-            title = f"{step}: {number} of {len(notebooks)}"
-            with claimed(key, title) if share else contextlib.nullcontext():
-                problem = trouble(folder / step, key, parameters)
-                if problem and share and not force and (maker := link(folder / step, key)):
-                    print(f"{title}, shared with {maker}", flush=True)
-                    continue
-                if step not in selected:
-                    if problem:
-                        raise DiffsegError(f"run {step} first, with --only {int(step[:2])}: {problem}.")
-                    continue
-                if not problem and not force:
-                    print(f"{title}, up to date", flush=True)
-                    continue
-                # what is half done, altered or of another key is sorted out by `begin`, in the notebook
-                print(f"{title}, again because {problem}" if problem not in ("", UNFINISHED) else title, flush=True)
-                start = time.monotonic()
-                with writing(folder / step):
-                    if force or (folder / step).is_symlink():
-                        remove(folder / step)
-                    with group.together(notebook, parameters, folder):
-                        execute(notebook, folder / step / EXECUTED, parameters, folder)
-                if problem := trouble(folder / step, key, parameters):
-                    raise DiffsegError(f"{step} ended but {problem}; its notebook must end with step.finish.")
-                confirm(folder / step, key, parameters)
-                print(f"{title}, done in {time.monotonic() - start:.0f} s", flush=True)
-    if "06_report" in selected:
-        print_results(folder)
-    return folder
-
-
-def step_notebooks() -> dict[str, Path]:
-    """Return the notebooks that are there, by step, in running order."""
-    return {step: notebook_path(step) for step in STEPS if notebook_path(step).is_file()}
-
-
-def step_parameters(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Return all parameters of a notebook: those of `values` that it declares, defaults for the rest."""
-    return {name: values.get(name, parameter.default) for name, parameter in declared(notebook).items()}
-
-
-def resolve(name: str, changes: dict[str, Any], out: str = "", source: str = "--set") -> tuple[dict[str, Any], Path]:
-    """Return the checked values of a parameter file under `changes`, and the run's folder (see `run`).
-
-    `source` says in an error where the changes come from.
-    """
-    known = merge(step_notebooks().values())
-    path = parameter_file(name)
-    values = check(read_yaml(path), known, path.name) | check(changes, known, source)
-    if out:
-        values["out"] = os.path.abspath(os.path.expanduser(out))
-    if "run" not in values:
-        raise DiffsegError(f"{path} does not name its run; add a line `run: {path.stem}`.")
-    return values, run_folder(values["run"], values.get("out", ""))
-
-
-def parameter_file(name: str) -> Path:
-    """Return the YAML file of a name in notebooks/params, or the path itself when it is one."""
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    folder = project_root() / "notebooks" / "params"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(p.stem for p in folder.glob("*.yaml"))
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}."
-        raise DiffsegError(f"there are no parameters named {name} in {folder}; {hint}")
-    return path
-
-
-def select(only: str | None, steps: list[str]) -> list[str]:
-    """Return the steps of a text such as "3", "3-5" or "1,3", numbered as the notebooks are; None is all."""
-    if only is None:
-        return steps
-    numbers: list[int] = []
-    for part in only.split(","):
-        first, _, last = part.partition("-")
-        if not (first.strip().isdecimal() and (last or first).strip().isdecimal()):
-            raise DiffsegError(f"--only takes step numbers such as 3, 3-5 or 1,3, not {only!r}.")
-        numbers += range(int(first), int(last or first) + 1)
-    by_number = {int(step[:2]): step for step in steps}
-    for number in numbers or [-1]:
-        if number not in by_number:
-            raise DiffsegError(f"--only {only} asks for a step that is not there; the steps are {', '.join(steps)}.")
-    return [step for number, step in by_number.items() if number in numbers]
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the run's folder, check that it can be written and hold it, as two would undo each other."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-        free = shutil.disk_usage(folder).free
-    with file:
-        if free < MINIMUM_FREE:
-            raise DiffsegError(
-                f"only {free / 1e6:.0f} MB are free in {folder}, less than {MINIMUM_FREE / 1e6:.0f} MB; "
-                "free some space or set another out."
-            )
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, also when it is killed
-        except OSError:
-            raise DiffsegError(f"another diffseg run is working in {folder}; wait for it or stop it.") from None
-        yield
-
-
-def print_results(folder: Path) -> None:
-    """Print the table of a run's report and where its figures and summary lie."""
-    report = folder / "06_report"
-    if (report / "table.txt").is_file():
-        print("\n" + (report / "table.txt").read_text(encoding="utf-8").rstrip() + "\n")
-    figures = (read_manifest(report) or {}).get("metrics", {}).get("figures", [])
-    for path in [*(report / figure for figure in figures), folder / "summary.json"]:
-        if path.is_file():
-            print(path)

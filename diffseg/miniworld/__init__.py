@@ -4,7 +4,8 @@ from pathlib import Path
 
 from diffseg.paths import register
 
-WEIGHTS = Path(__file__).parent / "weights"
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights"
 
 
 def _data() -> Path:
@@ -13,11 +14,11 @@ def _data() -> Path:
     return mini_data()
 
 
-register(
-    "mini",
-    generator=lambda: WEIGHTS / "generator",
-    sam_checkpoint=lambda: WEIGHTS / "sam",
-    reference_network=lambda: WEIGHTS / "oracle",
-    data_root=_data,
-    target_images=lambda: _data() / "leftImg8bit" / "train",  # mini Cityscapes' train images
-)
+# the data is made when it is first asked for, by these modules from this art
+_MADE_OF = [HERE / "art", *(HERE / f"{name}.py" for name in ("scenes", "disk", "imagenet_s", "cityscapes"))]
+
+register("generator", "mini", lambda: WEIGHTS / "generator")
+register("sam_checkpoint", "mini", lambda: WEIGHTS / "sam")
+register("reference_network", "mini", lambda: WEIGHTS / "oracle")
+register("data_root", "mini", _data, _MADE_OF)
+register("target_images", "mini", lambda: _data() / "leftImg8bit" / "train", _MADE_OF)  # of mini Cityscapes

@@ -7,6 +7,7 @@ import torch
 
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
 from diffseg.benchmarks.classes import VOC, get_benchmark
+from diffseg.drawing import draw_rows
 from diffseg.errors import DiffsegError
 from diffseg.experiments import mask_ablation
 from diffseg.experiments.mask_ablation import (
@@ -27,7 +28,7 @@ from diffseg.miniworld.oracle import WEIGHTS
 from diffseg.prompts import augment
 from diffseg.refiners import get_refiner
 from diffseg.segmenters import Segmenter, save_segmenter
-from diffseg.synthesis import SynthesisOptions, draw_rows, draw_with_masks
+from diffseg.synthesis import SynthesisOptions, draw_with_masks
 
 OPTIONS = SynthesisOptions(64, 64, 4, 4.0, (16,), "all", 0.2, "none")
 BASE = Variant((16,), "2-3", "none")

@@ -1,20 +1,26 @@
-"""Pictures and masks on disk, drawn with the shipped generator: resumable, repeatable, and in VOC's layout."""
+"""Synthesis on the mini generator: two passes over files, resumed and divided, and one bad image that stops nothing."""
 
+import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from diffseg.attention import AttentionRecorder, token_positions
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import pictures_set
-from diffseg.errors import DiffsegError
-from diffseg.files import sha256_file
+from diffseg.drawing import DrawingOptions, check_prompts, draw_rows, draw_set, name_of, read_drawn
+from diffseg.errors import DiffsegError, Incomplete
+from diffseg.files import read_rows, sha256_file
 from diffseg.generator import draw, load_generator, load_tokenizer, locate_generator
 from diffseg.prompts import augment
-from diffseg.synthesis import SynthesisOptions, draw_with_masks, synthesise
+from diffseg.reliability import rank_within_class
+from diffseg.synthesis import SynthesisOptions, cut, cut_set, draw_with_masks, write_lists
+from diffseg.word_maps import WordMaps
 
 OPTIONS = SynthesisOptions(64, 64, 3, 4.0, (16,), "all", 0.2, "none")
 
@@ -26,37 +32,177 @@ def pipeline(mini_pipeline):
 
 @pytest.fixture(scope="module")
 def rows(mini_words):
-    return augment(mini_words, 10, templates=["a photo of {} {place}"], places=["on the grass", "at night"], seed=0)
+    return augment(mini_words, 10, places=["on the grass", "at night"], seed=3)
 
 
-def fingerprints(folder):
-    return {path.relative_to(folder): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+@pytest.fixture(scope="module")
+def whole(pipeline, rows, tmp_path_factory):
+    """A set that was made undisturbed: its two folders, and the means."""
+    root = tmp_path_factory.mktemp("whole")
+    assert draw_set(pipeline, rows, root / "drawn", OPTIONS, 4) == 10
+    cut_set(rows, root / "drawn", root / "cut", VOC, OPTIONS)
+    return root, write_lists(rows, root / "cut")
 
 
-def test_a_cut_run_goes_on_to_the_same_bytes(pipeline, rows, tmp_path):
-    synthesise(pipeline, rows, tmp_path / "whole", VOC, OPTIONS, batch_size=4)
-    whole = fingerprints(tmp_path / "whole")
-    assert len(whole) == 3 * 10 + 2
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for file in (
-        "JPEGImages/000005.jpg",
-        "Reliability/000009.png",
-        "SegmentationClass/000002.png",
-        "index.csv",
-    ):
-        (tmp_path / "cut" / file).unlink()
-    kept = (tmp_path / "cut" / "JPEGImages" / "000000.jpg").stat().st_mtime_ns
-    synthesise(pipeline, rows, tmp_path / "cut", VOC, OPTIONS, batch_size=4)
-    assert fingerprints(tmp_path / "cut") == whole
-    # the batch 0..3 lost a mask and was drawn again whole; 4..7 and 8..9 too; nothing else is needed
-    assert kept != (tmp_path / "cut" / "JPEGImages" / "000000.jpg").stat().st_mtime_ns
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_nothing_is_drawn_when_everything_is_there(pipeline, rows, tmp_path):
-    synthesise(pipeline, rows[:4], tmp_path, VOC, OPTIONS, batch_size=2)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "JPEGImages").iterdir()}
-    synthesise(pipeline, rows[:4], tmp_path, VOC, OPTIONS, batch_size=2)
-    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "JPEGImages").iterdir()}
+def test_an_interrupted_or_divided_synthesis_makes_the_same_files(pipeline, rows, whole, tmp_path):
+    root, _ = whole
+    shutil.copytree(root, tmp_path / "again", symlinks=True)
+    drawn, masks = tmp_path / "again" / "drawn", tmp_path / "again" / "cut"
+    for path in (drawn / "JPEGImages" / "000002.jpg", drawn / "WordMaps" / "000007.safetensors"):
+        path.unlink()
+    (masks / "Reliability" / "000005.png").unlink()
+    kept = (drawn / "JPEGImages" / "000009.jpg").stat().st_mtime_ns
+    assert draw_set(pipeline, rows, drawn, OPTIONS, 4) == 8  # two batches of four
+    cut_set(rows, drawn, masks, VOC, OPTIONS)
+    assert hashes(drawn) == hashes(root / "drawn") and hashes(masks) == hashes(root / "cut")
+    assert (drawn / "JPEGImages" / "000009.jpg").stat().st_mtime_ns == kept
+    shares = tmp_path / "shares"
+    for k in (1, 0):
+        draw_set(pipeline, rows, shares / "drawn", OPTIONS, 4, share=(k, 2))
+        cut_set(rows, shares / "drawn", shares / "cut", VOC, OPTIONS, batch_size=4, share=(k, 2))
+        if k:
+            with pytest.raises(Incomplete, match="6 of 10 masks are not cut yet"):
+                write_lists(rows, shares / "cut")
+    write_lists(rows, shares / "cut")
+    assert hashes(shares) == hashes(root)
+
+
+def test_the_set_is_vocs_layout(rows, whole):
+    root, means = whole
+    made = pictures_set(root / "cut", VOC)
+    index = read_rows(root / "cut" / "index.csv")
+    assert len(made) == len(index) == 10 and means["failed"] == 0
+    for k, row in enumerate(rows):
+        name, image, label, reliability = made[k]
+        assert name == index[k]["name"] == name_of(row) and image.shape == (3, 64, 64)
+        assert {VOC.classes[i] for i in label.unique().tolist()} <= {"background", *row.classes}
+        assert torch.equal(reliability[1], rank_within_class(label, reliability[0]))
+        assert index[k]["prompt"] == row.prompt and json.loads(index[k]["classes"]) == list(row.classes)
+        assert float(index[k]["foreground"]) == pytest.approx((label > 0).float().mean(), abs=1e-4)
+    assert 0 < means["foreground"] < 1 and 0 < means["margin"] < 1
+    assert not read_rows(root / "cut" / "failed.csv")
+
+
+def test_word_maps_on_disk_give_the_masks_that_memory_gives(pipeline, rows, tmp_path):
+    """Half precision and JPEG move few pixels; an image's maps are a few kB."""
+    options = replace(OPTIONS, jpeg_quality=100)
+    draw_set(pipeline, rows[:4], tmp_path, options, 4)
+    refine = options.refine("cpu")
+    for row, one in zip(rows[:4], draw_with_masks(pipeline, rows[:4], VOC, options), strict=True):
+        image, maps = read_drawn(tmp_path, row)
+        made = cut(image, maps, row, VOC, options, refine)
+        assert (made.label != one.label).float().mean() < 0.002
+        assert (made.scores - one.scores).abs().max() < 2e-3
+        assert (tmp_path / "WordMaps" / f"{name_of(row)}.safetensors").stat().st_size < 40_000 * len(row.words)
+        assert np.abs(np.asarray(image, float) - np.asarray(one.image, float)).mean() < 2
+
+
+def test_kept_maps_choose_layers_and_steps_as_recorders_do(pipeline, rows, tmp_path):
+    draw_set(pipeline, rows[:2], tmp_path, OPTIONS, 2)
+    tokens = [token_positions(pipeline.tokenizer, row.prompt, row.spans) for row in rows[:2]]
+    for resolutions, steps in [((16,), [0, 1, 2]), ((8,), [2]), ((8, 16), [1, 2])]:
+        with AttentionRecorder(pipeline, tokens, resolutions, steps) as recorder:
+            draw_rows(pipeline, rows[:2], OPTIONS)
+        for row, expected in zip(rows[:2], recorder.maps(), strict=True):
+            found = read_drawn(tmp_path, row)[1].mean(resolutions, steps)
+            torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.max()), rtol=1e-3)
+    maps = read_drawn(tmp_path, rows[0])[1]
+    with pytest.raises(DiffsegError, match=r"no cross-attention is kept at resolution 64.* there is \[4, 8, 16\]"):
+        maps.mean((64,), [0])
+    only = WordMaps(maps.layers, [[0, 1]])
+    with pytest.raises(DiffsegError, match="the steps 1 to 1 of attention_steps are not kept by themselves"):
+        only.mean((16,), [1])
+
+
+def test_faint_maps_survive_half_precision(tmp_path):
+    faint = torch.rand(1, 2, 4, 4) * torch.tensor([1e-9, 1.0]).view(1, 2, 1, 1)
+    faint[0, 1] = 0
+    WordMaps({"layer": faint}, [[0]], torch.full((2, 2, 2, 2), 0.25)).save(tmp_path / "a.safetensors")
+    read = WordMaps.load(tmp_path / "a.safetensors")
+    torch.testing.assert_close(read.layers["layer"], faint, rtol=1e-3, atol=0)
+    assert read.steps == [[0]] and read.attention.unique().tolist() == [0.25]
+    (tmp_path / "a.safetensors").write_bytes(b"half")
+    with pytest.raises(DiffsegError, match="a.safetensors cannot be read"):
+        WordMaps.load(tmp_path / "a.safetensors")
+
+
+def test_one_bad_image_does_not_stop_the_set(rows, whole, tmp_path):
+    """A black image, a flat map and one that is no number are left out and listed; too many are an error."""
+    shutil.copytree(whole[0] / "drawn", tmp_path / "drawn")
+    Image.new("RGB", (64, 64)).save(tmp_path / "drawn" / "JPEGImages" / "000001.jpg")
+    for name, value in (("000003", 0.5), ("000004", float("nan"))):
+        path = tmp_path / "drawn" / "WordMaps" / f"{name}.safetensors"
+        maps = WordMaps.load(path)
+        WordMaps({k: torch.full_like(v, value) for k, v in maps.layers.items()}, maps.steps).save(path)
+    cut_set(rows, tmp_path / "drawn", tmp_path / "cut", VOC, OPTIONS)
+    with pytest.raises(DiffsegError, match="3 of 10 images failed, more than failed_share = 0.2.*one colour only"):
+        write_lists(rows, tmp_path / "cut", 0.2)
+    assert write_lists(rows, tmp_path / "cut", 0.3)["failed"] == 3
+    failed = read_rows(tmp_path / "cut" / "failed.csv")
+    assert [row["name"] for row in failed] == ["000001", "000003", "000004"]
+    assert "one colour" in failed[0]["reason"] and "flat or not a number" in failed[2]["reason"]
+    made = pictures_set(tmp_path / "cut", VOC)
+    assert len(made) == 7 and made[1][0] == "000002"
+
+
+def test_pixels_that_are_no_numbers_come_out_black(mini_pipeline, monkeypatch):
+    decode = mini_pipeline.vae.decode
+
+    def broken(latents, *args, **kwargs):
+        output = decode(latents, *args, **kwargs)
+        output[0][0, 0, 5, 5] = float("nan")
+        return output
+
+    plain = draw(mini_pipeline, ["a cat", "a dog"], [1, 2], sampling_steps=2)
+    monkeypatch.setattr(mini_pipeline.vae, "decode", broken)
+    first, second = draw(mini_pipeline, ["a cat", "a dog"], [1, 2], sampling_steps=2)
+    assert first.getextrema() == ((0, 0),) * 3 and np.array_equal(second, plain[1])
+
+
+def test_all_prompts_are_checked_before_the_first_is_drawn(pipeline, rows):
+    check_prompts(pipeline.tokenizer, rows)
+    bad = [*rows, replace(rows[0], index=10, prompt="a photo of a zyzzyva", spans=((13, 20),))]
+    bad.append(replace(rows[0], index=11, prompt="a cat " * 30 + "a dog", spans=((182, 185),)))
+    with pytest.raises(DiffsegError, match="2 of 12 prompts cannot be drawn; prompt 10: .*does not know the word"):
+        check_prompts(pipeline.tokenizer, bad)
+
+
+def test_a_refiner_and_wide_images(pipeline, rows):
+    options = SynthesisOptions(32, 64, 2, 4.0, (8,), "all", 0.2, "pamr")
+    for one in draw_with_masks(pipeline, rows[:2], VOC, options):
+        assert one.image.size == (64, 32) and one.label.shape == one.margin.shape == (32, 64)
+    own = SynthesisOptions(64, 64, 2, 4.0, (8,), "all", 0.2, "self-attention")
+    assert draw_with_masks(pipeline, rows[:1], VOC, own)[0].label.shape == (64, 64)
+
+
+def test_a_resolution_that_the_generator_has_not(pipeline, rows):
+    options = SynthesisOptions(64, 64, 2, 4.0, (64,), "all", 0.2, "none")
+    with pytest.raises(DiffsegError, match="no cross-attention was recorded at resolution 64"):
+        draw_with_masks(pipeline, rows[:1], VOC, options)
+
+
+def test_a_recorder_needs_the_words_of_every_image(pipeline, rows):
+    tokens = [token_positions(pipeline.tokenizer, rows[0].prompt, rows[0].spans)]
+    with AttentionRecorder(pipeline, tokens) as recorder:
+        with pytest.raises(DiffsegError, match="give it the words of every picture"):
+            draw_rows(pipeline, rows[:2], DrawingOptions(64, 64, 1, 4.0))
+    assert not recorder.sums
+
+
+def test_damaged_generators_are_one_sentence(tmp_path):
+    shutil.copytree(locate_generator("mini"), tmp_path / "generator")
+    (tmp_path / "generator" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"truncated")
+    with pytest.raises(DiffsegError, match="cannot be loaded from"):
+        load_generator(str(tmp_path / "generator"))
+    for load in (load_generator, load_tokenizer):
+        with pytest.raises(DiffsegError, match="cannot be loaded from"):
+            load(str(tmp_path / "nowhere"))
+    with pytest.raises(DiffsegError, match="no precision"):
+        load_generator("mini", precision="fp8")
 
 
 def test_a_picture_hardly_depends_on_its_batch(pipeline, rows):
@@ -80,20 +226,6 @@ def test_half_precision_draws_the_same_picture(pipeline, rows):
     assert 0 < difference(half) < 2 < 10 < difference(other)
 
 
-def test_the_set_is_read_back_with_labels_of_the_prompts_classes_only(pipeline, rows, tmp_path):
-    means = synthesise(pipeline, rows, tmp_path, VOC, OPTIONS, batch_size=5)
-    made = pictures_set(tmp_path, VOC)
-    assert len(made) == len(rows)
-    for row, (name, image, label, margin) in zip(rows, made, strict=True):
-        allowed = {0, *(VOC.classes.index(class_name) for class_name in row.classes)}
-        assert name == f"{row.index:06d}" and image.shape == (3, 64, 64)
-        assert set(label.unique().tolist()) <= allowed
-        assert margin.shape == label.shape and margin.dtype == torch.uint8
-    index = pd.read_csv(tmp_path / "index.csv")
-    assert index.seed.tolist() == [row.seed for row in rows] and index.prompt[0] == rows[0].prompt
-    assert index.foreground.mean() == pytest.approx(means["foreground"], abs=1e-3)
-
-
 def test_the_picture_is_the_same_with_and_without_the_recorder(pipeline, rows):
     prompts, seeds = [row.prompt for row in rows[:2]], [row.seed for row in rows[:2]]
     plain = draw(pipeline, prompts, seeds, sampling_steps=3)
@@ -102,35 +234,3 @@ def test_the_picture_is_the_same_with_and_without_the_recorder(pipeline, rows):
         recorded = draw(pipeline, prompts, seeds, sampling_steps=3)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(plain, recorded, strict=True))
     assert recorder.maps()[0].shape == (1, 16, 16)
-
-
-def test_two_to_one_pictures_have_two_to_one_masks(pipeline, rows):
-    options = SynthesisOptions(32, 64, 2, 4.0, (8,), "all", 0.2, "pamr")
-    for one in draw_with_masks(pipeline, rows[:2], VOC, options):
-        assert one.image.size == (64, 32) and one.label.shape == one.margin.shape == (32, 64)
-
-
-def test_a_resolution_that_the_generator_does_not_have_is_named(pipeline, rows):
-    options = SynthesisOptions(64, 64, 2, 4.0, (64,), "all", 0.2, "none")
-    with pytest.raises(DiffsegError, match="64"):
-        draw_with_masks(pipeline, rows[:1], VOC, options)
-
-
-def test_a_missing_generator_is_one_sentence(tmp_path):
-    for load in (load_generator, load_tokenizer):
-        with pytest.raises(DiffsegError, match="cannot be loaded"):
-            load(str(tmp_path / "nowhere"))
-
-
-def test_truncated_weights_are_one_sentence_that_names_the_folder(tmp_path):
-    shutil.copytree(locate_generator("mini"), tmp_path / "generator")
-    weights = tmp_path / "generator" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100_000])
-    with pytest.raises(DiffsegError, match="cannot be loaded") as error:
-        load_generator(str(tmp_path / "generator"))
-    assert str(tmp_path / "generator") in str(error.value) and "\n" not in str(error.value)
-
-
-def test_an_unknown_precision_is_named():
-    with pytest.raises(DiffsegError, match="fp8"):
-        load_generator("mini", precision="fp8")

@@ -30,7 +30,8 @@ from diffseg.experiments.generator.measure import draw_and_judge, summarise
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import atomic_path, read_rows, sha256_file, write_rows
 from diffseg.generator import load_generator, locate_generator
-from diffseg.lab.manifests import plain, provenance, read_json
+from diffseg.lab.manifests import read_json
+from diffseg.lab.provenance import as_json, provenance
 from diffseg.lab.publishing import samples_and_seconds
 from diffseg.miniworld.oracle import WEIGHTS, load_oracle
 from diffseg.paths import project_root
@@ -177,7 +178,7 @@ def read_table(path: Path, made_from: dict) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     about = read_json(path.with_suffix(".json")) or {}
-    before, now = about.get("made_from", {}), plain(made_from)
+    before, now = about.get("made_from", {}), as_json(made_from)
     if before != now:
         names = [name for name in now if now[name] != before.get(name)]
         raise DiffsegError(f"{path} was made with other {', '.join(names)}; move it away or choose another --results")
@@ -187,7 +188,7 @@ def read_table(path: Path, made_from: dict) -> list[dict[str, str]]:
 def write_table(path: Path, rows: list[dict], made_from: dict) -> None:
     about = {"made_from": made_from} | provenance()
     with atomic_path(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(plain(about), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(as_json(about), indent=1) + "\n", encoding="utf-8")
     write_rows(path, rows)
 
 

@@ -22,7 +22,7 @@ from diffseg.experiments.generator.heldout import held_out, iou
 from diffseg.figures import overlay, picture_rows, save_figure
 from diffseg.files import atomic_path
 from diffseg.generator import load_generator, locate_generator
-from diffseg.lab.manifests import provenance
+from diffseg.lab.provenance import provenance
 from diffseg.masks import label_and_margin
 from diffseg.miniworld.oracle import (
     CLASS_IDS,

@@ -29,14 +29,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffseg.attention import AttentionRecorder, token_positions
 from diffseg.benchmarks.classes import VOC
+from diffseg.drawing import draw_rows
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import atomic_path
 from diffseg.generator import load_generator, load_tokenizer
-from diffseg.lab.manifests import provenance
+from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
 from diffseg.prompts import Prompt, augment
 from diffseg.refiners import REFINERS, refiners_at_hand
-from diffseg.synthesis import SynthesisOptions, draw_rows, draw_with_masks
+from diffseg.synthesis import SynthesisOptions, draw_with_masks
 from diffseg.words import load_words, select_words
 
 # name -> heads (None: the shipped generator), and on a CPU: pictures at once, denoising steps, repetitions

@@ -27,7 +27,7 @@ from diffseg.benchmarks.labels import write_label
 from diffseg.benchmarks.metrics import ConfusionMatrix, ImageNetSScores, bootstrap_interval
 from diffseg.benchmarks.readers import LabelledPictures
 from diffseg.files import atomic_path
-from diffseg.lab.manifests import provenance
+from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
 from diffseg.segmenters import Segmenter
 

@@ -1,0 +1,45 @@
+"""Locks on files, which end with the process that holds them, also when it is killed."""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from diffseg.errors import DiffsegError
+
+
+def acquire(path: Path, busy: str, shared: bool = False, waiting: str = "") -> TextIO:
+    """Return the open file that holds the lock; closing it gives the lock back.
+
+    Where another process holds it, `waiting` is printed and the lock waited for; without `waiting` DiffsegError says
+    `busy`. Holders of a shared lock keep out those who want it alone, not each other.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        if not waiting:
+            file.close()
+            raise DiffsegError(busy) from None
+        print(waiting, flush=True)
+        fcntl.flock(file, kind)
+    return file
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str, shared: bool = False, waiting: str = "") -> Iterator[None]:
+    with acquire(path, busy, shared, waiting):
+        yield
+
+
+def run_lock(run: Path) -> tuple[Path, str]:
+    """Return the lock of a run and what to say when another process holds it: two would undo each other's links."""
+    return run / ".lock", f"another diffseg run, or a notebook, is working in {run}; wait for it or stop it."
+
+
+def step_lock(folder: Path) -> tuple[Path, str]:
+    """Return the lock of making a step, and what to say when another process holds it."""
+    return folder.parent / ".locks" / folder.name, f"another process is making {folder}; wait for it or stop it."

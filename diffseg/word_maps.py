@@ -1,0 +1,92 @@
+"""Word maps: what is kept of a picture's attention, so that masks can be cut from it in another way later.
+
+A map says how much each position of the picture reads of one word. Kept are the maps of every layer and of every step,
+or of the sum over some steps: a few kB a word. Which layers and steps are averaged is chosen when masks are cut.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch.nn import functional as F
+
+from diffseg.errors import DiffsegError
+from diffseg.files import atomic_path
+
+SELF = "self-attention"  # its name in the file, beside the layers'
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """The maps of one picture's words.
+
+    layers: name of the layer -> float32 S x W x h x w, probabilities in 0..1 of W words. steps: the denoising steps
+    that each of the S maps averages, from 0. attention: float32 h x w x h x w of self-attention, None where none is
+    kept.
+    """
+
+    layers: dict[str, torch.Tensor]
+    steps: list[list[int]]
+    attention: torch.Tensor | None = None
+
+    def mean(self, resolutions: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+        """Return the mean over the layers of some map sizes and some steps, float32 W x h x w of the largest size.
+
+        resolutions: shorter sides in positions, each with the same weight, however many layers it has. Raises a
+        DiffsegError for a resolution or step that is not kept.
+        """
+        chosen = [k for k, kept in enumerate(self.steps) if set(kept) <= set(steps)]
+        if sorted(step for k in chosen for step in self.steps[k]) != sorted(steps):
+            kept = ", ".join(f"{some[0]}-{some[-1]}" if len(some) > 1 else str(some[0]) for some in self.steps)
+            raise DiffsegError(
+                f"the steps {steps[0]} to {steps[-1]} of attention_steps are not kept by themselves (kept: {kept}); "
+                "choose attention_steps among them, or another kept_steps, which draws anew"
+            )
+        means = []
+        for resolution in sorted(set(resolutions)):
+            found = [maps[chosen].mean(dim=0) for maps in self.layers.values() if min(maps.shape[-2:]) == resolution]
+            if not found:
+                there = sorted({min(maps.shape[-2:]) for maps in self.layers.values()})
+                raise DiffsegError(
+                    f"no cross-attention is kept at resolution {resolution}: at this picture size there is {there}; "
+                    "choose attention_resolutions among them"
+                )
+            means.append(torch.stack(found).mean(dim=0)[None])
+        return average(means)[0]
+
+    def save(self, path: Path) -> None:
+        """Write the maps in half precision, each scaled by its own largest value, so that faint ones keep theirs."""
+        tensors = {}
+        for layer, maps in self.layers.items():
+            scale = maps.amax(dim=(-2, -1), keepdim=True)
+            tensors[layer] = torch.where(scale > 0, maps / scale, maps).half().contiguous()
+            tensors[f"{layer}.scale"] = scale.contiguous()
+        if self.attention is not None:
+            tensors[SELF] = self.attention.half().contiguous()
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(save(tensors, {"steps": json.dumps(self.steps)}))
+
+    @classmethod
+    def load(cls, path: Path) -> "WordMaps":
+        """Read what `save` wrote. Raises a DiffsegError for a file that is missing or damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                steps = json.loads(file.metadata()["steps"])
+                found = {name: file.get_tensor(name).float() for name in file.keys()}
+            attention = found.pop(SELF, None)
+            layers = {name: found[name] * found[f"{name}.scale"] for name in found if not name.endswith(".scale")}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DiffsegError(
+                f"the word maps {path} cannot be read ({error}); remove the file to draw it anew"
+            ) from None
+        return cls(layers, steps, attention)
+
+
+def average(means: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of maps (B x W x h x w each) at the size of the last one, the largest."""
+    size = means[-1].shape[-2:]
+    return torch.stack([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in means]).mean(dim=0)

@@ -1,0 +1,171 @@
+"""What moves a step's key, and what does not: one change of each kind, on the project's own notebooks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import diffseg
+from diffseg.lab import steps
+from diffseg.lab.parameters import declared
+from diffseg.lab.steps import STEPS, notebook_of, step_recipe
+from diffseg.paths import project_root
+
+REPOSITORY = Path(diffseg.__file__).parents[1]
+ALL = list(STEPS)
+FROM = {step: {step, *(later for later in STEPS if step in steps.upstream(later))} for step in STEPS}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A copy of the notebooks and of the package's code, whose keys can be changed by editing it."""
+    shutil.copytree(REPOSITORY / "notebooks", tmp_path / "notebooks")
+    shutil.copytree(REPOSITORY / "diffseg", tmp_path / "diffseg", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
+    monkeypatch.setattr(steps, "PACKAGE", tmp_path / "diffseg")
+    return tmp_path
+
+
+def keys(**changes) -> dict[str, str]:
+    """The keys of all steps of a run with the notebooks' defaults but for the changes."""
+    found: dict[str, str] = {}
+    for step in STEPS:
+        values = {name: parameter.default for name, parameter in declared(notebook_of(step)).items()}
+        values |= {name: value for name, value in changes.items() if name in values}
+        found[step] = steps.key_of(step_recipe(step, values, found))
+    return found
+
+
+def moved(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {step for step in STEPS if before[step] != after[step]}
+
+
+def edit_cell(notebook: Path, cell_id: str, old: str, new: str) -> None:
+    content = json.loads(notebook.read_text())
+    cell = next(cell for cell in content["cells"] if cell["id"] == cell_id)
+    source = "".join(cell["source"])
+    assert old in source
+    cell["source"] = source.replace(old, new)
+    notebook.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"images": 7}, "01_prompt_augmentation"),
+        ({"seed": 1}, "01_prompt_augmentation"),  # and 02, 04, 05 of their own
+        ({"lora_rank": 4}, "02_lora_tuning"),
+        ({"guidance_scale": 2.0}, None),  # 02's and 03's
+        ({"jpeg_quality": 90}, "03_drawing"),
+        ({"synthesis_batch": 4}, "03_drawing"),
+        ({"beta": 0.3}, "03_synthesis"),
+        ({"refiner": "none"}, "03_synthesis"),
+        ({"attention_steps": "all"}, "03_synthesis"),
+        ({"attention_resolutions": [8]}, "03_synthesis"),
+        ({"iterations": 7}, "04_robust_training"),
+        ({"bootstrap": 7}, "05_evaluation"),
+        ({"workers": 3}, ""),
+        ({"checkpoint_every": 7}, ""),
+        ({"lora_checkpoint_every": 7}, ""),
+        ({"evaluation_batch": 3}, ""),
+        ({"grid_pictures": 0}, ""),
+        ({"run": "other", "out": "/tmp/x"}, ""),
+    ],
+)
+def test_parameters(changes, first):
+    found = moved(keys(), keys(**changes))
+    if first is None:
+        assert found == FROM["02_lora_tuning"]
+    elif changes == {"seed": 1}:
+        assert found == set(ALL)
+    else:
+        assert found == (FROM[first] if first else set())
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "first"),
+    [
+        ("masks.py", "scores.argmax(dim=0)", "scores.argmin(dim=0)", "03_synthesis"),
+        ("masks.py", '"""From attention maps', '"""Out of attention maps', ""),  # a docstring
+        ("masks.py", "import torch\n", "import torch  # tensors\n\n\n", ""),  # a comment and blank lines
+        ("prompts.py", "rng.choice(templates)", "rng.choice([*templates])", "01_prompt_augmentation"),
+        ("lora.py", "weight_decay=0.01", "weight_decay=0.02", "02_lora_tuning"),  # 03 loads LoRA with this module, too
+        ("cotraining.py", "correction=0", "correction=1", "04_robust_training"),
+        ("benchmarks/metrics.py", "0.05", "0.06", None),
+        ("lab/runs.py", "time.time()", "time.time() + 0", ""),
+        ("figures.py", "dpi=150", "dpi=200", ""),
+        ("lab/report.py", "percent(", "percent (", ""),
+    ],
+)
+def test_code_of_the_package(root, module, old, new, first):
+    before, path = keys(), root / "diffseg" / module
+    text = path.read_text()
+    if old not in text:
+        pytest.skip(f"{module} has no {old!r} any more")
+    path.write_text(text.replace(old, new, 1))
+    found = moved(before, keys())
+    if first is None:
+        assert "05_evaluation" in found
+    else:
+        assert found == (FROM[first] if first else set())
+
+
+def test_cells(root):
+    before = keys()
+    notebook = root / "notebooks" / "03_synthesis.ipynb"
+    edit_cell(notebook, "closely", "picture_rows(", "picture_rows  (")
+    edit_cell(notebook, "closely", "plt.show()", "plt.show()\nplt.close()")  # a figure
+    edit_cell(notebook, "all", "cut_set(prompts", "# all of it\ncut_set(prompts")  # a comment
+    edit_cell(notebook, "prompts-text", "prompt", "caption")  # prose
+    assert not moved(before, keys())
+    edit_cell(notebook, "all", "runs.meet()", "runs.meet(); 1 + 1")
+    cut = keys()
+    assert moved(before, cut) == FROM["03_synthesis"]
+    edit_cell(notebook, "draw", "draw_set(pipeline", "1 + 1\n    draw_set(pipeline")
+    assert moved(cut, keys()) == FROM["03_drawing"]
+
+
+def test_files_that_parameters_name(root, tmp_path):
+    (root / "captions.txt").write_text("a cat")
+    pictures = root / "pictures"
+    (pictures / "far").mkdir(parents=True)
+    (pictures / ".ipynb_checkpoints").mkdir()
+    (pictures / "far" / "1.png").write_text("1")
+    network = root / "network"
+    network.mkdir()
+    (network / "model.safetensors").write_text("w")
+    named = {
+        "caption_file": "captions.txt",
+        "target_images": "pictures",
+        "initial_network": "network",
+        "encoder_weights": "network",
+    }
+    before = keys(**named)
+    assert moved(before, keys()) == set(ALL)
+    (pictures / ".ipynb_checkpoints" / "1.png").write_text("hidden")
+    (root / "other.txt").write_text("named by none")
+    assert not moved(before, keys(**named))
+    for path, first in [
+        (root / "captions.txt", "01_prompt_augmentation"),
+        (pictures / "far" / "1.png", "02_lora_tuning"),
+        (network / "model.safetensors", "04_robust_training"),
+    ]:
+        path.write_text(path.read_text() + " more")
+        after = keys(**named)
+        assert moved(before, after) == FROM[first]
+        before = after
+
+
+def test_the_miniature_is_known_by_its_bytes(root):
+    before = keys()
+    weights = root / "diffseg" / "miniworld" / "weights" / "generator" / "unet" / "config.json"
+    named = steps.named_files({"generator": "mini", "data_root": "mini", "benchmark": "voc", "seed": 0})
+    assert set(named) == {"generator", "data_root", "benchmark"}
+    assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in named["generator"])
+    assert "scenes.py" in named["data_root"] and "words_voc.csv" in named["benchmark"]
+    assert weights.is_file() and before == keys()
+
+
+def test_the_package_is_found_at_its_root():
+    assert project_root() == REPOSITORY and steps.module_path("diffseg.masks") == REPOSITORY / "diffseg" / "masks.py"
