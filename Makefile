@@ -20,7 +20,7 @@ reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with 
 
 study: install  ## the mini benchmarks, then every study of notebooks/studies: about eight hours on two cores; what was cut goes on
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
-	$(BIN)/diffseg run mini-cityscapes --only 1-4 --share --set run=mini-cityscapes-untuned 'target_images=""' train_real=false
+	$(BIN)/diffseg run mini-cityscapes --only 1-4 --set run=mini-cityscapes-untuned 'target_images=""' train_real=false
 	$(BIN)/python -m diffseg.experiments.pseudo_captions results/runs/mini-cityscapes-untuned/04_robust_training/synthetic \
 		--out results/data/street-captions --words rider=cyclist motorcycle=motorbike
 	for name in $(basename $(notdir $(wildcard notebooks/studies/*.yaml))); do $(BIN)/diffseg study $$name --jobs $(JOBS) || exit 1; done
@@ -40,5 +40,5 @@ lint: install
 strip: install  ## remove outputs from the notebooks before a commit
 	$(BIN)/python notebooks/strip.py notebooks/*.ipynb
 
-clean:  ## forget all runs (the environment stays)
-	rm -rf results/runs results/data
+clean: install  ## list the results that no run refers to, and remove them when you agree
+	$(BIN)/diffseg clean

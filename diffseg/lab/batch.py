@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffseg.errors import DiffsegError, Incomplete
+from diffseg.files import atomic_path
 from diffseg.lab import processes
 from diffseg.lab.declarations import check_together
 from diffseg.lab.locks import acquire, locked, run_lock, step_lock
@@ -103,6 +104,8 @@ def run(
                         raise DiffsegError(f"{name} ended but {problem} in {path}; it must end with step.finish.")
                 print(f"{title}, done in {time.monotonic() - start:.0f} s", flush=True)
     if "06_report" in selected:
+        with atomic_path(folder / "summary.json") as path:
+            shutil.copyfile(folder / "06_report" / "summary.json", path)
         print_results(folder)
     return folder
 

@@ -109,9 +109,10 @@ def step_recipe(step: str, parameters: Mapping[str, Any], keys: Mapping[str, str
             raise DiffsegError(f"{step} needs {name}, which this run has not made; run that step first.")
     cells = method_cells(step)
     used = {name: parameters[name] for name in names_in(cells) & parameters.keys() - INERT}
+    files = {name: fingerprint(found.items()) for name, found in named_files(used).items()}
     return {
-        "parameters": used,
-        "files": {name: fingerprint(found.items()) for name, found in named_files(used).items()},
+        "parameters": {n: v for n, v in used.items() if not (n in files and n in FILES)},  # bytes count, not the place
+        "files": files,
         "cells": sha256_text("\n".join(map(without_comments, cells))),
         "code": {module: code_digest(module) for module in sorted(imported(cells))},
         "upstream": {name: keys[name] for name in STEPS.get(step, [])},

@@ -11,11 +11,12 @@ from diffusers import DDIMScheduler
 
 from diffseg.denoising import diffusion_loss
 from diffseg.errors import DiffsegError
-from diffseg.experiments.generator import compare, heldout, networks, pretrain, scenes
+from diffseg.experiments.generator import compare, heldout, networks, pretrain
 from diffseg.experiments.generator.asked import pair_prompts, single_prompts
 from diffseg.experiments.generator.compare import COLUMNS, VARIANTS, Sampling, find_row, grid
 from diffseg.experiments.generator.heldout import held_out
 from diffseg.generator import load_generator, locate_generator
+from diffseg.miniworld import scenes
 from diffseg.synthesis import SynthesisOptions
 
 TINY = {
