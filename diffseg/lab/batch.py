@@ -1,6 +1,7 @@
 """The batch runner: the notebooks of a parameter file in order over papermill; what is finished is found, not made."""
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,7 @@ def run(
     selected = select(only, list(notebooks))
     if shard:
         processes.parse_shard(shard)
+        os.environ[processes.SHARD] = shard  # for the kernel
         if selected != ["03_synthesis"]:
             raise DiffsegError("--shard divides notebook 3 only; give --only 3, after --only 1-2 has been run.")
     needed = {step for name in selected for made in steps_of(notebooks[name]) for step in (made, *upstream(made))}
@@ -93,7 +95,7 @@ def run(
                 executed = folder / "notebooks" / f"{name}{processes.suffix(shard)}.ipynb"
                 try:
                     with writing(folder), group.together(notebook, parameters, folder):
-                        execute(notebook, executed, parameters, folder, shard)
+                        execute(notebook, executed, parameters, folder)
                 except Incomplete as rest:
                     if not shard:
                         raise

@@ -14,8 +14,7 @@ from nbclient.exceptions import DeadKernelError
 
 import diffseg
 from diffseg.errors import DiffsegError, Incomplete
-from diffseg.lab.processes import SHARD
-from diffseg.lab.runs import RUNNER
+from diffseg.lab.locks import RUNNER
 
 
 def environment() -> dict[str, str]:
@@ -53,7 +52,7 @@ class Live:
         self.stream.flush()
 
 
-def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: Path, shard: str = "") -> None:
+def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: Path) -> None:
     """Run a notebook with `folder` as working directory and write it, with its outputs, to `executed`.
 
     What its cells print is shown live. A cell that fails or a kernel that dies raises DiffsegError: one sentence with
@@ -61,7 +60,6 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: 
     raises Incomplete.
     """
     executed.parent.mkdir(parents=True, exist_ok=True)
-    os.environ[SHARD] = shard  # the kernel inherits it
     # papermill takes braces in a path for parameters
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed))
     try:

@@ -8,6 +8,8 @@ from typing import TextIO
 
 from diffseg.errors import DiffsegError
 
+RUNNER = "DIFFSEG_RUNNER"  # set in the kernels of `diffseg run`, which holds the locks itself
+
 
 def acquire(path: Path, busy: str, shared: bool = False, waiting: str = "") -> TextIO:
     """Return the open file that holds the lock; closing it gives the lock back.

@@ -137,7 +137,7 @@ def assist() -> None:
 
     Of each, this process's executed part lies in `<run>/notebooks` under its rank.
     """
-    from diffseg.lab.kernel import execute
+    from diffseg.lab.kernel import execute  # here: others need not wait for papermill
 
     with Group() as group:
         while task := group.exchange():

@@ -18,7 +18,7 @@ from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST
 from diffseg.lab import processes
 from diffseg.lab.declarations import check_together
-from diffseg.lab.locks import acquire, run_lock, step_lock
+from diffseg.lab.locks import RUNNER, acquire, run_lock, step_lock
 from diffseg.lab.manifests import LISTING, damage, read_manifest, write_manifest
 from diffseg.lab.parameters import check, declared
 from diffseg.lab.provenance import as_json, provenance
@@ -26,7 +26,6 @@ from diffseg.lab.steps import key_of, linked_keys, notebook_of, run_folder, step
 
 __all__ = ["Step", "begin", "meet", "read_manifest", "share"]
 
-RUNNER = "DIFFSEG_RUNNER"  # set in the kernels of `diffseg run`, which holds the locks itself
 share, meet = processes.share, processes.meet  # for notebooks: this process's part of divided work, and the wait
 
 _held: dict[Path, Any] = {}  # locks of this process, until it ends
