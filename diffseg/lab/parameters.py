@@ -15,8 +15,23 @@ from typing import Any
 import yaml
 
 from diffseg.errors import DiffsegError
+from diffseg.lab.declarations import FILES, INERT, assign, check_together, refusal, shown, violations
 
-TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+__all__ = [
+    "FILES",
+    "INERT",
+    "Parameter",
+    "check",
+    "check_together",
+    "declared",
+    "is_parameters",
+    "merge",
+    "parse_assignments",
+    "read_cells",
+    "read_yaml",
+]
+
+TYPES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -71,21 +86,21 @@ def declared(notebook: Path) -> dict[str, Parameter]:
     return parameters
 
 
-def coerce(name: str, value: Any, default: Any) -> Any:
+def coerce(name: str, value: Any, default: Any, source: str) -> Any:
     """Return `value` in the type of `default` when nothing is lost, else raise DiffsegError.
 
     YAML 1.1 reads 1e-4 as a text and papermill's `-p` hands over 'true': both are understood. A number is
     never taken for a truth value nor a truth value for a number; 3.0 is a whole number, 3.5 is not; only
     finite numbers are taken. The elements of a list follow its default's elements when these are all of one
-    type.
+    type. `source` says in an error where the value comes from.
     """
     kind = type(default)
     if kind is list and isinstance(value, list | tuple):
         kinds = {type(element) for element in default}
         if len(kinds) == 1:
-            return [coerce(f"{name}[{i}]", element, default[0]) for i, element in enumerate(value)]
+            return [coerce(f"{name}[{i}]", element, default[0], source) for i, element in enumerate(value)]
         if all(type(element) in (bool, int, float, str) for element in value):
-            return [coerce(name, element, element) for element in value]
+            return [coerce(name, element, element, source) for element in value]
     elif kind is str and isinstance(value, str):
         return str(value)
     elif kind is bool:
@@ -103,8 +118,9 @@ def coerce(name: str, value: Any, default: Any) -> Any:
                 return kind(number)
         except (ValueError, OverflowError):
             pass
-    hint = "; put it in quotes" if kind is str and value is not None else ""
-    raise DiffsegError(f"parameter {name} must be {TYPES[kind]} such as {default!r}, not {value!r}{hint}.")
+    is_unquoted = kind is str and value is not None
+    remedy = "Put it in quotes." if is_unquoted else assign(name.partition("[")[0], default)
+    raise refusal(name, value, source, f"be {TYPES[kind]}", remedy)
 
 
 def merge(notebooks: Iterable[Path]) -> dict[str, Parameter]:
@@ -122,24 +138,77 @@ def merge(notebooks: Iterable[Path]) -> dict[str, Parameter]:
 
 
 def check(values: dict[str, Any], parameters: dict[str, Parameter], source: str) -> dict[str, Any]:
-    """Return `values` coerced to the declared types; `source` says in an error where the values come from."""
+    """Return `values`, some or all of the `parameters`, in the declared types and ranges; raise DiffsegError for the
+    first that is not.
+
+    `source` says in an error where the values come from. A name that `declarations` does not know is checked by the
+    type of its default alone. What depends on other parameters, and on names that the method lists, is
+    `check_together`'s.
+    """
     for name in values:
         if name not in parameters:
-            close = difflib.get_close_matches(str(name), parameters, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(parameters))}."
-            raise DiffsegError(f"{source} gives the parameter {name}, which no notebook declares{hint}")
-    return {name: coerce(name, value, parameters[name].default) for name, value in values.items()}
+            close = difflib.get_close_matches(str(name)[:80], parameters, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(parameters))}."
+            raise DiffsegError(f"{source} gives the parameter {str(name)[:80]}, which no notebook declares; {hint}")
+    checked = {name: coerce(name, value, parameters[name].default, source) for name, value in values.items()}
+    for where, value, rule, nearest in violations(checked):
+        name = where.partition("[")[0]
+        default = parameters[name].default
+        is_edited = checked[name] == default  # somebody works in the parameters cell itself
+        remedy = "Correct the parameters cell." if is_edited else assign(name, default if nearest is None else nearest)
+        raise refusal(where, value, source, rule, remedy)
+    return checked
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which each name stands once and nothing stands for something written elsewhere.
+
+    PyYAML lets the last of two equal names win. An alias may contain itself, or unfold to gigabytes.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "an alias (*) is not allowed; write it out", mark)
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node):
+        seen = set()
+        for key, _ in node.value:
+            problem = "a merge key (<<) is not allowed; write it out" if key.tag == "tag:yaml.org,2002:merge" else ""
+            if isinstance(key.value, str) and key.value in seen:
+                problem = f"{key.value[:80]} is given twice; keep one"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else None)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the value of a YAML text; raise DiffsegError, which begins with `source`, when it is not one."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.constructor.ConstructorError as error:
+        problem, mark = error.problem, error.problem_mark
+    except RecursionError:
+        problem, mark = "it is nested too deeply; a parameter is a value or a list of values", None
+    except Exception as error:  # PyYAML passes on what a date, a long number or a broken tag makes of Python's types
+        problem, mark = "a text with : # [ { or a date goes in quotes", getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}" if mark else ""
+    raise DiffsegError(f"{source} is not valid YAML{where}: {problem}.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the flat mapping of a parameter file; raise DiffsegError when it is not one."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DiffsegError(f"cannot read the parameter file {path}: {error}.") from None
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
-        raise DiffsegError(f"{path} is not valid YAML near line {line}.") from None
+        if path.exists() and not path.is_file():
+            raise DiffsegError(f"{path} is not a file; give a parameter file, with lines `name: value`.")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DiffsegError(f"{path} is not a text in UTF-8; give a parameter file, with lines `name: value`.") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DiffsegError(f"cannot read the parameter file {shown(str(path))} ({reason}); check its name.") from None
+    values = parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -148,14 +217,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """Return {name: value} of texts `name=value`, each value read as YAML."""
+    """Return {name: value} of texts `name=value`, each value read as YAML; raise DiffsegError for one that is not,
+    and for a name given twice."""
     values = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals or not name.strip():
-            raise DiffsegError(f"--set takes name=value, not {assignment!r}.")
-        try:
-            values[name.strip()] = yaml.safe_load(text) if text.strip() else ""
-        except yaml.YAMLError:
-            raise DiffsegError(f"--set {assignment!r}: the value is not valid YAML; put it in quotes.") from None
+        name = name.strip()
+        if not equals or not name:
+            raise DiffsegError(f"--set takes name=value, not {shown(assignment)}; write it as in --set seed=1.")
+        if name in values:
+            raise DiffsegError(f"--set gives {name[:80]} twice; keep one.")
+        values[name] = parse_yaml(text, f"--set {name[:80]}") if text.strip() else ""
     return values

@@ -1,0 +1,338 @@
+"""What each parameter of the notebooks may be: its type, its range, and what it means for a step's key.
+
+A parameter is declared once, whichever notebooks have it. Its default and its meaning stand in their parameters cells.
+`violations` applies these declarations to single values, without torch. `check_together` compares parameters with one
+another and with the lists of names in the method, which need torch.
+"""
+
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from diffseg.errors import DiffsegError
+
+
+class Flag(Enum):
+    FILE = "the value may name a file or folder, whose bytes decide the result"
+    INERT = "the value cannot change the bytes of a result"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The value, or each element of it, is one of the names that the method lists in `module`."""
+
+    module: str
+    attribute: str
+
+    def names(self) -> list[str]:
+        return list(getattr(importlib.import_module(self.module), self.attribute))
+
+
+def matches(test: Callable[[Any], Any], rule: str) -> AfterValidator:
+    """Require `test` of a value; `rule` completes the sentence "it must ..."."""
+
+    def validate(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(rule)
+        return value
+
+    return AfterValidator(validate)
+
+
+def is_template(text: str) -> bool:
+    return text.count("{}") == 1 and not re.search(r"[{}]", text.replace("{}", "").replace("{place}", ""))
+
+
+# Surrogates cannot be written as UTF-8; a line break would end a row or a comment.
+one_line = matches(lambda text: not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text), "be one line of Unicode text")
+
+# Upper bounds are far beyond use. They keep a slip of the keyboard from filling the disk.
+Text = Annotated[str, Field(max_length=4000), one_line]
+Name = Annotated[str, Field(min_length=1, max_length=4000), one_line]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
+LONGEST = 8192  # pixels
+Side = Annotated[int, Field(ge=8, le=LONGEST, multiple_of=8)]  # Stable Diffusion's VAE halves three times
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Filled = Field(min_length=1, max_length=1000)
+Captions = Annotated[list[Name], Filled]
+RunName = Annotated[
+    str,
+    Field(max_length=200),  # a file's name may have 255 bytes
+    matches(
+        lambda text: re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text),
+        "be made of letters, digits, '.', '_' and '-', as in voc, or study/run",
+    ),
+]
+Precision = Annotated[Text, OneOf("diffseg.generator", "PRECISIONS")]
+Refiner = Annotated[Text, OneOf("diffseg.refiners", "REFINERS")]
+
+
+class Parameters(BaseModel):
+    """The parameters of all notebooks. Values come here in the type of their default, so nothing is converted."""
+
+    model_config = ConfigDict(strict=True)
+
+    # of every notebook
+    run: Annotated[RunName, Flag.INERT]
+    out: Annotated[Text, Flag.INERT]
+    seed: Seed
+    benchmark: Annotated[Text, OneOf("diffseg.benchmarks.classes", "BENCHMARKS")]
+    class_list: Annotated[list[Name], Field(max_length=999)]  # id 1000 means ignored
+    data_root: Name  # no FILE: a benchmark is a fixed thing of many gigabytes
+    generator: Annotated[Name, Flag.FILE]
+    generator_precision: Precision
+    height: Side
+    width: Side
+    sampling_steps: Annotated[int, Field(ge=1, le=1000)]  # Stable Diffusion has 1,000 timesteps
+    guidance_scale: NotNegative
+    workers: Annotated[int, Field(ge=0, le=1000), Flag.INERT]
+    # 00
+    retrain_steps: CountOrNone
+    retrain_scenes: Count
+    # 01
+    images: Count
+    templates: Annotated[
+        list[Annotated[Name, matches(is_template, "hold one {} and no other braces but {place}")]], Filled
+    ]
+    places: Annotated[list[Name], Field(max_length=1000)]
+    caption_file: Annotated[Text, Flag.FILE]
+    plain_share: Share
+    hyponym_depth: CountOrNone
+    minimum_frequency: CountOrNone
+    classes_per_prompt: Count
+    balance_classes: bool
+    negative_prompt: Text
+    grid_pictures: Annotated[int, Field(ge=0, le=1000), Flag.INERT]
+    # 02
+    target_images: Annotated[Text, Flag.FILE]
+    lora_captions: Captions
+    lora_words: list[Name]
+    lora_caption_dropout: BelowOne
+    lora_rank: Annotated[int, Field(ge=1, le=10_000)]
+    lora_alpha: Positive
+    lora_targets: Captions
+    lora_learning_rate: Annotated[float, Field(gt=0, le=100)]
+    lora_warmup: CountOrNone
+    lora_steps: Count
+    lora_candidates: Count
+    lora_held_out: BelowOne
+    lora_batch: Count
+    lora_height: Side
+    lora_width: Side
+    lora_snr_gamma: NotNegative
+    lora_ema: BelowOne
+    lora_precision: Precision
+    lora_gradient_checkpointing: bool
+    lora_checkpoint_every: Annotated[Count, Flag.INERT]
+    lora_pictures: Annotated[int, Field(ge=2, le=10**6)]  # a distance between sets needs two
+    # 03
+    lora_scale: Annotated[float, Field(ge=0, le=100)]
+    attention_resolutions: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Filled]
+    attention_steps: Name
+    kept_steps: Name
+    self_attention: Annotated[int, Field(ge=0, le=1024)]
+    beta: BelowOne
+    refiner: Refiner
+    sam_checkpoint: Annotated[Text, Flag.FILE]
+    sam_model: Annotated[Text, OneOf("segment_anything", "sam_model_registry")]
+    synthesis_batch: Annotated[int, Field(ge=1, le=10_000)]
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
+    failed_share: Share
+    # 04
+    train_real: bool
+    mix_real: bool
+    segmenter: Annotated[Text, OneOf("diffseg.segmenters", "SEGMENTERS")]
+    encoder_weights: Annotated[Text, Flag.FILE]
+    initial_network: Annotated[Text, Flag.FILE]
+    training_mode: Annotated[Text, OneOf("diffseg.training", "NETWORKS")]
+    iterations: Count
+    training_batch: Annotated[int, Field(ge=1, le=10_000)]
+    crop: Annotated[int, Field(ge=8, le=LONGEST)]  # networks pad to a multiple of 32 themselves
+    scale_jitter: Annotated[
+        list[Annotated[float, Field(gt=0, le=100)]],
+        matches(lambda pair: len(pair) == 2 and pair[0] <= pair[1], "be two numbers, the smaller first"),
+    ]
+    colour_jitter: Annotated[float, Field(ge=0, le=2)]  # a quarter of it for hue, which torchvision takes up to 0.5
+    blur: Share
+    optimizer: Annotated[Text, OneOf("diffseg.training", "OPTIMIZERS")]
+    learning_rate: Annotated[float, Field(gt=0, le=100)]
+    weight_decay: Annotated[float, Field(ge=0, le=100)]
+    ema: BelowOne
+    reliable_share: Annotated[float, Field(gt=0, le=1)]
+    reliable_rule: Annotated[Text, OneOf("diffseg.training", "RULES")]
+    warmup: Share
+    mixing: Share
+    mixing_confidence: Share
+    band_weight: NotNegative
+    urn_powers: Annotated[list[Positive], Filled]
+    uncertain_weight: Share
+    training_precision: Annotated[Text, OneOf("diffseg.training", "PRECISIONS")]
+    checkpoint_every: Annotated[Count, Flag.INERT]
+    # 05
+    evaluation_batch: Annotated[int, Field(ge=1, le=10_000), Flag.INERT]
+    evaluation_scales: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Filled]
+    evaluation_flip: bool
+    evaluation_crf: bool
+    bootstrap: Annotated[int, Field(ge=1, le=10**7)]
+    # 07; the timing options are not inert, as the seconds are a result there
+    reference_network: Annotated[Name, Flag.FILE]
+    compared_resolutions: Annotated[
+        list[
+            Annotated[
+                Text,
+                matches(lambda t: re.fullmatch(r"[1-9]\d{0,3}(\+[1-9]\d{0,3})*", t), "be map sizes joined by +"),
+            ]
+        ],
+        Filled,
+    ]
+    compared_steps: list[Name]
+    compared_betas: Annotated[list[BelowOne], Filled]
+    compared_refiners: Annotated[list[Text], Filled, OneOf("diffseg.refiners", "REFINERS")]
+    timed_pictures: Annotated[int, Field(ge=1, le=10_000)]
+    timing_repetitions: Annotated[int, Field(ge=1, le=10_000)]
+
+
+def flagged(flag: Flag) -> frozenset[str]:
+    return frozenset(name for name, field in Parameters.model_fields.items() if flag in field.metadata)
+
+
+FILES = flagged(Flag.FILE)
+INERT = flagged(Flag.INERT)
+
+
+def shown(value: Any) -> str:
+    """Return a value for a sentence, as JSON writes it where JSON can, at most 80 characters."""
+    try:
+        text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    except (TypeError, ValueError, RecursionError):  # a date; a number of 5,000 digits; a list that holds itself
+        text = f"{value}" if hasattr(value, "isoformat") else f"something of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def refusal(name: str, value: Any, source: str, rule: str, remedy: str) -> DiffsegError:
+    """Return the error of a parameter's value; `rule` completes "it must ...", `remedy` is a sentence."""
+    return DiffsegError(f"`{name}` is {shown(value)} ({source}); it must {rule}. {remedy}")
+
+
+def assign(name: str, value: Any) -> str:
+    """Return the remedy that sets a parameter to `value`."""
+    value = value[:1] if isinstance(value, list) and len(json.dumps(value)) > 70 else value
+    text = value if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./+-]*", value) else shown(value)
+    return f"Set `{name}={text}`."
+
+
+def violations(values: dict[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
+    """Yield (name, value, what it must be, a value to set instead or None) of each value that breaks its declaration.
+
+    Only the values given are looked at, and only those of declared parameters. Of a list's element the name has the
+    index, as in `urn_powers[0]`.
+    """
+    try:
+        Parameters.model_validate(values)
+    except ValidationError as error:
+        for problem in error.errors():
+            if problem["type"] != "missing":
+                name, *indices = problem["loc"]
+                rule = re.sub(r"^(Value error, |\w+ should )| after validation.*", "", problem["msg"])
+                multiple = problem.get("ctx", {}).get("multiple_of")
+                nearest = min(max(1, round(problem["input"] / multiple)) * multiple, LONGEST) if multiple else None
+                yield f"{name}{''.join(f'[{index}]' for index in indices)}", problem["input"], rule, nearest
+
+
+def check_together(parameters: dict[str, Any], source: str) -> None:
+    """Compare parameters with one another and with the names that the method knows; raise DiffsegError for the first
+    that does not fit.
+
+    parameters: checked values of one or more notebooks, defaults among them. A rule is applied where all its
+    parameters are there. `source` says in an error where the values come from. Imports torch, and looks for the
+    extra package and the GPU that some values need, so it belongs on the machine that is to run.
+    """
+    for name, field in Parameters.model_fields.items():
+        for choice in (mark for mark in field.metadata if isinstance(mark, OneOf) and name in parameters):
+            value = parameters[name]
+            for element in value if isinstance(value, list) else [value]:
+                if element not in (names := choice.names()):
+                    raise refusal(name, element, source, f"be one of {', '.join(names)}", f"Choose one, as {names[0]}.")
+    for name, rule, remedy in (*conflicts(parameters), *lacks(parameters)):
+        raise refusal(name, parameters[name], source, rule, remedy)
+
+
+def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, what it must be, remedy) of each parameter that does not fit the others."""
+    from diffseg.attention import parse_steps
+    from diffseg.benchmarks.classes import get_benchmark
+    from diffseg.words import load_words
+
+    get = parameters.get
+
+    def given(*names: str) -> bool:
+        return all(name in parameters for name in names)
+
+    for name in ("attention_steps", "kept_steps", "compared_steps"):
+        value = get(name, [])
+        for text in [value] if isinstance(value, str) else value:
+            if given("sampling_steps") and not (name == "kept_steps" and text == "each"):
+                count = get("sampling_steps")
+                try:
+                    parse_steps(text, count)
+                except DiffsegError:
+                    rule = f"be all, middle, one step or first-last, of the {count} denoising steps 0 to {count - 1}"
+                    yield name, rule, f"Set `{name}={'[all]' if name == 'compared_steps' else 'all'}`."
+    if given("kept_steps", "attention_steps") and get("kept_steps") not in ("each", get("attention_steps")):
+        yield "kept_steps", f"be each, or {get('attention_steps')} as attention_steps", "Set `kept_steps=each`."
+    if get("refiner") == "self-attention" and get("self_attention") == 0:
+        sizes = get("attention_resolutions") or [16]
+        rule = "be the size of a map, as the refiner self-attention reads it"
+        yield "self_attention", rule, f"Set `self_attention={max(sizes)}`."
+    if get("refiner") == "sam" and get("sam_checkpoint") == "":
+        remedy = "Set it to a file of Segment Anything's weights, or to mini for the mini world's."
+        yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
+    if given("class_list", "benchmark"):
+        if own := get("class_list"):
+            get_benchmark(get("benchmark"), own)  # raises its own sentence for an entry that is no class
+            for name in ("train_real", "mix_real"):
+                if get(name):
+                    yield name, "be false, as one's own classes have no labelled images", f"Set `{name}=false`."
+    if given("classes_per_prompt", "benchmark") and not get("caption_file"):  # a caption has the classes it names
+        own = get("class_list")
+        classes = len(own) if own else len({word.class_name for word in load_words(get("benchmark"))})
+        if get("classes_per_prompt") > classes:
+            rule = f"be at most {classes}, the number of classes"
+            yield "classes_per_prompt", rule, f"Set `classes_per_prompt={classes}` or less."
+    if given("lora_candidates", "lora_steps") and get("lora_candidates") > get("lora_steps"):
+        rule = f"be at most lora_steps, {get('lora_steps')}, as each candidate has a number of steps"
+        yield "lora_candidates", rule, "Lower lora_candidates or raise lora_steps."
+    if any("{}" in caption for caption in get("lora_captions", [])) and get("lora_words") == []:
+        rule = "hold a word at least, as lora_captions has {} in place of one"
+        yield "lora_words", rule, "Set `lora_words=[car]`, or take {} out of lora_captions."
+    if get("segmenter", "").startswith(("deeplabv3plus", "upernet")) and get("training_batch") == 1:
+        rule = "be at least 2, as this segmenter normalises each image's average over the batch"
+        yield "training_batch", rule, "Set `training_batch=2`."
+
+
+def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, what it must be, remedy) of each parameter that needs what this machine does not have."""
+    import torch
+
+    if importlib.util.find_spec("pydensecrf") is None:
+        install = "run pip install pydensecrf2"
+        if parameters.get("refiner") == "crf":
+            rule = "be another refiner here, as crf needs the package pydensecrf2"
+            yield "refiner", rule, f"Set `refiner=pamr`, or {install}."
+        if parameters.get("evaluation_crf"):
+            rule = "be false here, as the dense CRF needs the package pydensecrf2"
+            yield "evaluation_crf", rule, f"Set `evaluation_crf=false`, or {install}."
+    if parameters.get("target_images") and parameters.get("lora_precision") == "fp16" and not torch.cuda.is_available():
+        yield "lora_precision", "be fp32 or bf16 here, as fp16 needs a GPU", "Set `lora_precision=bf16`."
