@@ -16,9 +16,11 @@ from PIL import Image
 from diffseg.benchmarks.classes import BENCHMARKS, get_benchmark
 from diffseg.benchmarks.labels import write_picture_label
 from diffseg.errors import DiffsegError
-from diffseg.lab import runs
-from diffseg.lab.manifests import STEPS, notebook_path, read_manifest
+from diffseg.lab import declarations, runs
+from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import declared, is_parameters, read_cells, read_yaml
+from diffseg.lab.steps import STEPS
+from diffseg.lab.steps import notebook_of as notebook_path
 from diffseg.paths import project_root
 from diffseg.prompts import augment, write_prompts
 from diffseg.words import load_words
@@ -30,8 +32,10 @@ each_paper = pytest.mark.parametrize("name", PAPER)
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty folder to run in, without a network, a cache of models or a window."""
+    """An empty folder to run in, without a network, a cache of models or a window, on a machine that lacks no package
+    and no GPU, so that the notebooks themselves come to speak."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(declarations, "lacks", lambda parameters: ())
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "models"))
     matplotlib.use("Agg")
@@ -112,7 +116,7 @@ KNOWN = {
 SETTINGS = """
     run out seed benchmark class_list generator data_root target_images caption_file initial_network sam_checkpoint
     sam_model images grid_pictures lora_pictures train_real mix_real height width synthesis_batch evaluation_batch
-    generator_precision training_precision checkpoint_every workers
+    generator_precision training_precision checkpoint_every workers kept_steps failed_share
 """.split()
 
 
