@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from helpers import TINY_GENERATOR as TINY
 
 from diffseg.denoising import diffusion_loss
 from diffseg.errors import DiffsegError
@@ -18,11 +19,6 @@ from diffseg.experiments.generator.heldout import held_out
 from diffseg.generator import load_generator, locate_generator
 from diffseg.miniworld import scenes
 from diffseg.synthesis import SynthesisOptions
-
-TINY = {
-    "text_encoder": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "unet": {"block_out_channels": (16, 16, 16), "cross_attention_dim": 16, "attention_head_dim": 2},
-}
 
 
 @pytest.fixture

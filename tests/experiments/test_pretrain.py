@@ -6,14 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import TINY_GENERATOR as TINY
 
 from diffseg.experiments.generator import networks, pretrain
 from diffseg.experiments.trainer import phases_of
-
-TINY = {
-    "text_encoder": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "unet": {"block_out_channels": (16, 16, 16), "cross_attention_dim": 16, "attention_head_dim": 2},
-}
 
 
 @pytest.fixture(scope="module")

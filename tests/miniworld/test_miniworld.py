@@ -5,17 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import TINY_GENERATOR as TINY
 from PIL import Image
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import data_folder, open_split
-from diffseg.english import with_article
 from diffseg.errors import DiffsegError
 from diffseg.experiments.generator import networks, pretrain
 from diffseg.files import sha256_file
 from diffseg.generator import load_generator, load_tokenizer
 from diffseg.miniworld import disk, scenes
 from diffseg.paths import locate
+from diffseg.words import with_article
 
 CLASS_IDS = {name: k for k, name in enumerate(VOC.classes)}
 
@@ -173,8 +174,9 @@ def test_tuning_the_decoder_leaves_the_encoder_as_it_is(corpus, tmp_path):
     assert changed == {"decoder", "post_quant_conv"}
 
 
-def test_a_training_goes_on_from_the_shipped_generator(corpus, tmp_path):
+def test_a_training_goes_on_from_the_shipped_generator(corpus, tmp_path, monkeypatch):
     """At rate 0 the weights that come out are those that went in, and the note tells of both trainings."""
+    monkeypatch.setattr(pretrain, "draw_sheet", lambda *_: None)  # 40 pictures; the test below draws them
     for name in ("images.npy", "captions.json"):
         (tmp_path / name).symlink_to(corpus / name)
     initial = ["--initial", "mini", "--device", "cpu"]
@@ -193,24 +195,25 @@ def test_a_training_goes_on_from_the_shipped_generator(corpus, tmp_path):
     assert note["initial"] == shipped and note["samples_seen"] == 8
 
 
-def train_some(folder, corpus, steps):
+def train_some(folder, corpus, steps, changes):
     arguments = ["diffusion", "--steps", str(steps), "--batch", "4", "--device", "cpu", "--every", "3"]
-    pretrain.train_diffusion(folder, corpus, pretrain.parse_options(arguments))
+    pretrain.train_diffusion(folder, corpus, pretrain.parse_options(arguments), changes)
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [TINY, pytest.param({}, marks=pytest.mark.slow)], ids=["tiny", "as shipped"])
+def test_a_resumed_training_equals_an_uninterrupted_one(corpus, tmp_path, monkeypatch, changes):
     """Cut after 3 of 6 steps and resumed: the same weights, bit for bit, as without the cut."""
     vae = tmp_path / "vae"
     vae.symlink_to(corpus / "vae")
-    whole = train_some(tmp_path / "whole", corpus, 6)
+    whole = train_some(tmp_path / "whole", corpus, 6, changes)
     options = pretrain.parse_options(["diffusion", "--steps", "6", "--batch", "4", "--every", "3", "--sheet", "3"])
     options.device = "cpu"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrain, "draw_sheet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        pretrain.train_diffusion(tmp_path / "cut", corpus, options)
+        pretrain.train_diffusion(tmp_path / "cut", corpus, options, changes)
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 3
-    resumed = train_some(tmp_path / "cut", corpus, 6)
+    resumed = train_some(tmp_path / "cut", corpus, 6, changes)
     for name in ("text_encoder", "unet"):
         for key, value in whole["modules"][name].items():
             assert torch.equal(value, resumed["modules"][name][key]), key

@@ -9,14 +9,13 @@ from segment_anything import SamPredictor
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
-from diffseg.experiments import worst
+from diffseg.experiments import oracle, small_sam, worst
 from diffseg.experiments.generator import measure
 from diffseg.experiments.generator.asked import ask, pair_prompts, single_prompts
 from diffseg.experiments.generator.measure import judge, nearest_distances, place_of
 from diffseg.experiments.oracle import Scenes, stream
 from diffseg.experiments.small_sam import Prompts, decode, make_prompts
 from diffseg.generator import load_generator
-from diffseg.miniworld import oracle, small_sam
 from diffseg.miniworld.oracle import CLASS_IDS, CLASS_OF_PICTURE, PICTURE_NAMES, PICTURES, Oracle
 from diffseg.miniworld.scenes import PLACES, paint_background
 from diffseg.small_sam import CONFIG, build_small_sam
