@@ -5,6 +5,7 @@ A parameter is declared once, whichever notebooks have it. Its default and its m
 another and with the lists of names in the method, which need torch.
 """
 
+import difflib
 import importlib
 import importlib.util
 import json
@@ -264,7 +265,10 @@ def check_together(parameters: dict[str, Any], source: str) -> None:
             value = parameters[name]
             for element in value if isinstance(value, list) else [value]:
                 if element not in (names := choice.names()):
-                    raise refusal(name, element, source, f"be one of {', '.join(names)}", f"Choose one, as {names[0]}.")
+                    [close] = difflib.get_close_matches(element[:80], names, n=1, cutoff=0)
+                    raise refusal(
+                        name, element, source, f"be one of {', '.join(names)}", f"Choose one, such as {close}."
+                    )
     for name, rule, remedy in (*conflicts(parameters), *lacks(parameters)):
         raise refusal(name, parameters[name], source, rule, remedy)
 

@@ -169,7 +169,9 @@ class Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.constructor.ConstructorError(None, None, "an alias (*) is not allowed; write it out", mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "an alias (*) is not allowed; write the value out, a text in quotes", mark
+            )
         return super().compose_node(parent, index)
 
     def flatten_mapping(self, node):
@@ -191,7 +193,9 @@ def parse_yaml(text: str, source: str) -> Any:
         problem, mark = error.problem, error.problem_mark
     except RecursionError:
         problem, mark = "it is nested too deeply; a parameter is a value or a list of values", None
-    except Exception as error:  # PyYAML passes on what a date, a long number or a broken tag makes of Python's types
+    except ValueError:  # of Python's types
+        problem, mark = "it holds an impossible date or a number of thousands of digits; correct it", None
+    except Exception as error:  # PyYAML's own, and what a broken tag makes of Python's types
         problem, mark = "a text with : # [ { or a date goes in quotes", getattr(error, "problem_mark", None)
     where = f" in line {mark.line + 1}" if mark else ""
     raise DiffsegError(f"{source} is not valid YAML{where}: {problem}.")
