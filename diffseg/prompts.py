@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from diffseg.english import plural, with_article
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.paths import project_root
+from diffseg.pictures import read_text
 from diffseg.seeds import derive_seed
-from diffseg.words import Word
+from diffseg.words import Word, nfc, plural, with_article
 
+_TOKEN = re.compile(r"(?:[^\W_][\u0300-\u036f]*)+")  # with the accents of the decomposed form
 _COLUMNS = ("index", "prompt", "classes", "words", "spans", "relations", "depths", "negative", "seed")
 
 
@@ -53,21 +54,21 @@ class Prompt:
 
 
 def read_captions(path: str | os.PathLike) -> list[str]:
-    """Return the non-empty lines of a UTF-8 text file; a relative path counts from the project's root.
+    """Return the non-empty lines of a UTF-8 text file in NFC; a relative path counts from the project's root.
 
-    Raises DiffsegError when there is none.
+    Raises DiffsegError for a file that is missing, empty or not UTF-8.
     """
     path = project_root() / path
     if not path.is_file():
         raise DiffsegError(f"The caption file {path} does not exist: give a text file with one caption a line.")
-    captions = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    captions = [nfc(line.strip()) for line in read_text(path).splitlines() if line.strip()]
     if not captions:
         raise DiffsegError(f"The caption file {path} is empty: write one caption a line.")
     return captions
 
 
 def _tokens(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"[^\W_]+", text.lower()))
+    return tuple(nfc(token.lower()) for token in _TOKEN.findall(text))
 
 
 def _forms(words: Sequence[Word]) -> dict[tuple[str, ...], tuple[Word, bool]]:
@@ -81,15 +82,16 @@ def find_words(caption: str, words: Sequence[Word]) -> list[Match]:
     """Return the class words in a caption, left to right: kept words, singular or plural, whatever the case.
 
     The longest word wins ("police car", not "car"); compounds of the table's relation "other" ("hot dog") and
-    parts of hyphenated words ("dog-friendly") are no match.
+    parts of hyphenated words ("dog-friendly") are no match. "é" is the same composed and decomposed; the places are
+    those in the caption as it is given.
     """
     return _find(caption, _forms(words))
 
 
 def _find(caption: str, forms: dict[tuple[str, ...], tuple[Word, bool]]) -> list[Match]:
     longest = max(map(len, forms), default=0)
-    tokens = list(re.finditer(r"[^\W_]+", caption))
-    low = [token[0].lower() for token in tokens]
+    tokens = list(_TOKEN.finditer(caption))
+    low = [nfc(token[0].lower()) for token in tokens]
     matches, i = [], 0
     while i < len(tokens):
         for n in range(min(longest, len(tokens) - i), 0, -1):
@@ -162,8 +164,10 @@ def augment(
     that two lists can be compared pair by pair. classes_per_prompt: classes in a template's prompt; a caption
     has the classes that it names. balance: every class equally often (within one; with captions: a caption is
     drawn for each class in turn); otherwise every word of the table (every caption) equally often, so that a
-    class with 190 hyponyms comes more often than one with four. Raises DiffsegError for values out of range.
+    class with 190 hyponyms comes more often than one with four. Prompts and spans are in Unicode's composed form
+    (NFC). Raises DiffsegError for values out of range.
     """
+    templates, places, captions = (tuple(map(nfc, texts)) for texts in (templates, places, captions))
     rng = random.Random(derive_seed(seed, "prompts"))
     # a lot of their own, so that plain_share does not change which classes and places come
     chooser = _Chooser(words, plain_share, random.Random(derive_seed(seed, "words")))

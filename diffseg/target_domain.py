@@ -1,7 +1,8 @@
 """The target domain: its pictures, the captions they get, and how far drawn pictures are from them."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,32 +13,29 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from diffseg.benchmarks.labels import read_pixels
-from diffseg.english import with_article
 from diffseg.errors import DiffsegError
+from diffseg.pictures import picture_files, read_picture, read_text
 from diffseg.seeds import derive_seed
+from diffseg.words import nfc, with_article
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
-METADATA = "metadata.jsonl"  # beside pictures: their own captions, as Hugging Face's ImageFolder has them
+METADATA = "metadata.jsonl"  # captions of the pictures beside and below it, as Hugging Face's ImageFolder has them
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
-    """Return all JPEGs and PNGs below a folder, sorted by path, after decoding each one.
+    """Return all pictures below a folder, sorted by path, after decoding each one; hidden files are passed over.
 
-    Raises a DiffsegError for an absent or empty folder, and for a picture that is broken or not RGB.
+    Raises a DiffsegError for an absent or empty folder, a name that is not UTF-8, and what `read_picture` refuses.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DiffsegError(f"there is no folder {folder}; give a folder of target pictures (JPEG or PNG).")
-    paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
-    paths = sorted(path for path in paths if path.name[0] != ".")
+    paths = picture_files(folder)
     if not paths:
-        raise DiffsegError(f"{folder} holds no JPEG or PNG picture; put the target domain's pictures there.")
+        raise DiffsegError(f"{folder} holds no picture; put the target domain's pictures there.")
     with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
-        modes = pool.map(lambda path: read_pixels(path)[1], paths)
-        for path, mode in zip(paths, tqdm(modes, "checking pictures", len(paths), leave=False), strict=True):
-            if mode != "RGB":
-                raise DiffsegError(f"{path} has the mode {mode}, not RGB; convert it or take it out.")
+        sizes = pool.map(lambda path: read_picture(path).size, paths)
+        for _ in tqdm(sizes, "checking pictures", len(paths), leave=False):
+            pass
     return paths
 
 
@@ -55,7 +53,7 @@ def hold_out(paths: Sequence[Path], share: float, seed: int) -> tuple[list[Path]
 
 
 def build_captions(templates: Sequence[str], words: Sequence[str] = ()) -> list[str]:
-    """Return the captions: each template with `{}` once for each word, with its article; others as they are.
+    """Return the captions (NFC): each template with `{}` once for each word, with its article; others as they are.
 
     The words are those of things known or guessed to be in the pictures; nothing says which are in which.
     Raises a DiffsegError when there is no caption or a template has no word to take.
@@ -67,27 +65,52 @@ def build_captions(templates: Sequence[str], words: Sequence[str] = ()) -> list[
         captions += [template.replace("{}", with_article(word)) for word in words] if "{}" in template else [template]
     if not captions:
         raise DiffsegError("lora_captions is empty; give at least one that says what the pictures show.")
-    return list(dict.fromkeys(captions))
+    return list(dict.fromkeys(map(nfc, captions)))
 
 
 def own_captions(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return the captions that METADATA beside pictures gives to them; a picture that it does not name has none.
+    """Return the captions (NFC) that pictures have of their own; a picture without one is left out.
 
-    A line is {"file_name": ..., "text": ...}. Raises a DiffsegError for a line that is not, and an empty text.
+    A caption stands in METADATA beside the picture or in a folder above, as a line {"file_name": ..., "text": ...} with
+    the path from there; or in a text file with the picture's name (1.txt for 1.png). Raises a DiffsegError that names
+    file and line for a line that is none, an empty text, a file_name without its file, a file that is not UTF-8, and
+    two different captions of one picture.
     """
-    captions = {}
-    for metadata in sorted({path.parent / METADATA for path in paths}):
-        lines = metadata.read_text(encoding="utf-8").splitlines() if metadata.is_file() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                name, text = entry["file_name"], entry["text"].strip()
-            except (ValueError, TypeError, KeyError, AttributeError):
-                name = text = ""
-            if not name or not text:
-                raise DiffsegError(f'{metadata}, line {number}: give {{"file_name": "1.png", "text": "a street"}}.')
-            captions[metadata.parent / name] = text
-    return {path: captions[path] for path in paths if path in captions}
+    found: dict[str, tuple[str, str]] = {}  # picture -> its caption, and where that stands
+    pictures = {_same_path(path): path for path in paths}
+    places = sorted({folder / METADATA for path in paths for folder in path.parents})
+    entries = [entry for place in places if place.is_file() for entry in _read_metadata(place, pictures.keys())]
+    for name, path in pictures.items():
+        if (beside := path.with_suffix(".txt")).is_file():
+            entries.append((name, read_text(beside), f"{beside}, line 1"))
+    for name, text, where in entries:
+        text = nfc(" ".join(text.split()))
+        if not text:
+            raise DiffsegError(f"{where}: the text is empty; write what {name} shows, or remove it.")
+        first, there = found.setdefault(name, (text, where))
+        if text != first:
+            raise DiffsegError(f"{where}: {name} has another caption in {there}; keep one of the two.")
+    return {path: found[name][0] for name, path in pictures.items() if name in found}
+
+
+def _same_path(path: Path) -> str:
+    return nfc(os.path.abspath(path))  # "sub/../1.png" is "1.png", and "é" is "é", however it was typed
+
+
+def _read_metadata(metadata: Path, pictures: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (the picture's `_same_path`, text, file and line) of each line that is not empty."""
+    for number, line in enumerate(read_text(metadata).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{metadata}, line {number}"
+        try:
+            entry = json.loads(line)
+            file, text = metadata.parent / entry["file_name"], entry["text"].strip()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise DiffsegError(f'{where}: give {{"file_name": "1.png", "text": "a street"}}.') from None
+        if _same_path(file) not in pictures and not file.is_file():  # it may name one that is held out
+            raise DiffsegError(f"{where}: there is no picture {file}; correct the file_name, or remove the line.")
+        yield _same_path(file), text, where
 
 
 def fit(picture: Image.Image, height: int, width: int, where: float = 0.5) -> Image.Image:
@@ -134,8 +157,7 @@ class Draws(Dataset):
         order = np.random.default_rng(derive_seed(self.seed, "lora", "order", rounds))
         path = self.paths[order.permutation(len(self.paths))[place]]
         rng = np.random.default_rng(derive_seed(self.seed, "lora", "draw", n))
-        pixels, _ = read_pixels(path, "RGB")
-        picture = fit(Image.fromarray(pixels), *self.size, rng.random())
+        picture = fit(read_picture(path), *self.size, rng.random())
         by_lot = self.captions[rng.integers(len(self.captions))]
         caption = self.own.get(path, by_lot)
         return {

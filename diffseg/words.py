@@ -2,17 +2,21 @@
 reason.
 
 For the three benchmarks they come from curated tables in `diffseg/data` (made by
-`diffseg/data/build_words.py`); for a list of one's own they are read from WordNet with the same rules, but no
+`diffseg.experiments.build_words`); for a list of one's own they are read from WordNet with the same rules, but no
 hand has gone over them.
 """
 
 import csv
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+
+import inflect
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
@@ -20,6 +24,28 @@ from diffseg.files import atomic_path
 DATA = Path(__file__).parent / "data"
 NO_SYNSET = "none"  # in a class list: this class has its plain word only, WordNet is not asked
 _COLUMNS = ("class", "synset", "word", "relation", "depth", "keep", "reason", "frequency", "parent")
+
+nfc = partial(unicodedata.normalize, "NFC")  # "é" is one character, however it was typed
+
+# inflect takes every noun for a singular one, and gets some of the tables' wrong.
+_SAME = "aurochs|bison|caerulescens|cerastes|flandres|grouse|migrans|pyrenees|series|species|triceratops"
+_PLURAL = re.compile(
+    rf"(?!.*(?:{_SAME}|lens)$).*(?:[^aious]s|cattle|khakis|levis|pajamas|people|pyjamas)", re.IGNORECASE
+)
+_ENGLISH = inflect.engine()
+_ENGLISH.defan("SUV.*")
+for _singular, _plural in {  # of two that fit the later one counts
+    "(.*[^aeiou]o)": "$1s",
+    "(.*(?:buffal|ding|her|mang|mosquit|potat|tomat|torped)o)": "$1es",
+    "(.*(?:[ao]s|egis|indris|pavis|spiralis|tabis|tennis|kuvasz|tz))": "$1es",
+    "(.*gentlem)an": "$1en",
+    f"(.*(?:{_SAME}))": "$1",
+    "eau( .*)": "eaux$1",
+    "(.*-(?:for|of|on|to)-.*)": "$1s",
+    "hen(-of-.*)": "hens$1",
+    "old-man(-of-.*)": "old-men$1",
+}.items():
+    _ENGLISH.defnoun(_singular, _plural)
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,7 @@ class Word:
     used to read captions. depth: steps below the class's synset, 0 for plain and synonyms. reason: why it is
     dropped, or why a hand kept it. frequency: how often WordNet's sense-tagged texts use the word in this
     sense (0 for most words). parent: the synset above, "" for the class's own and for words added by hand.
+    class_name and word are in Unicode's composed form (NFC).
     """
 
     class_name: str
@@ -43,6 +70,26 @@ class Word:
     reason: str = ""
     frequency: int = 0
     parent: str = ""
+
+    def __post_init__(self):
+        for name in ("class_name", "word"):
+            object.__setattr__(self, name, nfc(getattr(self, name)))
+
+
+@cache
+def with_article(word: str) -> str:
+    """Return "an owl", "a unicycle", "an hourglass", "an SUV"; a plural and "cattle" get no article."""
+    head = re.split("[ -]of[ -]", word)[0]
+    spelled = unicodedata.normalize("NFD", word)  # inflect hears "école" by its first letter
+    return word if _PLURAL.fullmatch(head) else f"{_ENGLISH.a(spelled).split()[0]} {word}"
+
+
+@cache
+def plural(word: str) -> str:
+    """Return the plural of a noun or compound: "dining tables", "geese", "SUVs", "birds of prey", "sunglasses"."""
+    if _PLURAL.fullmatch(re.split("[ -]of[ -]", word)[0]):
+        return word
+    return _ENGLISH.plural_noun(word) if word[-1:].islower() else word + "s"
 
 
 def load_words(benchmark: str) -> list[Word]:
@@ -108,7 +155,7 @@ def class_names(class_list: Sequence[str]) -> tuple[str, ...]:
 def _read_entries(class_list: Sequence[str]) -> list[tuple[str, str]]:
     """Return (word, synset or "") of the entries; the last comma separates, so that a word may hold commas."""
     pairs = []
-    for entry in map(str, class_list):
+    for entry in (nfc(str(entry)) for entry in class_list):
         word, _, synset = entry.rpartition(",") if "," in entry else (entry, "", "")
         pairs.append((" ".join(word.split()), synset.strip()))
     if not pairs:
@@ -270,10 +317,13 @@ def known_words(words: Iterable[str], tokenizer) -> set[str]:
     words = list(words)
     if not words:
         return set()
-    tokens = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = tokenizer(list(map(nfc, words)), add_special_tokens=False, verbose=False)["input_ids"]
     known = {word for word, ids in zip(words, tokens, strict=True) if ids and tokenizer.unk_token_id not in ids}
     phrases = tokenizer.init_kwargs.get("phrases")
-    return known if phrases is None else {word for word in known if " " not in word or word in phrases}
+    if phrases is None:
+        return known
+    phrases = set(map(nfc, phrases))
+    return {word for word in known if " " not in word or nfc(word) in phrases}
 
 
 def select_words(

@@ -5,7 +5,6 @@ label; only this file knows what stands on disk.
 """
 
 import os
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +15,16 @@ from PIL import Image
 from diffseg.benchmarks.classes import Benchmark, voc_palette
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
+from diffseg.pictures import decode
 
 _LAST_LABEL_ID = 33  # bicycle; "license plate" is -1 and never drawn into the official files
 _UNLABELED = 0  # the labelId that ignored pixels are written as
 
 
-def read_pixels(path: Path, mode: str | None = None) -> tuple[np.ndarray, str]:
-    """Decode a whole picture (converted to `mode` if given); return its pixels and the mode of the file."""
-    try:
-        with Image.open(path) as picture:
-            return np.array(picture.convert(mode) if mode else picture), picture.mode
-    except FileNotFoundError:
-        raise DiffsegError(f"{path} is missing, although its data set lists it; unpack the data set again.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise DiffsegError(f"{path} is truncated or no picture ({error}); fetch the file again.") from error
+def read_pixels(path: Path) -> tuple[np.ndarray, str]:
+    """Return a file's pixels as they stand there, and the mode that says what they are; errors as `decode`'s."""
+    picture = decode(path)
+    return np.array(picture), picture.mode
 
 
 def check_ids(label: np.ndarray | torch.Tensor, benchmark: Benchmark, what: str) -> None:

@@ -1,17 +1,19 @@
 """Readers: the benchmarks' official folders, and VOC-layout folders with synthetic pictures."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-import torchvision
 from torch.utils.data import Dataset
 
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.labels import picture_coding, read_label, read_pixels
 from diffseg.errors import DiffsegError
 from diffseg.paths import locate
+from diffseg.pictures import is_visible, read_picture, read_text
 
 
 class LabelledPictures(Dataset):
@@ -29,12 +31,13 @@ class LabelledPictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
         name, image_path, label_path = self.items[index]
-        pixels, _ = read_pixels(Path(image_path), "RGB")
+        pixels = np.array(read_picture(image_path))
         label = read_label(label_path, self.benchmark)
         if label.shape != pixels.shape[:2]:
             raise DiffsegError(
                 f"{label_path} is {label.shape[0]} x {label.shape[1]} pixels (height x width), but its "
-                f"picture {image_path} is {pixels.shape[0]} x {pixels.shape[1]}; use its own label."
+                f"picture {image_path} is {pixels.shape[0]} x {pixels.shape[1]}, held upright as its EXIF says; use "
+                "its own label."
             )
         return name, torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
 
@@ -74,7 +77,7 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
         raise DiffsegError(f"{benchmark.name} has no split {split!r}; it has {', '.join(benchmark.splits)}.")
     base = Path(root) / benchmark.folder
     list_items = {"voc": _voc_items, "imagenet-s": _imagenet_s_items, "cityscapes": _cityscapes_items}
-    items = list_items[benchmark.protocol](benchmark, Path(root), base, split)
+    items = list_items[benchmark.protocol](benchmark, base, split)
     if not items:
         raise DiffsegError(f"The split {split} of {benchmark.name} below {base} is empty; unpack the data again.")
     return LabelledPictures(benchmark, items)
@@ -89,33 +92,34 @@ def _require(base: Path, tree: Sequence[str], source: str) -> None:
 
 def _listed(path: Path) -> list[str]:
     """Names in a VOC list; a line may also be a pair of paths, as the circulating trainaug lists are."""
-    return [Path(line.split()[0]).stem for line in path.read_text("utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return [re.sub(r"^(?:.*/)?(.+?)\.jpg(\s.*)?$", r"\1", line) for line in lines]
 
 
-def _voc_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if is_visible(path, folder))
+
+
+def _voc_items(benchmark: Benchmark, base: Path, split: str) -> list[tuple[str, Path, Path]]:
     labels = "SegmentationClassAug" if split == "trainaug" else "SegmentationClass"
     source = benchmark.source
     if split == "trainaug":
         source += " and the Semantic Boundaries Dataset's labels as palette PNGs (SegmentationClassAug)"
     _require(base, ("JPEGImages", labels, f"ImageSets/Segmentation/{split}.txt"), source)
-    if split == "trainaug":  # a list that torchvision does not know
-        names = _listed(base / "ImageSets/Segmentation/trainaug.txt")
-        return [(name, base / "JPEGImages" / f"{name}.jpg", base / labels / f"{name}.png") for name in names]
-    official = torchvision.datasets.VOCSegmentation(root, year="2012", image_set=split)
-    pairs = zip(official.images, official.masks, strict=True)
-    return [(Path(image).stem, Path(image), Path(mask)) for image, mask in pairs]
+    names = _listed(base / f"ImageSets/Segmentation/{split}.txt")
+    return [(name, base / "JPEGImages" / f"{name}.jpg", base / labels / f"{name}.png") for name in names]
 
 
-def _imagenet_s_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
+def _imagenet_s_items(benchmark: Benchmark, base: Path, split: str) -> list[tuple[str, Path, Path]]:
     _require(base, (split, f"{split}-segmentation"), benchmark.source)
     pictures, masks = base / split, base / f"{split}-segmentation"
     items = []
-    for label in sorted(masks.glob("*/*.png")):
+    for label in _visible(masks, "*/*.png"):
         tag = label.parent.name
         if tag not in benchmark.classes:
             raise DiffsegError(f"{label.parent} is no class of {benchmark.name}; give the root of its own data set.")
         items.append((f"{tag}/{label.stem}", pictures / tag / f"{label.stem}.JPEG", label))
-    there, expected = set(pictures.glob("*/*.JPEG")), {picture for _, picture, _ in items}
+    there, expected = set(_visible(pictures, "*/*.JPEG")), {picture for _, picture, _ in items}
     missing = sorted(expected - there)
     missing += sorted(masks / path.parent.name / f"{path.stem}.png" for path in there - expected)
     if missing:  # there is no list of the split, but its two folders hold the same names
@@ -126,14 +130,12 @@ def _imagenet_s_items(benchmark: Benchmark, root: Path, base: Path, split: str) 
     return items
 
 
-def _cityscapes_items(benchmark: Benchmark, root: Path, base: Path, split: str) -> list[tuple[str, Path, Path]]:
+def _cityscapes_items(benchmark: Benchmark, base: Path, split: str) -> list[tuple[str, Path, Path]]:
     _require(base, (f"leftImg8bit/{split}", f"gtFine/{split}"), benchmark.source)
-    official = torchvision.datasets.Cityscapes(root, split=split, mode="fine", target_type="semantic")
-    items = [
-        (Path(image).stem.removesuffix("_leftImg8bit"), Path(image), Path(target[0]))
-        for image, target in zip(official.images, official.targets, strict=True)
-    ]
-    items.sort()  # torchvision lists folders in the file system's order
+    items = []
+    for image in _visible(base / "leftImg8bit" / split, "*/*_leftImg8bit.png"):
+        name, city = image.stem.removesuffix("_leftImg8bit"), image.parent.name
+        items.append((name, image, base / "gtFine" / split / city / f"{name}_gtFine_labelIds.png"))
     # trainIds are valid labelIds too, so a single file cannot tell; but vegetation, sky, people and vehicles
     # are all above 18, and eight street scenes without any of them are trainIds.
     spread = items[:: max(1, len(items) // 8)][:8]

@@ -1,7 +1,7 @@
-"""Make the word tables words_*.csv from WordNet 3.0 and the hand-written rules beside this file.
+"""Make the word tables words_*.csv from WordNet 3.0 and the hand-written rules in diffseg/data.
 
-python diffseg/data/build_words.py # WordNet from NLTK (python -m nltk.downloader wordnet) python
-diffseg/data/build_words.py --wordnet /usr/share/wordnet # WordNet's own files (Debian: wordnet-base)
+    python -m diffseg.experiments.build_words  # WordNet from NLTK (python -m nltk.downloader wordnet)
+    python -m diffseg.experiments.build_words --wordnet /usr/share/wordnet  # its own files (Debian: wordnet-base)
 
 It needs NLTK (pip install 'diffseg[wordnet]'). WordNet's licence is in LICENSE-wordnet.txt.
 """

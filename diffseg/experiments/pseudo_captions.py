@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from diffseg.english import with_article
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.inference import predict
 from diffseg.paths import locate
 from diffseg.segmenters import load_segmenter
 from diffseg.target_domain import METADATA, find_pictures
+from diffseg.words import nfc, with_article
 
 
 def largest_classes(label: np.ndarray, names: Sequence[str], share: float, most: int) -> list[str]:
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--most", type=int, default=2, help="classes in a caption")
     parser.add_argument("--side", type=int, default=0, help="shorter side at which the network sees them; 0: their own")
     chosen = parser.parse_args(arguments)
-    words = dict(each.partition("=")[::2] for each in chosen.words)
+    words = dict(nfc(each).partition("=")[::2] for each in chosen.words)
     pictures = find_pictures(locate("target_images", chosen.target_images))
     captions = write_captions(
         chosen.network, pictures, chosen.out, chosen.template, words, chosen.share, chosen.most, chosen.side

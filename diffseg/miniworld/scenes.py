@@ -81,7 +81,7 @@ def load_art(word: str) -> Image.Image:
 
 
 def article(word: str) -> str:
-    """Return "an owl", "a cat", and "a cattle": `english.with_article` knows better, but the corpus stays as it was."""
+    """Return "an owl", "a cat", and "a cattle": `words.with_article` knows better, but the corpus stays as it was."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 

@@ -1,6 +1,7 @@
 """Classes, label coding and readers, checked against the official tables and hand-made folders."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -319,6 +320,20 @@ def test_a_half_unpacked_imagenet_s_is_not_scored_on_fewer_pictures(tmp_path, ha
             f"the first is {lost[0]}; unpack validation and validation-segmentation again" in message
             and "\n" not in message
         )
+
+
+@pytest.mark.parametrize("benchmark", [CITYSCAPES, IMAGENET_S_50])
+def test_hidden_files_and_folders_are_no_part_of_a_split(tmp_path, benchmark):
+    (make_cityscapes if benchmark is CITYSCAPES else make_imagenet_s)(tmp_path)
+    split = benchmark.evaluation_split
+    items = open_split(benchmark, tmp_path, split).items
+    for file in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        shutil.copyfile(file, file.with_name(f"._{file.name}"))
+        hidden = file.parents[1] / ".ipynb_checkpoints" / file.name
+        hidden.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, hidden)
+        (file.parents[1] / ".DS_Store").touch()
+    assert open_split(benchmark, tmp_path, split).items == items
 
 
 def test_cityscapes_split_is_sorted_and_in_train_ids(tmp_path):

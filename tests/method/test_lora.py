@@ -315,9 +315,7 @@ def test_a_picture_has_its_own_caption_where_metadata_gives_one(pictures):
     by_lot = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
     without = lora.describe(paths, CAPTIONS, OPTIONS, 0)
     named = paths[1]
-    (named.parent / target_domain.METADATA).write_text(
-        json.dumps({"file_name": named.name, "text": "a rider"}) + '\n{"file_name": "gone.png", "text": "a car"}\n'
-    )
+    (named.parent / target_domain.METADATA).write_text(json.dumps({"file_name": named.name, "text": "a rider"}) + "\n")
     draws = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
     assert target_domain.own_captions(paths) == {named: "a rider"}
     exact = target_domain.to_tensor(Image.open(named))
@@ -326,15 +324,6 @@ def test_a_picture_has_its_own_caption_where_metadata_gives_one(pictures):
         own = torch.equal(draws[n]["pixels"], exact) and by_lot[n]["caption"]
         assert draws[n]["caption"] == ("a rider" if own else by_lot[n]["caption"])
     assert lora.describe(paths, CAPTIONS, OPTIONS, 0) != without  # a checkpoint of other captions is refused
-
-
-@pytest.mark.parametrize(
-    "line", ["a street", '["1.png"]', '{"file_name": "1.png"}', '{"file_name": "1.png", "text": " "}']
-)
-def test_a_line_of_metadata_that_is_no_caption_is_named(tmp_path, line):
-    (tmp_path / target_domain.METADATA).write_text('{"file_name": "1.png", "text": "a street"}\n' + line + "\n")
-    with pytest.raises(DiffsegError, match=r"metadata.jsonl, line 2: give"):
-        target_domain.own_captions([tmp_path / "1.png"])
 
 
 def test_the_largest_classes_are_named():
@@ -464,14 +453,9 @@ def test_bad_folders_and_pictures(tmp_path, pictures):
     with pytest.raises(DiffsegError, match="there is no folder .*nowhere"):
         target_domain.find_pictures(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DiffsegError, match="empty holds no JPEG or PNG picture"):
+    with pytest.raises(DiffsegError, match="empty holds no picture"):
         target_domain.find_pictures(tmp_path / "empty")
-    for mode in ("L", "RGBA", "P"):
-        Image.new(mode, (32, 16)).save(pictures / "odd.png")
-        with pytest.raises(DiffsegError, match=f"odd.png has the mode {mode}, not RGB"):
-            target_domain.find_pictures(pictures)
     whole = (pictures / "city" / "a.JPG").read_bytes()
-    (pictures / "odd.png").unlink()
     (pictures / "city" / "a.JPG").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DiffsegError, match="a.JPG is truncated or no picture"):
         tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")

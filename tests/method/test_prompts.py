@@ -3,22 +3,25 @@
 import importlib.util
 import os
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from diffseg import prompts as P
 from diffseg import words as W
-from diffseg.benchmarks.classes import BENCHMARKS
-from diffseg.english import plural, with_article
+from diffseg.benchmarks.classes import BENCHMARKS, get_benchmark
 from diffseg.errors import DiffsegError
 from diffseg.experiments.synsets import synset_table, write_table
 from diffseg.generator import load_tokenizer
 from diffseg.paths import project_root
 from diffseg.seeds import derive_seed
+from diffseg.words import plural, with_article
 
 VOC = W.load_words("voc")
 PLACES = ["on the grass", "in the snow"]
@@ -32,6 +35,13 @@ def table(**classes: list[str]) -> list[W.Word]:
         for name, words in classes.items()
         for k, word in enumerate(words)
     ]
+
+
+def word_level(words: list[str]) -> Tokenizer:
+    """A tokenizer that knows these words and does not compose letters by itself."""
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(["?", *words])}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
 
 
 def check(prompts: list[P.Prompt], words: list[W.Word]) -> None:
@@ -297,7 +307,7 @@ def test_the_synset_table_counts_every_word_and_the_published_one_is_up_to_date(
     ["an owl", "a unicycle", "an hourglass", "a ewe", "an SUV", "a TV screen", "an umbrella",
      "a European magpie", "cattle",
      "a T-shirt", "an X-ray fish", "a U-boat", "a bus", "a thermos", "sunglasses", "an uninvited guest",
-     "an iPod",
+     "an iPod", "a triceratops", "a suit of clothes", "wind turbines", "an LCD", "an Ärger",
      "a one-armed bandit", "an onion", "a sheep", "an école"],
 )  # fmt: skip
 def test_articles(phrase):
@@ -311,10 +321,51 @@ def test_articles(phrase):
      ("policeman", "policemen"), ("woman", "women"), ("human", "humans"), ("person", "people"), ("sheep",
      "sheep"),
      ("calf", "calves"), ("canary", "canaries"), ("donkey", "donkeys"), ("couch", "couches"), ("ox", "oxen"),
-     ("Child", "Children"), ("aircraft", "aircraft"), ("sunglasses", "sunglasses"), ("SUV", "SUVs")],
+     ("Child", "Children"), ("aircraft", "aircraft"), ("bison", "bison"), ("bird of prey", "birds of prey"),
+     ("burrito", "burritos"), ("mashed potato", "mashed potatoes"),
+     ("air-to-air missile", "air-to-air missiles"), ("thermos", "thermoses"),
+     ("color TV", "color TVs"), ("gentleman", "gentlemen"), ("風車", "風車s"),
+     ("sunglasses", "sunglasses"), ("SUV", "SUVs")],
 )  # fmt: skip
 def test_plurals(one, many):
     assert plural(one) == many
+
+
+# composed and decomposed letters
+
+CAFE, DECOMPOSED = "café", "cafe\u0301"
+
+
+def test_a_word_is_the_same_composed_and_decomposed(tmp_path):
+    assert W.class_names([f"{DECOMPOSED}, none"]) == (CAFE,) == get_benchmark("", [DECOMPOSED]).foreground
+    with pytest.raises(DiffsegError, match="twice"):
+        W.load_class_list([f"{CAFE}, none", f"{DECOMPOSED}, none"])
+    words = table(**{DECOMPOSED: [DECOMPOSED, f"{DECOMPOSED} noir"]})
+    assert words == table(**{CAFE: [CAFE, f"{CAFE} noir"]})
+    W.write_words(tmp_path / "words.csv", words)
+    decomposed = unicodedata.normalize("NFD", (tmp_path / "words.csv").read_text("utf-8"))
+    (tmp_path / "words.csv").write_text(decomposed, "utf-8")
+    assert W.read_words(tmp_path / "words.csv") == words
+    known = W.known_words(
+        [DECOMPOSED, CAFE, "bar"], PreTrainedTokenizerFast(tokenizer_object=word_level([CAFE]), unk_token="?")
+    )
+    assert known == {DECOMPOSED, CAFE}
+
+
+@pytest.mark.parametrize("written", [CAFE, DECOMPOSED])
+@pytest.mark.parametrize("caption", [f"Two {CAFE}s and a {CAFE}.", f"Two {DECOMPOSED}s and a {DECOMPOSED}."])
+def test_spans_are_places_in_the_text_that_is_used(tmp_path, caption, written):
+    words = table(x=[written, f"{written} noir"])
+    found = [caption[m.start : m.end] for m in P.find_words(caption, words)]
+    assert [unicodedata.normalize("NFC", word) for word in found] == ["cafés", "café"]
+    (tmp_path / "captions.txt").write_text(caption, "utf-8")
+    for captions in ([caption], P.read_captions(tmp_path / "captions.txt")):
+        prompts = P.augment(words, 4, captions=captions, plain_share=0)
+        check(prompts, words)
+        assert {prompt.prompt for prompt in prompts} == {"Two café noirs and a café noir."}
+    prompts = P.augment(words, 4, templates=[f"{{}} in a {written}"], plain_share=1)
+    check(prompts, words)
+    assert {prompt.prompt for prompt in prompts} == {"a café in a café"}
 
 
 # captions
@@ -361,6 +412,9 @@ def test_caption_files(tmp_path):
     beside = os.path.relpath(tmp_path / "captions.txt", project_root())  # as a parameter file may name it
     assert P.read_captions(beside) == P.read_captions(tmp_path / "captions.txt")
     assert P.read_captions(tmp_path / "captions.txt") == ['A "dog", a cat', "Zwei Hündchen und a dog"]
+    (tmp_path / "latin.txt").write_bytes(b"a dog\na caf\xe9\n")
+    with pytest.raises(DiffsegError, match="latin.txt, line 2, is not UTF-8"):
+        P.read_captions(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_text("\n")
     for name in ("empty.txt", "nowhere.txt"):
         with pytest.raises(DiffsegError, match=name):

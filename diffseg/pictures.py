@@ -1,0 +1,84 @@
+"""A user's files: pictures of any mode and format, read upright in 8-bit RGB, and texts in UTF-8."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from diffseg.errors import DiffsegError
+
+# What a folder of pictures may hold; those that Pillow cannot read (HEIC, videos) are refused by name, not passed over.
+SUFFIXES = tuple(".avi .avif .bmp .gif .heic .heif .jpeg .jpg .mkv .mov .mp4 .png .svg .tif .tiff .webm .webp".split())
+
+
+def decode(path: str | os.PathLike) -> Image.Image:
+    """Return a file's picture in its own mode, decoded whole; of several frames (GIF, TIFF, MPO) the first.
+
+    Raises a DiffsegError for a file that is missing, broken, too large for Pillow, or no picture that it reads.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise DiffsegError(f"{path} is missing; put the file there, or take its name out of the list.") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise DiffsegError(
+            f"{path} is truncated or no picture that can be read ({error}); give a whole JPEG or PNG file."
+        ) from error
+
+
+def read_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
+    """Return a picture, or a file's, upright in 8-bit RGB.
+
+    The camera's orientation (EXIF) is obeyed, transparency shows white, and 16 bits become 8 (65535 is white). Raises
+    a DiffsegError for what `decode` refuses, and for a mode whose white is not defined (32 bits, floats).
+    """
+    name = "the picture" if isinstance(picture, Image.Image) else picture
+    if not isinstance(picture, Image.Image):
+        picture = decode(picture)
+    deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")  # older Pillow: I
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if deep:
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        if picture.mode in ("I", "F"):
+            raise ValueError("no value of it is known to be white")
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except ValueError as error:
+        raise DiffsegError(f"{name} has the mode {picture.mode} ({error}); convert it to 8-bit RGB.") from error
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Return the files below a folder that are named as pictures are, sorted by path; hidden ones are passed over.
+
+    Raises a DiffsegError for a name that is not UTF-8.
+    """
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return sorted(path for path in paths if is_visible(path, folder))
+
+
+def is_visible(path: Path, folder: Path) -> bool:
+    """Return whether no part of the path below `folder` begins with a dot, as .ipynb_checkpoints does.
+
+    Raises a DiffsegError for a visible name that is not UTF-8, because no list or table could hold it.
+    """
+    parts = path.relative_to(folder).parts
+    hidden = any(part.startswith(".") for part in parts)
+    if not hidden and any("\udc80" <= letter <= "\udcff" for part in parts for letter in part):
+        raise DiffsegError(f"the file name {os.fsencode(path)!r} is not UTF-8; rename the file.")
+    return not hidden
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Return a UTF-8 file's text, without a byte order mark. Raises a DiffsegError for another coding."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DiffsegError(f"{path}, line {line}, is not UTF-8 ({error.reason}); save the file as UTF-8.") from error
