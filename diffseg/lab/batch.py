@@ -60,7 +60,9 @@ def run(
         if selected != ["03_synthesis"]:
             raise DiffsegError("--shard divides notebook 3 only; give --only 3, after --only 1-2 has been run.")
     needed = {step for name in selected for made in steps_of(notebooks[name]) for step in (made, *upstream(made))}
-    check_together({k: v for path in notebooks.values() for k, v in step_parameters(path, values).items()}, name)
+    check_together(
+        {k: v for chosen in selected for k, v in step_parameters(notebooks[chosen], values).items()}, f"run {name}"
+    )
     from diffseg.lab.kernel import execute  # here: notebooks and `diffseg list` need not wait for papermill
 
     with working_in(folder, bool(shard)), processes.Group() as group:

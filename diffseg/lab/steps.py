@@ -209,8 +209,8 @@ def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         found = {}
         for place in places:
             for path in [place] if place.is_file() else sorted(place.rglob("*")):
-                inside = path.relative_to(place.parent)
-                if path.is_file() and not any(part.startswith(".") for part in inside.parts[1:]):
+                inside = path.relative_to(place) if place.is_dir() else Path(path.name)
+                if path.is_file() and not any(part.startswith(".") for part in inside.parts):
                     found[inside.as_posix()] = file_digest(path)
         if found:
             named[parameter] = found

@@ -39,7 +39,10 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "models"))
     matplotlib.use("Agg")
-    return tmp_path
+    yield tmp_path
+    for file in runs._held.values():
+        file.close()
+    runs._held.clear()
 
 
 def values_of(name, step, place):
@@ -71,7 +74,11 @@ def make_upstream(name, place):
     tuning = runs.begin("02_lora_tuning", values_of(name, "02_lora_tuning", place))
     (tuning.folder / "tuning.json").write_text(json.dumps({"tuned": False}))
     tuning.finish(["tuning.json"])
-    made = runs.begin("03_synthesis", values_of(name, "03_synthesis", place))
+    values = values_of(name, "03_synthesis", place)
+    drawn = runs.begin("03_drawing", values)
+    (drawn.folder / "drawn.txt").write_text("by hand")
+    drawn.finish(["drawn.txt"])
+    made = runs.begin("03_synthesis", values)
     for folder in ("JPEGImages", "Reliability", "ImageSets/Segmentation"):
         (made.folder / folder).mkdir(parents=True, exist_ok=True)
     for k in range(2):
@@ -199,7 +206,7 @@ def test_without_the_target_domains_pictures_their_folder_is_said(name, place):
     if read_yaml(PARAMS / f"{name}.yaml").get("target_images"):
         assert str(place / "data" / "leftImg8bit" / "train") in sentence and "give a folder" in sentence
     else:  # nothing is tuned, so nothing is missing
-        assert sentence == "" and read_manifest(place / name / "02_lora_tuning")
+        assert sentence == "" and read_manifest(place / "runs" / name / "02_lora_tuning")
 
 
 @each_paper
@@ -219,6 +226,6 @@ def test_without_the_data_the_official_place_and_the_tree_are_said(name, place):
 @each_paper
 def test_a_report_without_its_steps_names_the_one_to_run_first(name, place):
     sentence = execute(name, "06_report", place)
-    assert "06_report needs 01_prompt_augmentation, which is not finished" in sentence
-    for step in list(STEPS)[2:5]:
-        assert "is not finished" in execute(name, step, place), step
+    assert "06_report needs 01_prompt_augmentation, which this run has not made" in sentence
+    for step in ("03_synthesis", "04_robust_training", "05_evaluation"):
+        assert "which this run has not made; run that step first" in execute(name, step, place), step
