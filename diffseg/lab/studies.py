@@ -1,14 +1,12 @@
 """Studies: a YAML of configurations x seeds, made as ordinary runs that share their common steps.
 
 notebooks/studies/NAME.yaml begins with a comment that says what it asks, and holds `base` (a name in
-notebooks/params), `only` (steps), `seeds`, and `configurations`: name -> changed parameters. Each configuration x
+notebooks/params), `only` (notebooks), `seeds`, and `configurations`: name -> changed parameters. Each configuration x
 seed is the run results/runs/NAME/<configuration>-<seed>.
 """
 
-import difflib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,15 +16,18 @@ from typing import Any
 
 import diffseg
 from diffseg.errors import DiffsegError
-from diffseg.lab.manifests import WHERE, hardware, read_manifest, run_folder, step_key, upstream
+from diffseg.lab.batch import resolve, select, step_notebooks, step_parameters, working_in
+from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import read_yaml
-from diffseg.lab.runs import locked, resolve, select, step_notebooks, step_parameters, writing
+from diffseg.lab.provenance import hardware
+from diffseg.lab.runs import writing
+from diffseg.lab.steps import STEPS, known, notebook_of, run_folder, step_folder, step_key, steps_of, upstream
 from diffseg.paths import project_root
 
 ENTRIES = ("base", "only", "seeds", "configurations")
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, to be a key
+@dataclass(frozen=True)
 class StudyRun:
     """One configuration with one seed."""
 
@@ -39,6 +40,11 @@ class StudyRun:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        """Return the file that takes what the run prints when several run at the same time."""
+        return self.folder.with_name(f"{self.name}.log")
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,6 @@ class Study:
     runs: list[StudyRun]  # the seeds of a configuration follow one another
     steps: list[str]  # the steps of `only` and all that they stand on, in running order
 
-    @property
-    def folder(self) -> Path:
-        return run_folder(self.name)
-
 
 def study_files() -> list[Path]:
     return sorted((project_root() / "notebooks" / "studies").glob("*.yaml"))
@@ -68,11 +70,7 @@ def load_study(name: str) -> Study:
 
     Raises DiffsegError for an unknown study, entry, base, step or parameter and for a value of the wrong type.
     """
-    names = [path.stem for path in study_files()]
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}."
-        raise DiffsegError(f"there is no study named {name} in notebooks/studies; {hint}")
+    known(name, (path.stem for path in study_files()), "study in notebooks/studies")
     path = project_root() / "notebooks" / "studies" / f"{name}.yaml"
     entries = read_yaml(path)
     first = path.read_text(encoding="utf-8").partition("\n")[0]
@@ -95,26 +93,26 @@ def load_study(name: str) -> Study:
     )
     notebooks = step_notebooks()
     selected = select(None if only is None else str(only), list(notebooks))
-    study_runs = []
+    needed = {step for title in selected for made in steps_of(notebooks[title]) for step in (made, *upstream(made))}
+    runs = []
     for configuration, changes in configurations.items():
-        source = f"the configuration {configuration} of {path.name}"
         changes = {} if changes is None else changes
         require(isinstance(changes, dict), f"gives the configuration {configuration} no parameters `name: value`.")
-        for own in (*WHERE, "seed"):
-            require(own not in changes, f"must not set {own} in the configuration {configuration}: the study does.")
+        for owned in ("run", "out", "seed"):
+            require(owned not in changes, f"must not set {owned} in the configuration {configuration}: the study does.")
         for seed in seeds:
-            changed = changes | {"seed": seed, "run": f"{configuration}-{seed}"}
-            values, folder = resolve(base, changed, str(run_folder(name)), source)
-            study_runs.append(StudyRun(str(configuration), seed, changed, values, folder))
+            changed = changes | {"seed": seed, "run": f"{name}/{configuration}-{seed}"}
+            values, folder = resolve(base, changed, source=f"the configuration {configuration} of {path.name}")
+            runs.append(StudyRun(str(configuration), seed, changed, values, folder))
     return Study(
         name=name,
         question=first.lstrip("# ").strip(),
         base=base,
-        only=",".join(str(int(step[:2])) for step in selected),
+        only=",".join(str(int(title[:2])) for title in selected),
         seeds=seeds,
         configurations={str(configuration): changes or {} for configuration, changes in configurations.items()},
-        runs=study_runs,
-        steps=[s for s in notebooks if s in selected or any(s in upstream(later) for later in selected)],
+        runs=runs,
+        steps=[step for step in STEPS if step in needed],
     )
 
 
@@ -129,52 +127,65 @@ def run_study(name: str, jobs: int = 1) -> None:
         raise DiffsegError(f"--jobs must be 1 or more, not {jobs}.")
     from diffseg.lab.study_results import write_results  # here: the command line need not wait for matplotlib
 
-    with locked(study.folder):
+    with working_in(run_folder(name)):
         failed = make_runs(study, jobs)
-        if any(finished(study, run) for run in study.runs):
+        if any(finished_steps(study, run) for run in study.runs):
             with writing(project_root() / "results"):
                 write_results(study)
     if failed:
-        raise DiffsegError(f"of the study {name}, {', '.join(failed)} failed; mend it and give the same command again.")
+        raise DiffsegError(f"of the study {name}, {', '.join(failed)} failed; fix it and give the same command again.")
 
 
 def make_runs(study: Study, jobs: int) -> list[str]:
-    """Run each of the study's runs in a process of its own and return the names of those that failed.
+    """Make each of the study's runs in a process, `jobs` at the same time, and return the names of those that failed.
 
-    The processes divide the cores unless OMP_NUM_THREADS is set already. With several jobs, what a run prints
-    goes to <run>.log beside its folder. When this process is interrupted or terminated, it ends them first.
+    The processes divide the cores unless OMP_NUM_THREADS is set already, and the GPUs. With several jobs, what a run
+    prints goes to its log. When this process is interrupted or terminated, it ends them first.
     """
-    threads = str(max(1, hardware()["cores"] // jobs))
-    environment = {"OMP_NUM_THREADS": threads} | os.environ
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    waiting, working, failed = list(study.runs), {}, []
+    environment = {"OMP_NUM_THREADS": str(max(1, hardware()["cores"] // jobs))} | os.environ
+    devices = visible_devices() if jobs > 1 else []
+    waiting, failed = list(study.runs), []
+    working: dict[int, tuple[StudyRun, subprocess.Popen]] = {}  # by slot, 0 to jobs - 1
     try:
         while waiting or working:
-            while waiting and len(working) < jobs:
-                run = waiting.pop(0)
-                print(f"{run.name}: run {len(study.runs) - len(waiting)} of {len(study.runs)}", flush=True)
-                working[run] = start(study, run, environment, log_of(run) if jobs > 1 else None)
+            for slot in range(jobs):
+                if waiting and slot not in working:
+                    run = waiting.pop(0)
+                    print(f"{run.name}: run {len(study.runs) - len(waiting)} of {len(study.runs)}", flush=True)
+                    device = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
+                    working[slot] = run, start(study, run, environment | device, run.log if jobs > 1 else None)
             time.sleep(0.1)
-            for run in [run for run, process in working.items() if process.poll() is not None]:
-                if working.pop(run).returncode:
-                    failed.append(run.name)
-                    print(f"{run.name}: failed" + (f", see {log_of(run)}" if jobs > 1 else ""), flush=True)
-                else:
-                    print(f"{run.name}: done", flush=True)
+            for slot, (run, process) in list(working.items()):
+                if process.poll() is not None:
+                    del working[slot]
+                    if process.returncode:
+                        failed.append(run.name)
+                    see = f"failed, see {run.log}" if jobs > 1 else "failed"
+                    print(f"{run.name}: {see if process.returncode else 'done'}", flush=True)
     finally:
-        for process in working.values():
+        for _, process in working.values():
             process.terminate()
-        for process in working.values():
+        for _, process in working.values():
             process.wait()
-        signal.signal(signal.SIGTERM, previous)
     return failed
+
+
+def visible_devices() -> list[str]:
+    """Return the GPUs that a study may use, as CUDA_VISIBLE_DEVICES names them; none on a machine without any."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [device.strip() for device in listed.split(",") if device.strip()]
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return []
+    import torch  # here: it takes seconds to load, and a machine without a GPU need not wait
+
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def start(study: Study, run: StudyRun, environment: dict[str, str], log: Path | None) -> subprocess.Popen:
     """Start `diffseg run` for a run; `log` takes what it prints."""
     changes = [f"{name}={json.dumps(value)}" for name, value in run.changes.items()]
-    command = [sys.executable, "-m", "diffseg", "run", study.base, "--only", study.only, "--share"]
-    command += ["--out", str(study.folder), "--set", *changes]
+    command = [sys.executable, "-m", "diffseg", "run", study.base, "--only", study.only, "--set", *changes]
     here = Path(diffseg.__file__).parents[1]  # so that it is this very package
     if log is None:
         return subprocess.Popen(command, cwd=here, env=environment)
@@ -182,22 +193,16 @@ def start(study: Study, run: StudyRun, environment: dict[str, str], log: Path | 
         return subprocess.Popen(command, cwd=here, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def log_of(run: StudyRun) -> Path:
-    return run.folder.with_name(f"{run.name}.log")
-
-
-def finished(study: Study, run: StudyRun) -> dict[str, dict] | None:
-    """Return a run's manifests by step when it has all of them, made from its present parameters; else None."""
-    notebooks = step_notebooks()
-    manifests = {}
+def finished_steps(study: Study, run: StudyRun) -> dict[str, Path] | None:
+    """Return the folders of a run's steps when all are finished with its present parameters and code; else None."""
+    keys: dict[str, str] = {}
+    folders = {}
     for step in study.steps:
-        manifest = read_manifest(run.folder / step)
-        if manifest is None or manifest["key"] != step_key(
-            step, step_parameters(notebooks[step], run.values), run.folder
-        ):
+        keys[step] = step_key(step, step_parameters(notebook_of(step), run.values), keys)
+        folders[step] = step_folder(step, keys[step])
+        if read_manifest(folders[step]) is None:
             return None
-        manifests[step] = manifest
-    return manifests
+    return folders
 
 
 def print_studies() -> None:
@@ -205,7 +210,7 @@ def print_studies() -> None:
     for path in study_files():
         try:
             study = load_study(path.stem)
-            done = sum(finished(study, run) is not None for run in study.runs)
+            done = sum(finished_steps(study, run) is not None for run in study.runs)
             print(f"{study.name:16}{f'{done} of {len(study.runs)} runs':16}{study.question}")
         except DiffsegError as error:
             print(f"{path.stem:16}{error}")

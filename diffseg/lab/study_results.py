@@ -1,86 +1,74 @@
 """What a study found, from its runs' manifests alone: record, tables and figure, all under results/.
 
-One figure more, of predictions, is made from the runs' pictures (`diffseg.lab.study_pictures`).
+One figure more, of predictions, is made from the runs' images (`diffseg.lab.study_pictures`).
 
-`record` gathers the manifests into results/studies/<study>.json; tables and figure are made from that record, so
+`study_record` gathers the manifests into results/studies/<study>.json; tables and figure are made from that record, so
 they can be made again where the runs themselves are gone.
 """
 
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from statistics import mean, stdev
+from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diffseg.files import atomic_path, sha256_file
-from diffseg.lab.manifests import MANIFEST, STEPS, machine_name
-from diffseg.lab.studies import Study, finished
+from diffseg.files import MANIFEST, atomic_path, sha256_file
+from diffseg.lab.manifests import read_manifest
+from diffseg.lab.provenance import machine_name
+from diffseg.lab.studies import Study, finished_steps
 from diffseg.paths import project_root
 
-COLOURS = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-]  # Okabe and Ito's, told apart by the colour-blind
-EVALUATION = "05_evaluation"
+# Okabe and Ito's, told apart by the colour-blind
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 
 
 def write_results(study: Study) -> None:
-    """Write record, tables and figure of the finished runs and print the table and what is missing."""
-    results = project_root() / "results"
-    found = record(study)
-    tables = results / "tables"
-    figure = results / "figures" / f"{study.name}.png"
-    main, classes = table(found), class_table(found)
-    write(results / "studies" / f"{study.name}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    write(tables / f"{study.name}.csv", main.to_csv(index=False))
-    write(tables / f"{study.name}_classes.csv", classes.to_csv(index=False))
-    written = [
-        tables / f"{study.name}.csv",
-        tables / f"{study.name}_classes.csv",
-        results / "studies" / f"{study.name}.json",
-    ]
-    if scores(found):
+    """Write record, tables and figures of the finished runs and print the table and what is missing."""
+    results, name = project_root() / "results", study.name
+    record = study_record(study)
+    table, scores = study_table(record), score_rows(record)
+    texts = {
+        results / "tables" / f"{name}.csv": table.to_csv(index=False),
+        results / "tables" / f"{name}_classes.csv": class_table(record).to_csv(index=False),
+        results / "studies" / f"{name}.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n",
+    }
+    if len(scores):
         from diffseg.figures import save_figure  # here: these load torch
         from diffseg.lab.study_pictures import predictions_figure
 
-        save_figure(draw(found), figure)
-        write(figure.with_suffix(".txt"), caption(found) + "\n")
-        written.append(figure)
-        made = replace(study, runs=[run for run in study.runs if run.name in found["runs"]])
-        if (predictions := predictions_figure(made)) is not None:
-            written.append(figure.with_stem(f"{study.name}_predictions"))
-            save_figure(predictions, written[-1])
-            seen = f"Validation pictures, their true masks, and what the networks of seed {study.seeds[0]} see;"
-            write(written[-1].with_suffix(".txt"), caption(found, seen) + "\n")
-    print(f"\n{study.question}\n\n{main.loc[:, :'seconds'].to_string(index=False, na_rep='-')}\n")
-    if found["missing"]:
-        print(f"not finished: {', '.join(found['missing'])}\n")
-    print("\n".join(map(str, written)), flush=True)
+        seeds = f"seeds {', '.join(map(str, study.seeds))}"
+        predicted = f"Validation images, ground truth, predictions (seed {study.seeds[0]})"
+        for figure, stem, shown in (
+            (study_figure(record), name, f"Means over {seeds}, one point a seed"),
+            (predictions_figure(study), f"{name}_predictions", predicted),
+        ):
+            if figure is not None:
+                save_figure(figure, results / "figures" / f"{stem}.png")
+                texts[results / "figures" / f"{stem}.txt"] = caption(record, shown) + "\n"
+    for path, text in texts.items():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"\n{study.question}\n\n{table.loc[:, :'seconds'].to_string(index=False, na_rep='-')}\n")
+    if record["missing"]:
+        print(f"not finished: {', '.join(record['missing'])}\n")
+    print("\n".join(map(str, texts)), flush=True)
 
 
-def write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def record(study: Study) -> dict:
+def study_record(study: Study) -> dict:
     """Return all that the tables need, and what it was made from, as JSON can hold it.
 
     Per run: parameters, and for each step its metrics, seconds and the sha256 of its manifest, and the run that
     made it. `versions`, `git` and `hardware` list the different ones among the manifests.
     """
-    manifests = {run: finished(study, run) for run in study.runs}
-    made = {run: steps for run, steps in manifests.items() if steps is not None}
-    every = [manifest for steps in made.values() for manifest in steps.values()]
+    folders = {run.name: finished_steps(study, run) for run in study.runs}
+    manifests = {
+        name: {step: read_manifest(folder) for step, folder in steps.items()}
+        for name, steps in folders.items()
+        if steps
+    }
+    every = [manifest for steps in manifests.values() for manifest in steps.values()]
     return {
         "study": study.name,
         "question": study.question,
@@ -88,182 +76,155 @@ def record(study: Study) -> dict:
         "only": study.only,
         "seeds": study.seeds,
         "configurations": study.configurations,
-        "missing": [run.name for run in study.runs if manifests[run] is None],
-        **{name: different([manifest[name] for manifest in every]) for name in ("versions", "git", "hardware")},
+        "missing": [run.name for run in study.runs if run.name not in manifests],
+        **{name: unique(manifest[name] for manifest in every) for name in ("versions", "git", "hardware")},
         "runs": {
             run.name: {
                 "configuration": run.configuration,
                 "seed": run.seed,
-                "parameters": {name: value for m in steps.values() for name, value in m["parameters"].items()},
+                "parameters": {k: v for m in manifests[run.name].values() for k, v in m["parameters"].items()},
                 "steps": {
                     step: {
-                        "manifest": sha256_file(run.folder / step / MANIFEST),
-                        "run": manifest["run"],
-                        "seconds": manifest["seconds"],
-                        "resumed": manifest["resumed"],
-                        "metrics": manifest["metrics"],
+                        "manifest": sha256_file(folders[run.name][step] / MANIFEST),
+                        **{name: manifest[name] for name in ("run", "seconds", "resumed", "metrics")},
                     }
-                    for step, manifest in steps.items()
+                    for step, manifest in manifests[run.name].items()
                 },
             }
-            for run, steps in made.items()
+            for run in study.runs
+            if run.name in manifests
         },
     }
 
 
-def different(values: Sequence) -> list:
+def unique(values: Iterable) -> list:
     """Return the values without repetitions, in order."""
-    return [value for k, value in enumerate(values) if value not in values[:k]]
+    found = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
-def networks(run: Mapping) -> dict[str, Mapping]:
+def evaluations(run: Mapping) -> dict[str, Mapping]:
     """Return what a run's evaluation says of each network: "synthetic" and, where it was trained, "real"."""
-    metrics = run["steps"].get(EVALUATION, {}).get("metrics", {})
+    metrics = run["steps"].get("05_evaluation", {}).get("metrics", {})
     return {name: scores for name, scores in metrics.items() if isinstance(scores, dict) and "miou" in scores}
 
 
-def of(found: Mapping, configuration: str) -> list[Mapping]:
-    """Return the finished runs of a configuration."""
-    return [run for run in found["runs"].values() if run["configuration"] == configuration]
+def score_rows(record: Mapping, classes: bool = False) -> pd.DataFrame:
+    """Return a row for each configuration, seed, network and score; values in %, nan where undefined.
 
-
-def scores(found: Mapping) -> list[tuple[str, str]]:
-    """Return (network, score) of all that was measured: mIoU, and the IoU of merged classes as "group/..."."""
-    names = [
-        (network, score)
-        for run in found["runs"].values()
-        for network, values in networks(run).items()
-        for score in values
-        if score == "miou" or score.startswith("group/")
+    Scores are "miou" and the IoU of merged classes by their names, or with `classes` the IoU of each class.
+    """
+    prefix = "iou/" if classes else "group/"
+    rows = [
+        (run["configuration"], run["seed"], network, score.removeprefix(prefix), value)
+        for run in record["runs"].values()
+        for network, scores in evaluations(run).items()
+        for score, value in scores.items()
+        if score.startswith(prefix) or (score == "miou" and not classes)
     ]
-    return different(names)
+    table = pd.DataFrame(rows, columns=["configuration", "seed", "network", "score", "value"])
+    return table.assign(value=100 * table.value.astype(float))
 
 
-def values_of(runs: Sequence[Mapping], network: str, score: str) -> list[float]:
-    """Return one score in % of the runs that have it."""
-    found = [networks(run).get(network, {}).get(score) for run in runs]
-    return [100 * value for value in found if value is not None]
+def images_by_configuration(record: Mapping) -> dict[str, int]:
+    """Return configuration -> the `images` that a step counts first: synthetic ones, before real ones are mixed in."""
+    found: dict[str, int] = {}
+    for run in record["runs"].values():
+        for step in run["steps"].values():
+            if "images" in step["metrics"]:
+                found.setdefault(run["configuration"], step["metrics"]["images"])
+    return found
 
 
-def or_none(function: Callable[[list], float], values: list, least: int = 1, digits: int = 2) -> float | None:
-    """Return function(values), rounded, or None for fewer than `least` values."""
-    return round(function(values), digits) if len(values) >= least else None
-
-
-def seconds_of(runs: Sequence[Mapping], step: str) -> float | None:
-    """Return the mean seconds of a step, of shared ones too; one that was resumed knows its last attempt only."""
-    return or_none(mean, [run["steps"][step]["seconds"] for run in runs if not run["steps"][step]["resumed"]], 1, 1)
-
-
-def images_of(runs: Sequence[Mapping]) -> int | None:
-    """Return the number of pictures that the first step to name one made: synthetic ones, before any are mixed in."""
-    found = [step["metrics"]["images"] for run in runs for step in run["steps"].values() if "images" in step["metrics"]]
-    return found[0] if found else None
-
-
-def table(found: Mapping) -> pd.DataFrame:
+def study_table(record: Mapping) -> pd.DataFrame:
     """Return one row per configuration: finished seeds, images, each score's mean and spread, mean seconds.
 
-    Scores are in %; the spread is the sample standard deviation over the seeds, empty for one seed. The seconds
-    are those of the configuration alone, as if it had shared no step.
+    Scores are in %; the spread is the sample standard deviation over the seeds, empty for one seed. The seconds are
+    those of the configuration alone, as if it had shared no step; of a resumed step only the last attempt is known, so
+    it does not count.
     """
-    steps = [step for step in STEPS if any(step in run["steps"] for run in found["runs"].values())]
-    rows = []
-    for configuration in found["configurations"]:
-        runs = of(found, configuration)
-        row = {"configuration": configuration, "seeds": len(runs), "images": images_of(runs)}
-        for network, score in scores(found):
-            values = values_of(runs, network, score)
-            name = f"{network}_{score.removeprefix('group/')}"
-            row |= {name: or_none(mean, values), f"{name}_spread": or_none(stdev, values, least=2)}
-        seconds = {f"seconds_{step[:2]}": seconds_of(runs, step) for step in steps}
-        total = None if None in seconds.values() else round(sum(seconds.values()), 1)
-        rows.append(row | {"seconds": total} | seconds)
-    return pd.DataFrame(rows).astype({"images": "Int64"})
+    runs = record["runs"].values()
+    table = pd.DataFrame({"configuration": list(record["configurations"])}).set_index("configuration", drop=False)
+    table["seeds"] = [sum(run["configuration"] == name for run in runs) for name in table.index]
+    table["images"] = pd.Series(images_by_configuration(record), dtype="Int64")
+    scores = score_rows(record)
+    for (network, score), rows in scores.groupby(["network", "score"], sort=False):
+        values = rows.groupby("configuration").value
+        table[f"{network}_{score}"] = values.mean().round(2)
+        table[f"{network}_{score}_spread"] = values.std().round(2)
+    seconds = pd.DataFrame(
+        [
+            (run["configuration"], run["seed"], f"seconds_{name[:2]}", None if step["resumed"] else step["seconds"])
+            for run in runs
+            for name, step in run["steps"].items()
+        ],
+        columns=["configuration", "seed", "notebook", "seconds"],
+    )
+    seconds = seconds.groupby(["configuration", "seed", "notebook"]).seconds.agg(lambda steps: steps.sum(skipna=False))
+    seconds = seconds.groupby(["configuration", "notebook"]).mean().round(1).unstack()
+    table["seconds"] = seconds.sum(axis=1, skipna=False).round(1)
+    return table.join(seconds)
 
 
-def class_table(found: Mapping) -> pd.DataFrame:
+def class_table(record: Mapping) -> pd.DataFrame:
     """Return one row per class: its mean IoU in % for each configuration and network, empty where undefined."""
-    columns: dict[str, dict[str, float | None]] = {}
-    for configuration in found["configurations"]:
-        runs = of(found, configuration)
-        for network in different([name for run in runs for name in networks(run)]):
-            keys = [key for run in runs for key in networks(run).get(network, {}) if key.startswith("iou/")]
-            name = configuration if network == "synthetic" else f"{configuration} {network}"
-            columns[name] = {
-                key.removeprefix("iou/"): or_none(mean, values_of(runs, network, key)) for key in different(keys)
-            }
-    return pd.DataFrame(columns).rename_axis("class").reset_index()
+    rows = score_rows(record, classes=True)
+    name = rows.configuration + (" " + rows.network).where(rows.network != "synthetic", "")
+    means = rows.assign(name=name).groupby(["score", "name"], sort=False).value.mean().round(2).unstack()
+    return means.loc[unique(rows.score), unique(name)].rename_axis("class").reset_index()
 
 
-def draw(found: Mapping) -> Figure:
-    """Draw each configuration's mean scores with the seeds as points; over the pictures if only these differ."""
-    sizes = [changes.get("images") for changes in found["configurations"].values()]
-    rest = [{k: v for k, v in changes.items() if k != "images"} for changes in found["configurations"].values()]
-    if len(sizes) > 2 and None not in sizes and all(changes == rest[0] for changes in rest):
-        return draw_curves(found, sizes)
-    names, shown = list(found["configurations"]), scores(found)
+def study_figure(record: Mapping) -> Figure:
+    """Draw each configuration's mean scores with the seeds as points; over the images if only these differ."""
+    changes = record["configurations"]
+    sizes = {name: changed.get("images") for name, changed in changes.items()}
+    others = [{k: v for k, v in changed.items() if k != "images"} for changed in changes.values()]
+    is_curve = len(sizes) > 2 and None not in sizes.values() and all(other == others[0] for other in others)
+    shown = list(score_rows(record).groupby(["network", "score"], sort=False))
     height = 0.8 / len(shown)
-    figure, axis = plt.subplots(figsize=(4.5, 0.25 * len(names) * (len(shown) + 0.5) + 0.9))
-    for k, (network, score) in enumerate(shown):
-        means = [(i, values_of(of(found, name), network, score)) for i, name in enumerate(names)]
-        means = [(i + (k - (len(shown) - 1) / 2) * height, values) for i, values in means if values]
-        places, lengths = [place for place, _ in means], [mean(values) for _, values in means]
-        axis.barh(places, lengths, 0.9 * height, color=COLOURS[k % len(COLOURS)], label=label_of(network, score))
-        for place, values in means:
-            axis.plot(values, [place] * len(values), "o", color="black", markersize=3, markerfacecolor="white")
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.set(xlabel="IoU (%)" if len({score for _, score in shown}) > 1 else "mIoU (%)", xlim=(0, None))
-    finish(axis, len(shown))
-    return figure
-
-
-def draw_curves(found: Mapping, sizes: Sequence[int]) -> Figure:
-    """Draw the scores over the number of synthetic pictures, on a log axis."""
-    figure, axis = plt.subplots(figsize=(4.5, 3))
-    for k, (network, score) in enumerate(scores(found)):
-        points = zip(
-            sizes, (values_of(of(found, name), network, score) for name in found["configurations"]), strict=True
-        )
-        points = sorted((size, values) for size, values in points if values)
-        colour = COLOURS[k % len(COLOURS)]
-        means = [mean(values) for _, values in points]
-        axis.plot([size for size, _ in points], means, color=colour, label=label_of(network, score))
-        for size, values in points:
-            axis.plot([size] * len(values), values, "o", color="black", markersize=3, markerfacecolor="white")
-    axis.set(xscale="log", xlabel="synthetic pictures", ylabel="mIoU (%)", ylim=(0, None))
-    axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.minorticks_off()
-    finish(axis, len(scores(found)))
-    return figure
-
-
-def label_of(network: str, score: str) -> str:
-    return f"{network}, {'mIoU' if score == 'miou' else score.removeprefix('group/')}"
-
-
-def finish(axis: plt.Axes, count: int) -> None:
+    bars = 4.5, 0.25 * len(changes) * (len(shown) + 0.5) + 0.9
+    figure, axis = plt.subplots(figsize=(4.5, 3) if is_curve else bars)
+    points = {"linestyle": "", "marker": "o", "color": "black", "markersize": 3, "markerfacecolor": "white"}
+    for k, ((network, score), rows) in enumerate(shown):
+        look = {"color": COLOURS[k % len(COLOURS)], "label": f"{network}, {'mIoU' if score == 'miou' else score}"}
+        if is_curve:
+            place = rows.configuration.map(sizes)
+            means = rows.value.groupby(place).mean()
+            axis.plot(means.index, means, **look)
+            axis.plot(place, rows.value, **points)
+        else:
+            place = rows.configuration.map(list(changes).index) + (k - (len(shown) - 1) / 2) * height
+            means = rows.value.groupby(place).mean()
+            axis.barh(means.index, means, 0.9 * height, **look)
+            axis.plot(rows.value, place, **points)
+    if is_curve:
+        axis.set(xscale="log", xlabel="synthetic images", ylabel="mIoU (%)", ylim=(0, None))
+        axis.set_xticks(list(sizes.values()), list(map(str, sizes.values())))
+        axis.minorticks_off()
+    else:
+        axis.set_yticks(range(len(changes)), list(changes))
+        axis.invert_yaxis()
+        axis.set(xlabel="mIoU (%)" if all(score == "miou" for (_, score), _ in shown) else "IoU (%)", xlim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
-    if count > 1:
-        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(count, 3), fontsize=8)
-    axis.figure.tight_layout()
+    if len(shown) > 1:
+        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(shown), 3), fontsize=8)
+    figure.tight_layout()
+    return figure
 
 
-def caption(found: Mapping, shown: str = "") -> str:
-    """Return a figure's caption: question, what is shown (else means over seeds), hardware, and what is missing."""
-    runs = list(found["runs"].values())
-    measured = [scores for run in runs for scores in networks(run).values()]
-    benchmark, images = measured[0].get("benchmark", found["base"]), measured[0].get("images")
-    numbers = [images_of(of(found, name)) for name in found["configurations"]]
-    drawn = different([f"{number}" for number in numbers if number is not None])
-    machines = [machine_name(machine) for machine in found["hardware"]]
-    seeds = ", ".join(map(str, found["seeds"]))
+def caption(record: Mapping, shown: str) -> str:
+    """Return a figure's caption: question, what is shown, images, hardware, and what is missing."""
+    scores = next(scores for run in record["runs"].values() for scores in evaluations(run).values())
+    trained = ", ".join(map(str, unique(images_by_configuration(record).values())))
+    question = record["question"]
     sentences = [
-        f"{found['question'].rstrip('.?')}{'?' if found['question'].endswith('?') else '.'}",
-        shown or f"Means on {images} {benchmark} pictures, one point a seed (seeds {seeds});",
-        f"trained on {', '.join(drawn)} synthetic pictures; measured on {' and on '.join(different(machines))}.",
+        question if question.endswith("?") else f"{question.rstrip('.')}.",
+        f"{shown}; {scores.get('images')} {scores.get('benchmark', record['base'])} images;",
+        f"trained on {trained} synthetic images; {' and '.join(unique(map(machine_name, record['hardware'])))}.",
     ]
-    if found["missing"]:
-        sentences.append(f"Not finished: {', '.join(found['missing'])}.")
+    if record["missing"]:
+        sentences.append(f"Not finished: {', '.join(record['missing'])}.")
     return textwrap.fill(" ".join(sentences), 100)
