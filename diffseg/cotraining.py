@@ -24,7 +24,7 @@ def mean_over_valid(losses: torch.Tensor, label: torch.Tensor, ignore: int) -> t
     return losses.sum() / (label != ignore).sum().clamp(min=1)
 
 
-def plain_loss(logits: torch.Tensor, label: torch.Tensor, ignore: int) -> torch.Tensor:
+def baseline_loss(logits: torch.Tensor, label: torch.Tensor, ignore: int) -> torch.Tensor:
     """The baseline: cross-entropy to the pseudo-label, whatever its reliability."""
     return mean_over_valid(cross_entropies(logits, label, ignore), label, ignore)
 
@@ -61,23 +61,6 @@ def weighted_loss(
     """URN's loss: cross-entropy times 1 on certain pixels and `uncertain_weight` on the others."""
     weights = uncertain_weight + (1 - uncertain_weight) * certain.float()
     return mean_over_valid(weights * cross_entropies(logits, label, ignore), label, ignore)
-
-
-def certain_pixels(label: torch.Tensor, margin: torch.Tensor, powers: Sequence[float], beta: float) -> torch.Tensor:
-    """Return the pixels (bool H x W) whose label survives response scaling, after URN.
-
-    URN raises the class map to several powers, cuts each, and calls a pixel uncertain where its normalised
-    variance u over the results leaves 1 - u <= 0.05. The label and its 8-bit margin (H x W) hold what that needs
-    for one class: with a_bg = 1 - beta - a (`diffseg.masks`) the class score is a = (1 - beta + margin) / 2 on the
-    object and (1 - beta - margin) / 2 off it, and the cut lies at (1 - beta) / 2. In two things this is simpler
-    than URN: no CRF runs on each result (six a class and picture), and of several classes only the winner counts.
-    Ignored pixels may come out either way; no loss counts them.
-    """
-    signed = torch.where(label > 0, 1, -1) * margin.float() / 255
-    score = ((1 - beta + signed) / 2).clamp(0, 1)
-    scaled = torch.stack([score**power >= (1 - beta) / 2 for power in powers]).float()
-    uncertainty = 4 * scaled.var(dim=0, correction=0)  # of a yes-or-no result at most 1/4
-    return 1 - uncertainty > 0.05
 
 
 @torch.no_grad()

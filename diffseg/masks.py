@@ -1,15 +1,15 @@
-"""From attention maps to a label map and its reliability.
+"""From attention maps to a label map and its margin.
 
     a_c  = min-max normalised map of class c, in 0..1
     a_bg = 1 - beta - max_c a_c
-    label = argmax over {a_bg, a_c}         reliability = best score - second-best score
+    label = argmax over {a_bg, a_c}         margin = best score - second-best score
 
-as in the account of the paper given by OVAM's authors (beta = 0.2 there; for one class the cut then lies at
-a_c = (1 - beta) / 2). The margin as reliability is BECO's (CVPR 2023). Between the second line and the third
-a refiner (`diffseg.refiners`) may sharpen the scores.
+as in the account of the paper given by OVAM's authors (beta = 0.2 there; for one class the threshold then lies at
+a_c = (1 - beta) / 2). What is reliable follows from the margin (`diffseg.reliability`). Between the second line and
+the third a refiner (`diffseg.refiners`) may sharpen the scores.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -60,44 +60,3 @@ def label_and_margin(ids: Sequence[int], scores: torch.Tensor) -> tuple[torch.Te
     best, second = scores.topk(2, dim=0).values
     margin = ((best - second).clamp(0, 1) * 255).round().to(torch.uint8)
     return values[scores.argmax(dim=0)], margin
-
-
-def reliable_pixels(label: torch.Tensor, margin: torch.Tensor, share: float = 0.5) -> torch.Tensor:
-    """Return the reliable pixels of one image (bool H x W): of each class, the `share` of largest margin.
-
-    label, margin: H x W of one image; the background is a class like any other. The number of pixels is
-    rounded and at least one, so every class of the label stays. Equal margins (there are only 256) are taken
-    in an order that is scattered over the image and the same in every run. The rule and its share of 0.5 are
-    BECO's. Raises a DiffsegError for a share outside 0..1.
-    """
-    if not 0 < share <= 1:
-        raise DiffsegError(f"the share of reliable pixels is {share}; give a number above 0 and up to 1")
-    reliable = torch.zeros(label.numel(), dtype=torch.bool)
-    scattered = torch.randperm(label.numel(), generator=torch.Generator().manual_seed(0))
-    by_margin = scattered[margin.flatten()[scattered].argsort(descending=True, stable=True)]
-    labels = label.flatten()[by_margin]
-    for value in labels.unique():
-        pixels = by_margin[labels == value]
-        reliable[pixels[: max(1, round(share * len(pixels)))]] = True
-    return reliable.view(label.shape)
-
-
-def margin_thresholds(pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]], share: float = 0.5) -> dict[int, int]:
-    """Return for each class of a whole set the margin from which on its pixels are reliable (our choice).
-
-    Where `reliable_pixels` trusts the best part of every picture, however bad, this trusts the `share` of each
-    class's pixels in the set that have the largest margins; a picture may have none, or all. pairs: label (H x W) and
-    margin (uint8 H x W, or None: a picture without reliability, which is left out) of each image.
-    """
-    counts: dict[int, torch.Tensor] = {}
-    for label, margin in pairs:
-        for value in label.unique().tolist() if margin is not None else ():
-            found = torch.bincount(margin[label == value].flatten().long(), minlength=256)
-            counts[value] = counts.get(value, 0) + found
-    thresholds = {}
-    for value, found in counts.items():
-        at_least = found.flip(0).cumsum(0).flip(0)  # pixels whose margin is k or more
-        # the smallest margin that leaves at most the share; where the best margin alone exceeds it, that one
-        within = (at_least <= share * at_least[0]) & (at_least > 0)
-        thresholds[value] = int(within.nonzero()[0]) if within.any() else int(found.nonzero()[-1])
-    return thresholds

@@ -52,6 +52,7 @@ ARCHITECTURES = {
     "Mask2Former": (transformers.Mask2FormerConfig, transformers.Mask2FormerForUniversalSegmentation),
 }
 SEGMENTERS = (*SMP_SEGMENTERS, *TRANSFORMERS_SEGMENTERS)
+WEIGHTS = "model.safetensors"
 
 
 class FromTransformers(nn.Module):
@@ -189,14 +190,14 @@ def start_from(network: Segmenter, start: Segmenter) -> None:
 
 
 def save_segmenter(segmenter: Segmenter | Ensemble, folder: Path) -> None:
-    """Write model.safetensors (contiguous float32) and config.json to `folder`."""
-    weights = {key: value.contiguous() for key, value in segmenter.state_dict().items()}
-    with atomic_path(folder / "model.safetensors") as path:
-        save_file(weights, path)
+    """Write config.json and, as the last file, WEIGHTS (contiguous float32) to `folder`."""
     networks = len(segmenter.networks) if isinstance(segmenter, Ensemble) else 1
     config = {"name": segmenter.name, "classes": segmenter.classes, "networks": networks, "config": segmenter.config}
     with atomic_path(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=1))
+    weights = {key: value.contiguous() for key, value in segmenter.state_dict().items()}
+    with atomic_path(folder / WEIGHTS) as path:
+        save_file(weights, path)
 
 
 def load_segmenter(folder: Path) -> Segmenter | Ensemble:
@@ -206,7 +207,7 @@ def load_segmenter(folder: Path) -> Segmenter | Ensemble:
         count, name, classes, config = saved.get("networks", 1), saved["name"], saved["classes"], saved.get("config")
         networks = [Segmenter(name, classes, config=config) for _ in range(count)]
         segmenter = networks[0] if count == 1 else Ensemble(networks)
-        segmenter.load_state_dict(load_file(folder / "model.safetensors"))
+        segmenter.load_state_dict(load_file(folder / WEIGHTS))
     except DiffsegError:
         raise
     except Exception as error:  # missing, truncated or foreign files come as many kinds of exception

@@ -1,18 +1,18 @@
-"""Train segmentation networks on pictures and (pseudo-)labels: one loop, four modes.
+"""Train segmentation networks on images and (pseudo-)labels: one loop, four modes.
 
-plain      one network, cross-entropy on all pixels
-ensemble   two plain networks with different initial weights, averaged at test time: what two networks give alone
+baseline   one network, cross-entropy on all pixels
+ensemble   two baselines with different initial weights, averaged at test time: what two networks give alone
 cotrain    two networks that teach each other where the labels are unreliable (BECO; `diffseg.cotraining`)
 urn        one network that hardly listens where the label does not survive response scaling (URN)
 
-All modes see the same pictures in the same order under the same augmentation, for the same iterations. Nothing in a
-step depends on an earlier step's random state: step and picture have seeds of their own. So a training that was cut
-goes on exactly, and the first network of an ensemble is the plain network of the same seed.
+All modes see the same images in the same order under the same augmentation, for the same iterations. Nothing in a step
+depends on an earlier step's random state: step and image have seeds of their own. So an interrupted training resumes
+exactly, and the first network of an ensemble is the baseline of the same seed.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +27,16 @@ from tqdm import tqdm
 
 from diffseg import cotraining as terms
 from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path
-from diffseg.masks import margin_thresholds, reliable_pixels
+from diffseg.files import atomic_path, read_rows, write_rows
+from diffseg.reliability import margin_thresholds, trusted_pixels
 from diffseg.seeds import derive_seed
-from diffseg.segmenters import Ensemble, Segmenter
+from diffseg.segmenters import WEIGHTS, Ensemble, Segmenter, save_segmenter
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-NETWORKS = {"plain": 1, "ensemble": 2, "cotrain": 2, "urn": 1}  # training mode -> number of networks
+NETWORKS = {"baseline": 1, "ensemble": 2, "cotrain": 2, "urn": 1}  # training mode -> number of networks
 OPTIMIZERS = ("adamw", "sgd")
 RULES = ("picture", "set")  # cotrain: of what the reliable share is taken
+HISTORY = "history.csv"  # beside a trained network
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TrainingOptions:
     weight_decay: float
     precision: str
     workers: int
-    training_mode: str = "plain"
+    training_mode: str = "baseline"
     optimizer: str = "adamw"
     blur: float = 0.0
     ema: float = 0.0
@@ -83,11 +84,12 @@ class TrainingOptions:
 
 
 class Augmented(Dataset):
-    """The pictures of a training in the order in which it sees them: item k is the k-th picture of all iterations.
+    """The images of a training in the order in which it sees them: item k is the k-th image of all iterations.
 
-    dataset: items (name, image uint8 3 x H x W, label int64 H x W) and, from a synthetic set, the reliability
-    (uint8 H x W, or None). Items here are (name, image float32 3 x crop x crop in 0..1, label int64, trusted bool):
-    scale, crop, flip, colour and blur are drawn from (seed, k) for picture, label and trusted pixels together.
+    dataset: items (name, image uint8 3 x H x W, label int64 H x W) and, from a synthetic set, the reliability (uint8
+    2 x H x W: margin and rank, or None). Items here are (name, image float32 3 x crop x crop in 0..1, label int64,
+    trusted bool): scale, crop, flip, colour and blur are sampled from (seed, k) for image, label and trusted pixels
+    together.
     """
 
     def __init__(self, dataset: Dataset, ignore: int, options: TrainingOptions, seed: int = 0):
@@ -98,9 +100,8 @@ class Augmented(Dataset):
         self.order = torch.cat([torch.randperm(len(dataset), generator=generator) for _ in range(epochs)])[:count]
         self.thresholds = None
         if options.training_mode == "cotrain" and options.reliable_rule == "set":
-            pairs = (
-                (item[2], item[3] if len(item) > 3 else None) for item in map(dataset.__getitem__, range(len(dataset)))
-            )
+            items = (dataset[k][2:] for k in range(len(dataset)))
+            pairs = ((label, more[0][0] if more and more[0] is not None else None) for label, *more in items)
             self.thresholds = margin_thresholds(pairs, options.reliable_share)
         strength = options.colour_jitter
         self.transform = v2.Compose(
@@ -121,10 +122,10 @@ class Augmented(Dataset):
         return self.view(int(self.order[k]), k)
 
     def view(self, index: int, k: int) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return picture `index` of the data set under the k-th augmentation."""
-        name, image, label, *margin = self.dataset[index]
-        # on the whole picture, so that a class keeps its share of reliable pixels wherever the crop falls
-        trusted = trusted_pixels(label, margin[0] if margin else None, self.options, self.thresholds)
+        """Return image `index` of the data set under the k-th augmentation."""
+        name, image, label, *more = self.dataset[index]
+        # on the whole image, so that a class keeps its share of reliable pixels wherever the crop falls
+        trusted = trusted_pixels(label, more[0] if more else None, self.options, self.thresholds)
         masks = torch.stack([label, trusted.to(label.dtype)])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(derive_seed(self.seed, "augmentation", k))
@@ -133,24 +134,9 @@ class Augmented(Dataset):
         return name, image.as_subclass(torch.Tensor), label, (trusted == 1) & (label != self.ignore)
 
 
-def trusted_pixels(
-    label: torch.Tensor,
-    margin: torch.Tensor | None,
-    options: TrainingOptions,
-    thresholds: dict[int, int] | None = None,
-) -> torch.Tensor:
-    """Return the pixels (bool H x W) of a whole picture whose label the mode trusts; without a margin all of them.
-
-    thresholds: of the whole set's margins (`diffseg.masks.margin_thresholds`), for the reliable_rule "set".
-    """
-    if margin is not None and thresholds is not None:
-        limits = torch.tensor([thresholds.get(value, 256) for value in range(int(label.max()) + 1)])
-        return margin >= limits[label]
-    if margin is not None and options.training_mode == "cotrain":
-        return reliable_pixels(label, margin, options.reliable_share)
-    if margin is not None and options.training_mode == "urn":
-        return terms.certain_pixels(label, margin, options.urn_powers, options.beta)
-    return torch.ones_like(label, dtype=torch.bool)
+def autocast(device: torch.device, options: TrainingOptions) -> torch.autocast:
+    precision = PRECISIONS[options.precision]
+    return torch.autocast(device.type, precision, enabled=precision is not None)
 
 
 def mix(
@@ -165,18 +151,19 @@ def mix(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Boundary-enhanced mixing: paste half of the neighbour's classes, by the networks' common labels.
 
-    Each picture of the batch receives with probability `options.mixing`. Returns images, label, trusted and the
-    boundary band, as `cotraining.paste`; the networks are left in training mode.
+    Each image of the batch receives with probability `options.mixing`. Returns images, label, trusted and the boundary
+    band, as `cotraining.paste`; the networks are left in training mode. It must not run inside the autocast block of
+    the pass that learns: autocast would keep the weights that it casts here, which have no gradient.
     """
     receives = torch.rand(len(images), generator=generator) < options.mixing
     source = terms.partners(len(images))
     region, online = torch.zeros_like(trusted), label.clone()
     if receives.any():
         wanted = source[receives].to(images.device)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(images.device, options):
             logits = [network.eval()(images[wanted]) for network in networks]
-            for network in networks:
-                network.train()
+        for network in networks:
+            network.train()
         labels = terms.online_labels(logits, label[wanted], options.mixing_confidence, ignore)
         for row, one in zip(receives.nonzero().flatten().tolist(), labels, strict=True):
             online[row] = one
@@ -198,13 +185,65 @@ def step_losses(
     if options.training_mode == "urn":
         return [terms.weighted_loss(own, label, trusted, ignore, options.uncertain_weight) for own in logits]
     if options.training_mode != "cotrain":
-        return [terms.plain_loss(own, label, ignore) for own in logits]
+        return [terms.baseline_loss(own, label, ignore) for own in logits]
     losses = [terms.reliable_loss(own, label, trusted, ignore, band, options.band_weight) for own in logits]
     if is_warm:
         first, second = logits
         losses[0] = losses[0] + terms.peer_loss(first, second, label, trusted, ignore)
         losses[1] = losses[1] + terms.peer_loss(second, first, label, trusted, ignore)
     return losses
+
+
+class Learner:
+    """All that a step of the training changes: the network, its optimizer and loss scaler, the average, the history."""
+
+    def __init__(self, network: Segmenter | Ensemble, options: TrainingOptions, device: torch.device):
+        self.network, self.options = network, options
+        self.optimizer = make_optimizer(network, options)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
+        self.average = {key: value.clone() for key, value in network.state_dict().items()} if options.ema else {}
+        self.history: dict[str, list[float]] = {}
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been taken."""
+        return len(self.history.get("loss", ()))
+
+    def learn(self, loss: torch.Tensor) -> None:
+        """Take one optimizer step down the loss, and let the average follow."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * (1 - self.steps / self.options.iterations) ** 0.9
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            update_average(self.average, self.network, min(self.options.ema, (1 + self.steps) / (10 + self.steps)))
+
+    def record(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.history.setdefault(name, []).append(value)
+
+    def save(self, path: Path, recipe: str) -> None:
+        """Write a checkpoint; the recipe says to which training it belongs."""
+        parts = {"network": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        with atomic_path(path) as temporary:
+            torch.save(state | {"recipe": recipe, "average": self.average, "history": self.history}, temporary)
+
+    def resume(self, path: Path, recipe: str, device: torch.device) -> None:
+        """Take over a checkpoint of this very training; any other, or a damaged one, raises a DiffsegError."""
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            is_same = saved["recipe"] == recipe
+        except Exception as error:  # truncated and foreign files come as many kinds of exception
+            raise DiffsegError(f"{path} is no usable checkpoint ({error}); delete it to train from scratch") from error
+        if not is_same:
+            raise DiffsegError(f"{path} belongs to a training with other options; delete it to train from scratch")
+        self.network.load_state_dict(saved["network"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.average, self.history = saved["average"], saved["history"]
 
 
 def train(
@@ -225,94 +264,107 @@ def train(
     not the label) and, of two networks, disagreement (their argmax differ).
 
     checkpoint: a file that is written every `options.checkpoint_every` iterations and at the end; where it is there
-    the training goes on from it, to the same bytes. Under `accelerate launch` the batch is divided among the
-    processes. Raises a DiffsegError that names iteration and pictures when the loss is not finite (the last
-    checkpoint stays), and one when no pixel of the set has a label.
+    the training resumes from it, bit-identical. Under `accelerate launch` the batch is divided among the processes.
+    Raises a DiffsegError that names iteration and images when the loss is not finite (the last checkpoint stays), and
+    one when no pixel of the set has a label.
     """
+    networks, state, device = networks_of(network, options), PartialState(), torch.device(device)
+    background = network.classes.index("background") if "background" in network.classes else None
+    recipe = json.dumps([dataclasses.asdict(options), seed, len(dataset), network.name, network.classes])
+    learner = Learner(network.to(device).train(), options, device)
+    if checkpoint and checkpoint.is_file():
+        learner.resume(checkpoint, recipe, device)
+    parallel = data_parallel(networks, state)
+    batches = batches_from(learner.steps, Augmented(dataset, ignore, options, seed), options, state)
+    count, epoch = options.iterations, -(-len(dataset) // options.training_batch)
+    bar = tqdm(batches, title, count, initial=learner.steps, unit="step", disable=not state.is_main_process)
+    for step, (names, *tensors) in enumerate(bar, start=learner.steps):
+        images, label, trusted = (each.to(device) for each in tensors)
+        band, is_warm = None, step >= options.warmup * count
+        torch.manual_seed(derive_seed(seed, "step", step, state.process_index))  # for dropout
+        if options.training_mode == "cotrain" and is_warm and options.mixing:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "mixing", step, state.process_index))
+            images, label, trusted, band = mix(networks, images, label, trusted, options, background, ignore, generator)
+        with autocast(device, options):
+            logits = [each(images) for each in parallel]
+        losses = step_losses(logits, label, trusted, band, is_warm, options, ignore)
+        learner.learn(finite_sum(losses, step, names))
+        learner.record(measures(losses, logits, label, trusted, ignore))
+        if step + 1 == min(count, epoch) and not any(learner.history["valid"]):
+            raise DiffsegError("no pixel of the training set has a label that counts; look at its label maps")
+        bar.set_postfix(loss=f"{np.mean(learner.history['loss'][-50:]):.3f}", refresh=False)
+        is_due = (step + 1) % options.checkpoint_every == 0 or step + 1 == count
+        if checkpoint and is_due and state.is_main_process:
+            learner.save(checkpoint, recipe)
+    if learner.average:
+        network.load_state_dict(learner.average)
+    network.eval()
+    return learner.history
+
+
+def train_once(
+    folder: Path,
+    make_network: Callable[[], Segmenter | Ensemble],
+    dataset: Dataset,
+    ignore: int,
+    options: TrainingOptions,
+    seed: int,
+    device: str | torch.device = "cpu",
+    title: str = "training",
+) -> dict[str, list[float]]:
+    """Return the history of the network in `folder`; where there is no network, train one and save it there first.
+
+    make_network: returns the untrained network; the other arguments are those of `train`. The history is saved as
+    HISTORY, a row an iteration. The checkpoint is `<folder>.checkpoint.pt`, and stays: only the caller knows when
+    nothing more can fail.
+    """
+    if not (folder / WEIGHTS).is_file():
+        network, state = make_network(), PartialState()
+        checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
+        history = train(network, dataset, ignore, options, seed, device, title, checkpoint)
+        if state.is_main_process:  # each process has running means of its own in the normalisation layers
+            rows = zip(*history.values(), strict=True)
+            write_rows(folder / HISTORY, [dict(zip(history, row, strict=True)) for row in rows])
+            save_segmenter(network, folder)
+        state.wait_for_everyone()
+    rows = read_rows(folder / HISTORY)
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def networks_of(network: Segmenter | Ensemble, options: TrainingOptions) -> list[Segmenter]:
+    """Return the networks to train; a number that does not fit the mode raises a DiffsegError."""
     networks = list(network.networks) if isinstance(network, Ensemble) else [network]
     if len(networks) != NETWORKS[options.training_mode]:
         raise DiffsegError(
             f"training_mode {options.training_mode} trains {NETWORKS[options.training_mode]} network(s), "
             f"not {len(networks)}; make them with diffseg.segmenters.new_networks"
         )
-    state, device = PartialState(), torch.device(device)
-    background = network.classes.index("background") if "background" in network.classes else None
-    network.to(device).train()
-    average = {key: value.clone() for key, value in network.state_dict().items()} if options.ema else {}
-    optimizer = make_optimizer(network, options)
-    precision = PRECISIONS[options.precision]
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    history: dict[str, list[float]] = {}
-    first = 0
-    recipe = json.dumps([dataclasses.asdict(options), seed, len(dataset), network.name, network.classes])
-    if checkpoint and checkpoint.is_file():
-        saved = read_checkpoint(checkpoint, recipe, device)
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        first, history, average = saved["step"], saved["history"], saved["average"]
-    if state.num_processes > 1:
-        # Swin has a norm that the decoders here do not read
-        networks = [nn.parallel.DistributedDataParallel(each, find_unused_parameters=True) for each in networks]
+    return networks
 
-    batch, count = options.training_batch, options.iterations
-    mine = slice(state.process_index, None, state.num_processes)
-    loader = DataLoader(
-        Augmented(dataset, ignore, options, seed),
-        batch_sampler=[range(batch * k, batch * (k + 1))[mine] for k in range(first, count)],
-        num_workers=options.workers,
-    )
-    bar = tqdm(loader, title, count, initial=first, unit="step", disable=not state.is_main_process)
-    for step, (names, images, label, trusted) in enumerate(bar, start=first):
-        torch.manual_seed(derive_seed(seed, "step", step, state.process_index))  # for dropout
-        generator = torch.Generator().manual_seed(derive_seed(seed, "mixing", step, state.process_index))
-        images, label, trusted, band = images.to(device), label.to(device), trusted.to(device), None
-        is_warm = step >= options.warmup * count
-        with torch.autocast(device.type, precision, enabled=precision is not None):
-            if options.training_mode == "cotrain" and is_warm and options.mixing:
-                images, label, trusted, band = mix(
-                    networks, images, label, trusted, options, background, ignore, generator
-                )
-            logits = [each(images) for each in networks]
-        losses = step_losses(logits, label, trusted, band, is_warm, options, ignore)
-        loss = torch.stack(losses).sum()
-        if not torch.isfinite(loss):
-            raise DiffsegError(
-                f"the loss is not finite at iteration {step} (pictures {', '.join(names)}); "
-                "lower learning_rate, and look at these pictures and labels"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * (1 - step / count) ** 0.9
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if average:
-            update_average(average, network, min(options.ema, (1 + step) / (10 + step)))
-        for name, value in measures(losses, logits, label, trusted, ignore).items():
-            history.setdefault(name, []).append(value)
-        if step + 1 == min(count, -(-len(dataset) // batch)) and not any(history["valid"]):
-            raise DiffsegError("no pixel of the training set has a label that counts; look at its label maps")
-        bar.set_postfix(loss=f"{np.mean(history['loss'][-50:]):.3f}", refresh=False)
-        is_due = (step + 1) % options.checkpoint_every == 0 or step + 1 == count
-        if checkpoint and is_due and state.is_main_process:
-            with atomic_path(checkpoint) as path:
-                torch.save(
-                    {
-                        "recipe": recipe,
-                        "step": step + 1,
-                        "network": network.state_dict(),
-                        "average": average,
-                        "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(),
-                        "history": history,
-                    },
-                    path,
-                )
-    if average:
-        network.load_state_dict(average)
-    network.eval()
-    return history
+
+def data_parallel(networks: list[Segmenter], state: PartialState) -> list[nn.Module]:
+    if state.num_processes == 1:
+        return networks
+    # Swin has a norm that the decoders here do not read
+    return [nn.parallel.DistributedDataParallel(each, find_unused_parameters=True) for each in networks]
+
+
+def batches_from(first: int, augmented: Augmented, options: TrainingOptions, state: PartialState) -> DataLoader:
+    """Return this process's part of the batches of steps `first`, first + 1, ... to the last."""
+    batch, mine = options.training_batch, slice(state.process_index, None, state.num_processes)
+    numbers = [range(batch * k, batch * (k + 1))[mine] for k in range(first, options.iterations)]
+    return DataLoader(augmented, batch_sampler=numbers, num_workers=options.workers)
+
+
+def finite_sum(losses: Sequence[torch.Tensor], step: int, names: Sequence[str]) -> torch.Tensor:
+    """Return the sum of the losses; one that is not finite raises a DiffsegError with iteration and images."""
+    loss = torch.stack(list(losses)).sum()
+    if not torch.isfinite(loss):
+        raise DiffsegError(
+            f"the loss is not finite at iteration {step} (images {', '.join(names)}); "
+            "lower learning_rate, and look at these images and labels"
+        )
+    return loss
 
 
 def make_optimizer(network: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
@@ -350,15 +402,3 @@ def measures(
     mean = float(torch.stack(list(losses)).mean())
     valid_share = float(valid.float().mean())
     return {"loss": mean, "valid": valid_share} | {name: int(pixels.sum()) / count for name, pixels in shares.items()}
-
-
-def read_checkpoint(path: Path, recipe: str, device: torch.device) -> dict:
-    """Read a checkpoint of this very training; any other, or a damaged one, raises a DiffsegError."""
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        is_same = saved["recipe"] == recipe
-    except Exception as error:  # truncated and foreign files come as many kinds of exception
-        raise DiffsegError(f"{path} is no usable checkpoint ({error}); delete it to train from the start") from error
-    if not is_same:
-        raise DiffsegError(f"{path} belongs to a training with other options; delete it to train from the start")
-    return saved

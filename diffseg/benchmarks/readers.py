@@ -14,6 +14,7 @@ from diffseg.benchmarks.labels import picture_coding, read_label, read_pixels
 from diffseg.errors import DiffsegError
 from diffseg.paths import locate
 from diffseg.pictures import is_visible, read_picture, read_text
+from diffseg.reliability import rank_within_class
 
 
 class LabelledPictures(Dataset):
@@ -151,8 +152,8 @@ class PictureSet(LabelledPictures):
     """A VOC-layout folder for training: item i is (name, image, label, reliability).
 
     Image and label as in `LabelledPictures`, the ignored pixels being `benchmark.ignore`; reliability is
-    uint8 H x W (the margin between best and second-best score, 0..255), or None where the folder has no
-    `Reliability`.
+    uint8 2 x H x W (margin and rank, as `diffseg.reliability` explains), or None where the folder has no
+    `Reliability`. Where it has no `ReliabilityRank`, the rank is computed on reading.
     """
 
     def __init__(self, benchmark: Benchmark, items: Sequence[tuple[str, Path, Path]], reliability: Path | None):
@@ -165,19 +166,24 @@ class PictureSet(LabelledPictures):
         label[label == self.benchmark.ignore] = self.ignore
         if self.reliability is None:
             return name, image, label, None
-        path = self.reliability / f"{name}.png"
-        margin, mode = read_pixels(path)
-        if mode != "L" or margin.shape != label.shape:
+        margin = self._read_map(self.reliability / f"{name}.png", label.shape)
+        path = self.reliability.with_name("ReliabilityRank") / f"{name}.png"
+        rank = self._read_map(path, label.shape) if path.is_file() else rank_within_class(label, margin)
+        return name, image, label, torch.stack([margin, rank])
+
+    def _read_map(self, path: Path, shape: torch.Size) -> torch.Tensor:
+        pixels, mode = read_pixels(path)
+        if mode != "L" or pixels.shape != shape:
             raise DiffsegError(f"{path} is no one-channel picture of its label's size; make the synthetic set again.")
-        return name, image, label, torch.from_numpy(margin)
+        return torch.from_numpy(pixels)
 
 
 def pictures_set(folder: str | os.PathLike, benchmark: Benchmark, split: str = "train") -> PictureSet:
     """Open a synthetic set, or any folder in VOC's layout, whose labels are the classes of `benchmark`.
 
-    Expects `JPEGImages/<id>.jpg`, `SegmentationClass/<id>.png`, `ImageSets/Segmentation/<split>.txt`, and
-    optionally `Reliability/<id>.png`. Labels are palette PNGs with 255 = ignored, or R + 256 * G with 1000 =
-    ignored where the benchmark has more than 255 classes, as `write_picture_label` writes them. Raises a
+    Expects `JPEGImages/<id>.jpg`, `SegmentationClass/<id>.png`, `ImageSets/Segmentation/<split>.txt`, and optionally
+    `Reliability/<id>.png` and `ReliabilityRank/<id>.png`. Labels are palette PNGs with 255 = ignored, or R + 256 * G
+    with 1000 = ignored where the benchmark has more than 255 classes, as `write_picture_label` writes them. Raises a
     DiffsegError otherwise.
     """
     folder = Path(folder)

@@ -3,9 +3,9 @@
 python -m diffseg.experiments.label_or_network RUN [more runs]     results/tables/reliability.csv, .json, a figure
 
 Co-training replaces the pseudo-label by a network's opinion on the pixels of small margin. That can help only where the
-network is right more often than the label. So each class's pixels of each picture are ordered by margin, as
-`diffseg.masks.reliable_pixels` orders them, and cut into ten tenths; in each the label and the run's trained network
-are compared with the reference (in the mini world the oracle, which was trained on true masks).
+network is right more often than the label. So each class's pixels of each image are divided into tenths by their rank
+(`diffseg.reliability`). In each the label and the run's trained network are compared with the reference (in the mini
+world the oracle, which was trained on ground-truth masks).
 """
 
 import argparse
@@ -22,9 +22,9 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import pictures_set
 from diffseg.experiments.mask_ablation import load_reference
 from diffseg.figures import save_figure
-from diffseg.files import atomic_path, sha256_file, write_rows
-from diffseg.lab.manifests import MANIFEST, provenance, read_manifest
-from diffseg.masks import reliable_pixels
+from diffseg.files import MANIFEST, atomic_path, sha256_file, write_rows
+from diffseg.lab.manifests import read_manifest
+from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
 from diffseg.segmenters import load_segmenter
 
@@ -32,10 +32,9 @@ TENTHS = 10
 REGIONS = ("all pixels", "labelled as objects")
 
 
-def tenths(label: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
-    """Return for each pixel (H x W) in which tenth of its class's margins it lies: 0 the largest, 9 the smallest."""
-    within = [reliable_pixels(label, margin, (k + 1) / TENTHS) for k in range(TENTHS)]
-    return TENTHS - torch.stack(within).sum(dim=0)
+def tenths(rank: torch.Tensor) -> torch.Tensor:
+    """Return the tenth of its class's margins that each rank (uint8 H x W) lies in: 0 the largest, 9 the smallest."""
+    return rank.long() * TENTHS // 256
 
 
 @torch.no_grad()
@@ -45,15 +44,15 @@ def accuracies(
     """Return, for all pixels and for those labelled as objects, a row per tenth of the margin.
 
     A row holds tenth, pixels, and the accuracy (0..1) of "label" and of each network. pictures: items (name, image
-    uint8 3 x H x W, label int64 H x W, margin uint8 H x W). reference, networks: from images (float B x 3 x H x W,
-    0..1) to scores B x K x H x W.
+    uint8 3 x H x W, label int64 H x W, reliability uint8 2 x H x W: margin and rank). reference, networks: from images
+    (float B x 3 x H x W, 0..1) to scores B x K x H x W.
     """
     names = ("pixels", "label", *networks)
     counts = {region: {name: torch.zeros(TENTHS, dtype=torch.int64) for name in names} for region in REGIONS}
     for k in range(len(pictures)):
-        _, image, label, margin = pictures[k]
+        _, image, label, (_, rank) = pictures[k]
         batch = image[None].float() / 255
-        truth, where = reference(batch).argmax(dim=1)[0], tenths(label, margin)
+        truth, where = reference(batch).argmax(dim=1)[0], tenths(rank)
         right = {"pixels": torch.ones_like(label, dtype=torch.bool), "label": label == truth}
         right |= {name: network(batch).argmax(dim=1)[0] == truth for name, network in networks.items()}
         for region, counted in zip(REGIONS, (right["pixels"], label > 0), strict=True):

@@ -1,5 +1,5 @@
-"""Does robust training survive known noise? True masks of mini VOC disturbed in four ways, plain against co-training.
-The plain network is the first of the ensemble's two: the same bytes as one that was trained alone (a test says so).
+"""Does robust training survive known noise? Ground-truth masks of mini VOC with injected label noise of four kinds.
+The baseline is the first of the ensemble's two networks: bit-identical to one that was trained alone (a test says so).
 
 python -m diffseg.experiments.noise    results/tables/noise.csv (means and spreads over seeds), noise_seeds.csv
                                          (a row a training) and noise.json, results/figures/noise.png and .pdf
@@ -33,8 +33,11 @@ from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.errors import DiffsegError
 from diffseg.figures import save_figure
 from diffseg.files import atomic_path, read_rows, write_rows
-from diffseg.lab.manifests import named_files, provenance, read_json
+from diffseg.lab.manifests import read_json
+from diffseg.lab.provenance import provenance
+from diffseg.lab.steps import named_files
 from diffseg.paths import project_root
+from diffseg.reliability import rank_within_class
 from diffseg.seeds import derive_seed
 from diffseg.segmenters import new_networks
 from diffseg.training import NETWORKS, TrainingOptions, train
@@ -43,7 +46,11 @@ from diffseg.training import NETWORKS, TrainingOptions, train
 STRENGTHS = {"dilation": (3, 6), "shift": (4, 8), "dropped": (0.25, 0.5), "wrong class": (0.25, 0.5)}
 MODES = ("ensemble", "cotrain")
 START = "results/runs/mini-imagenet-s/04_robust_training/synthetic"  # 300 steps from scratch make no teacher
-LINES = {"plain": ("plain", "#0072B2"), "ensemble": ("two plain", "#E69F00"), "cotrain": ("co-trained", "#009E73")}
+LINES = {
+    "baseline": ("baseline", "#0072B2"),
+    "ensemble": ("ensemble of two", "#E69F00"),
+    "cotrain": ("co-trained", "#009E73"),
+}
 FARTHEST = 16  # pixels from an edge beyond which reliability no longer grows; a quarter of a picture, our choice
 COLUMNS = ("kind", "strength", "mode", "seed", "label_miou", "miou", "seconds")  # mIoU in %
 
@@ -107,7 +114,8 @@ class Disturbed(Dataset):
         name, image, label = self.pictures[index][:3]
         seed = derive_seed(self.seed, "noise", self.kind, index)
         noisy = disturb(label, self.kind, self.strength, seed, VOC.num_classes, VOC.ignore)
-        return name, image, noisy, distance_margin(noisy)
+        margin = distance_margin(noisy)
+        return name, image, noisy, torch.stack([margin, rank_within_class(noisy, margin)])
 
 
 def label_miou(pictures: Dataset, noisy: Dataset) -> float:
@@ -202,7 +210,7 @@ def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
                 seconds = time.monotonic() - start
                 trained = {mode: (network, seconds)}
                 if mode == "ensemble":
-                    trained["plain"] = network.networks[0], seconds / 2
+                    trained["baseline"] = network.networks[0], seconds / 2
                 for name, (one, cost) in trained.items():
                     miou = evaluate(one, validation, VOC, batch_size=32, device=device, bootstrap=2).miou
                     values = (

@@ -26,6 +26,7 @@ from diffseg.errors import DiffsegError
 from diffseg.generator import load_tokenizer
 from diffseg.miniworld import disk, scenes
 from diffseg.miniworld import imagenet_s as imagenet_s_writer
+from diffseg.reliability import rank_within_class
 from diffseg.words import known_words, load_words
 
 IMAGENET_S_50 = BENCHMARKS["imagenet-s-50"]
@@ -431,7 +432,12 @@ def test_a_synthetic_set_of_any_benchmark_is_read_back(tmp_path, name):
     margin = np.arange(48, dtype=np.uint8).reshape(6, 8)
     (tmp_path / "Reliability").mkdir()
     Image.fromarray(margin).save(tmp_path / "Reliability" / "a.png")
-    np.testing.assert_array_equal(pictures_set(tmp_path, benchmark)[0][3], margin)
+    read_margin, rank = pictures_set(tmp_path, benchmark)[0][3]
+    np.testing.assert_array_equal(read_margin, margin)
+    assert torch.equal(rank, rank_within_class(torch.from_numpy(label), read_margin))  # an older set has no file
+    (tmp_path / "ReliabilityRank").mkdir()
+    Image.fromarray(255 - rank.numpy()).save(tmp_path / "ReliabilityRank" / "a.png")
+    assert torch.equal(pictures_set(tmp_path, benchmark)[0][3][1], 255 - rank)
     Image.fromarray(margin[1:]).save(tmp_path / "Reliability" / "a.png")
     with pytest.raises(DiffsegError, match="no one-channel picture of its label's size"):
         pictures_set(tmp_path, benchmark)[0]

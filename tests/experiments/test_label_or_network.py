@@ -3,6 +3,7 @@
 import torch
 
 from diffseg.experiments.label_or_network import TENTHS, accuracies, reliability_figure, tenths
+from diffseg.reliability import rank_within_class
 
 
 def scores(label: torch.Tensor) -> torch.Tensor:
@@ -10,10 +11,10 @@ def scores(label: torch.Tensor) -> torch.Tensor:
 
 
 def test_tenths_order_each_class_by_its_margin():
-    label = torch.tensor([[0] * 20, [1] * 20])
-    margin = torch.stack([torch.arange(20), torch.arange(20).flip(0) + 100]).byte()
-    expected = torch.arange(TENTHS).repeat_interleave(2)
-    assert torch.equal(tenths(label, margin), torch.stack([expected.flip(0), expected]))
+    label = torch.tensor([[0] * 256, [1] * 256])
+    margin = torch.stack([torch.arange(256), torch.arange(256).flip(0)]).byte()
+    found = tenths(rank_within_class(label, margin))
+    assert torch.equal(found[1], torch.arange(256) * TENTHS // 256) and torch.equal(found[0], found[1].flip(0))
 
 
 def test_accuracies_by_tenth_of_the_margin():
@@ -23,11 +24,12 @@ def test_accuracies_by_tenth_of_the_margin():
     label[1, :2] = 0  # an object's pixels that the label misses
     margin = torch.full((2, 20), 200, dtype=torch.uint8)
     margin[1, :2] = 1  # and it is not sure of them
-    pictures = [("one", torch.zeros(3, 2, 20, dtype=torch.uint8), label, margin)]
+    reliability = torch.stack([margin, rank_within_class(label, margin)])
+    pictures = [("one", torch.zeros(3, 2, 20, dtype=torch.uint8), label, reliability)]
     always = {"right": lambda image: scores(truth), "background": lambda image: scores(torch.zeros_like(truth))}
     rows, objects = accuracies(pictures, lambda image: scores(truth), always).values()
     assert sum(row["pixels"] for row in rows) == 40 and all(row["right"] == 1 for row in rows)
-    assert rows[0]["label"] == 1 and rows[-1]["label"] == 0.5  # two of the four pixels of the last tenth
+    assert rows[0]["label"] == 1 and rows[-1]["label"] == 0.3333  # two of the last tenth's three are wrong
     assert sum(row["pixels"] for row in objects) == 18
     assert all(row["label"] == 1 and row["background"] == 0 for row in objects if row["pixels"])
     table = [

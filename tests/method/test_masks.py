@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffseg.errors import DiffsegError
-from diffseg.masks import add_background, class_scores, label_and_margin, margin_thresholds, reliable_pixels
+from diffseg.masks import add_background, class_scores, label_and_margin
 from diffseg.refiners import REFINERS, get_refiner, pamr, refiners_at_hand
 
 CAT, DOG = 8, 12
@@ -88,47 +88,6 @@ def test_class_ids_beyond_8_bits():
 def test_a_beta_out_of_range_raises(beta):
     with pytest.raises(DiffsegError, match="beta is"):
         add_background(torch.rand(1, 2, 2), beta)
-
-
-def test_reliable_pixels_are_the_best_share_of_each_class():
-    label = torch.tensor([[0, 0, 0, 0, CAT, CAT, DOG]], dtype=torch.uint8)
-    margin = torch.tensor([[9, 200, 30, 31, 1, 2, 0]], dtype=torch.uint8)
-    expected = [[False, True, False, True, False, True, True]]
-    assert reliable_pixels(label, margin, 0.5).tolist() == expected
-    assert reliable_pixels(label, margin, 1.0).all()
-    for share in (0, -0.5, 1.1):
-        with pytest.raises(DiffsegError, match="share of reliable pixels"):
-            reliable_pixels(label, margin, share)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0]), st.integers(0, 99))
-def test_reliable_pixels_in_general(height, width, share, seed):
-    rng = torch.Generator().manual_seed(seed)
-    label = torch.randint(0, 3, (height, width), generator=rng, dtype=torch.uint8)
-    margin = torch.randint(0, 4, (height, width), generator=rng, dtype=torch.uint8)  # many ties
-    reliable = reliable_pixels(label, margin, share)
-    assert torch.equal(reliable, reliable_pixels(label, margin, share))
-    for value in label.unique():
-        chosen, left = margin[reliable & (label == value)], margin[~reliable & (label == value)]
-        assert len(chosen) == max(1, round(share * int((label == value).sum())))
-        assert len(left) == 0 or chosen.min() >= left.max()
-
-
-def test_ties_are_scattered_over_the_image():
-    reliable = reliable_pixels(torch.zeros(64, 64, dtype=torch.uint8), torch.full((64, 64), 255).byte(), 0.5)
-    for half in (reliable[:32], reliable[32:], reliable[:, :32], reliable[:, 32:]):
-        assert 0.45 < half.float().mean() < 0.55
-
-
-def test_margin_thresholds_trust_a_share_of_each_class_in_the_set():
-    first = torch.tensor([[0, 0, 0, CAT]]), torch.tensor([[9, 8, 7, 1]], dtype=torch.uint8)
-    second = torch.tensor([[0, 0, 0, CAT]]), torch.tensor([[1, 2, 2, 50]], dtype=torch.uint8)
-    # of six background pixels the best three (above 2), all of the first picture; of two cats the second's (above 1)
-    assert margin_thresholds([first, second], 0.5) == {0: 3, CAT: 2}
-    assert margin_thresholds([first, second, (first[0], None)], 1.0) == {0: 0, CAT: 0}
-    # the best margin alone has more pixels than the share: it stays
-    assert margin_thresholds([(torch.zeros(1, 4), torch.full((1, 4), 255).byte())], 0.5) == {0: 255}
 
 
 # -------------------------------------------------------------------------------------------- refiners

@@ -6,8 +6,10 @@ import os
 import pytest
 import torch
 
+from diffseg import training
 from diffseg.errors import DiffsegError
 from diffseg.paths import project_root
+from diffseg.reliability import rank_within_class, trusted_pixels
 from diffseg.segmenters import (
     SEGMENTERS,
     Ensemble,
@@ -17,7 +19,7 @@ from diffseg.segmenters import (
     new_networks,
     save_segmenter,
 )
-from diffseg.training import NETWORKS, Augmented, TrainingOptions, mix, train, trusted_pixels
+from diffseg.training import HISTORY, NETWORKS, Augmented, TrainingOptions, mix, train, train_once
 
 CLASSES = ("background", "thing")
 OPTIONS = TrainingOptions(
@@ -44,7 +46,8 @@ def halves(count: int = 8, margin: bool = False) -> list[tuple]:
     label = torch.zeros(32, 32, dtype=torch.int64)
     label[:16] = 1
     sure = (torch.arange(32) - 15.5).abs().mul(16).byte()[:, None].expand(32, 32).contiguous()
-    return [(f"picture_{k}", image, label, *([sure] if margin else [])) for k in range(count)]
+    reliability = [torch.stack([sure, rank_within_class(label, sure)])] if margin else []
+    return [(f"picture_{k}", image, label, *reliability) for k in range(count)]
 
 
 def trained(dataset, options=OPTIONS, seed=0, **more):
@@ -58,23 +61,23 @@ def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 @pytest.fixture(scope="module")
-def plain():
+def baseline():
     return trained(halves(margin=True))
 
 
-def test_training_learns_an_easy_task_and_repeats_exactly(plain):
-    network, history = plain
+def test_training_learns_an_easy_task_and_repeats_exactly(baseline):
+    network, history = baseline
     again, history_again = trained(halves(margin=True))
     assert history == history_again and len(history["loss"]) == OPTIONS.iterations
     assert same(network, again)
     assert sum(history["loss"][-3:]) < 0.7 * sum(history["loss"][:3])
 
 
-def test_an_ensemble_is_two_plain_networks(plain):
-    """Same pictures, same augmentation: the first is the plain network to the bit, the second another."""
+def test_an_ensemble_is_two_baselines(baseline):
+    """Same images, same augmentation: the first is bit-identical to the baseline, the second is another network."""
     ensemble, history = trained(halves(margin=True), changed(training_mode="ensemble"))
-    assert same(ensemble.networks[0], plain[0]) and not same(ensemble.networks[1], plain[0])
-    assert history["valid"] == plain[1]["valid"] and history["contradicted"] == plain[1]["contradicted"]
+    assert same(ensemble.networks[0], baseline[0]) and not same(ensemble.networks[1], baseline[0])
+    assert history["valid"] == baseline[1]["valid"] and history["contradicted"] == baseline[1]["contradicted"]
     image = torch.rand(1, 3, 32, 32)
     with torch.inference_mode():
         first, second = (network(image) for network in ensemble.networks)
@@ -94,19 +97,19 @@ def test_robust_modes_learn_the_easy_task(mode):
 
 
 def test_half_of_each_class_is_trusted_on_the_whole_picture():
-    _, _, label, margin = halves(margin=True)[0]
-    trusted = trusted_pixels(label, margin, changed(training_mode="cotrain", reliable_share=0.25))
+    _, _, label, reliability = halves(margin=True)[0]
+    trusted = trusted_pixels(label, reliability, changed(training_mode="cotrain", reliable_share=0.25))
     assert trusted[:4].all() and trusted[-4:].all() and trusted.sum() == 8 * 32
-    for mode in ("plain", "ensemble"):
-        assert trusted_pixels(label, margin, changed(training_mode=mode)).all()
+    for mode in ("baseline", "ensemble"):
+        assert trusted_pixels(label, reliability, changed(training_mode=mode)).all()
     assert trusted_pixels(label, None, changed(training_mode="cotrain")).all()
 
 
 def test_the_reliable_share_of_the_whole_set_may_leave_a_picture_without_any():
-    name, image, label, margin = halves(margin=True)[0]
-    weak = (name, image, label, margin // 4)
+    name, image, label, reliability = halves(margin=True)[0]
+    weak = (name, image, label, torch.stack([reliability[0] // 4, reliability[1]]))
     options = changed(training_mode="cotrain", reliable_rule="set", scale_jitter=(1.0, 1.0))
-    pictures = [(name, image, label, margin), weak, (name, image, torch.full_like(label, 255), margin)]
+    pictures = [(name, image, label, reliability), weak, (name, image, torch.full_like(label, 255), reliability)]
     seen = Augmented(pictures, 255, options, seed=0)
     trusted = [seen.view(k, 0)[3] for k in range(3)]
     assert trusted[0].sum() > trusted[1].sum() and not trusted[2].any()
@@ -114,25 +117,25 @@ def test_the_reliable_share_of_the_whole_set_may_leave_a_picture_without_any():
     assert torch.tensor(history["loss"]).isfinite().all()
 
 
-def test_mixing_pastes_confident_classes_of_the_neighbour(plain):
+def test_mixing_pastes_confident_classes_of_the_neighbour(baseline):
     images = torch.stack([image for _, image, *_ in halves(4)]).float() / 255
     images[1::2] = images[1::2].flip(2)  # the neighbours' objects lie below
     label = torch.stack([label for _, _, label in halves(4)])
     label[1::2] = label[1::2].flip(1)
     trusted = torch.zeros_like(label, dtype=torch.bool)
     options = changed(mixing=1.0, mixing_confidence=0.5)
-    before = {key: value.clone() for key, value in plain[0].state_dict().items()}
+    before = {key: value.clone() for key, value in baseline[0].state_dict().items()}
     mixed, new_label, new_trusted, band = mix(
-        [plain[0]], images, label, trusted, options, 0, 255, torch.Generator().manual_seed(0)
+        [baseline[0]], images, label, trusted, options, 0, 255, torch.Generator().manual_seed(0)
     )
-    plain[0].eval()
+    baseline[0].eval()
     pasted = new_trusted
     assert 0.2 < pasted.float().mean() < 0.8 and (new_label[pasted] == 1).all() and band.any()
     neighbours = images[[1, 0, 3, 2]]
     assert torch.equal(mixed, torch.where(pasted[:, None], neighbours, images))
     assert torch.equal(new_label[~pasted], label[~pasted])
-    assert all(torch.equal(value, before[key]) for key, value in plain[0].state_dict().items())
-    unchanged = mix([plain[0]], images, label, trusted, changed(mixing=0.0), 0, 255, torch.Generator())
+    assert all(torch.equal(value, before[key]) for key, value in baseline[0].state_dict().items())
+    unchanged = mix([baseline[0]], images, label, trusted, changed(mixing=0.0), 0, 255, torch.Generator())
     assert torch.equal(unchanged[0], images) and not unchanged[3].any()
 
 
@@ -157,7 +160,7 @@ class Cut(list):
     ),
     ids=str,
 )
-def test_a_cut_cotraining_goes_on_to_the_same_bytes(tmp_path, options):
+def test_an_interrupted_cotraining_resumes_bit_identical(tmp_path, options):
     options = changed(training_mode="cotrain", iterations=8, checkpoint_every=3, mixing_confidence=0.5, **options)
     whole, history = trained(Cut(halves(margin=True)), options)
     cut = Cut(halves(margin=True))
@@ -165,12 +168,55 @@ def test_a_cut_cotraining_goes_on_to_the_same_bytes(tmp_path, options):
     with pytest.raises(KeyboardInterrupt):
         trained(cut, options, checkpoint=tmp_path / "checkpoint.pt")
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 3
+    assert len(saved["history"]["loss"]) == 3
     network, resumed = trained(Cut(halves(margin=True)), options, checkpoint=tmp_path / "checkpoint.pt")
     assert resumed == history and same(network, whole)
     # finished: nothing is left to do, and the history is still there
     finished, again = trained(Cut(halves(margin=True)), options, checkpoint=tmp_path / "checkpoint.pt")
     assert again == history and same(finished, whole)
+
+
+@pytest.mark.parametrize("mode", NETWORKS)
+def test_in_bf16_every_weight_moves_in_a_step_with_mixing(mode, monkeypatch):
+    """SGD without decay moves what has a gradient: the weights differ before and after the second of two steps."""
+    options = changed(
+        training_mode=mode, precision="bf16", optimizer="sgd", weight_decay=0.0, training_batch=2, iterations=2,
+        warmup=0.5, mixing=1.0, mixing_confidence=0.0,
+    )  # fmt: skip
+    network, before, mixed = new_networks(NETWORKS[mode], "unet-resnet18", CLASSES, 0), {}, []
+
+    class Watched(list):
+        def __getitem__(self, index):  # the last two of four images are read when the first step is over
+            before.update({name: value.detach().clone() for name, value in network.named_parameters()})
+            return super().__getitem__(index)
+
+    def mix_outside(*arguments):  # torch of 2025 keeps what it casts without a gradient for the pass that learns
+        mixed.append(torch.is_autocast_enabled("cpu"))
+        return mix(*arguments)
+
+    monkeypatch.setattr(training, "mix", mix_outside)
+    train(network, Watched(halves(2, margin=True)), 255, options, 0)
+    assert [name for name, value in network.named_parameters() if torch.equal(value, before[name])] == []
+    assert mixed == [False] * (mode == "cotrain")
+
+
+def test_a_network_that_is_there_is_not_trained_again(tmp_path):
+    options, made = changed(iterations=3), []
+
+    def make():
+        made.append(new_networks(1, "upernet-swin-mini", CLASSES, 0))
+        return made[-1]
+
+    history = train_once(tmp_path / "synthetic", make, halves(), 255, options, 0)
+    assert history == trained(halves(), options)[1]
+    assert {path.name for path in (tmp_path / "synthetic").iterdir()} == {"model.safetensors", "config.json", HISTORY}
+    assert same(load_segmenter(tmp_path / "synthetic"), made[0])
+    (tmp_path / "synthetic.checkpoint.pt").unlink()  # as it is after the step
+    found = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert train_once(tmp_path / "synthetic", make, [], 255, options, 0) == history
+    assert len(made) == 1 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == found
+    (tmp_path / "synthetic" / "model.safetensors").unlink()  # as if it had been killed before its last file
+    assert train_once(tmp_path / "synthetic", make, halves(), 255, options, 0) == history and len(made) == 2
 
 
 def test_a_foreign_or_damaged_checkpoint_is_one_sentence(tmp_path):
@@ -185,9 +231,9 @@ def test_a_foreign_or_damaged_checkpoint_is_one_sentence(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_iteration_and_pictures_and_keeps_the_checkpoint(tmp_path):
     options = changed(learning_rate=float("inf"), checkpoint_every=1)
-    with pytest.raises(DiffsegError, match=r"iteration 1 \(pictures picture_"):
+    with pytest.raises(DiffsegError, match=r"iteration 1 \(images picture_"):
         trained(halves(), options, checkpoint=tmp_path / "checkpoint.pt")
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]["loss"]) == 1
 
 
 def test_an_ignored_picture_is_harmless_and_a_set_of_them_an_error():
@@ -198,10 +244,10 @@ def test_an_ignored_picture_is_harmless_and_a_set_of_them_an_error():
         trained(nothing)
 
 
-def test_the_average_of_weights_is_what_is_left(plain):
+def test_the_average_of_weights_is_what_is_left(baseline):
     network, _ = trained(halves(margin=True), changed(ema=0.999))
-    assert not same(network, plain[0])
-    slow, fast = network.state_dict(), plain[0].state_dict()
+    assert not same(network, baseline[0])
+    slow, fast = network.state_dict(), baseline[0].state_dict()
     start = new_networks(1, "upernet-swin-mini", CLASSES, 0).state_dict()
     key = "network.model.decode_head.classifier.weight"
     assert (slow[key] - start[key]).norm() < (fast[key] - start[key]).norm()

@@ -46,6 +46,7 @@ KINDS = {  # of the files of a synthetic picture: suffix, how they are enlarged,
     "JPEGImages": ("jpg", Image.Resampling.BICUBIC, {"quality": 95, "subsampling": 0}),
     "SegmentationClass": ("png", Image.Resampling.NEAREST, {}),
     "Reliability": ("png", Image.Resampling.BICUBIC, {}),
+    "ReliabilityRank": ("png", Image.Resampling.BICUBIC, {}),
 }
 
 
@@ -118,7 +119,7 @@ def stages(p: Mapping, counted: Mapping, validation: int, per_pixel: Mapping, cr
         add("03 dense CRF", "the same, one CPU core; the GPU waits", {}, cpu=cpu)
     each_step = f"{p['iterations']:,} steps of {p['training_batch']}, {p['crop']} x {p['crop']}"
     optimizer = 1 if p["optimizer"] == "sgd" else 2  # momentum, or two moments, of each weight in a checkpoint
-    for stage, mode in [("04 synthetic", p["training_mode"]), ("04 real", "plain")][: 1 + p["train_real"]]:
+    for stage, mode in [("04 synthetic", p["training_mode"]), ("04 real", "baseline")][: 1 + p["train_real"]]:
         saved = NETWORKS[mode] * counted["bytes"] / 1e9
         work = {p["training_precision"]: training_cost(p, mode, counted["segmenter"])}
         add(stage, f"{mode}, networks: {NETWORKS[mode]}; {each_step}", work, [saved, saved * (2 + optimizer)])

@@ -1,9 +1,10 @@
-"""What do the training modes cost beside plain training? Each in turn, a few iterations at a time, at mini VOC's size.
+"""What do the training modes cost beside the baseline? Each in turn, a few iterations at a time, at mini VOC's size.
 
 python -m diffseg.experiments.speed.training      writes results/benchmarks/training.json
 
 Every repetition trains each mode for the same few iterations, so a change in the machine's load meets all alike; a
-ratio is the median over repetitions of mode / plain. On a CPU the process's seconds count, on a GPU those of the clock.
+ratio is the median over repetitions of mode / baseline. On a CPU the process's seconds count, on a GPU those of the
+clock.
 """
 
 import argparse
@@ -21,17 +22,17 @@ from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.experiments.noise import Disturbed
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import atomic_path
-from diffseg.lab.manifests import provenance
+from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
 from diffseg.segmenters import new_networks
 from diffseg.training import NETWORKS, TrainingOptions, train
 
 
 def measure(options: TrainingOptions, segmenter: str, pictures: int, repetitions: int) -> list[dict]:
-    """Return a row a mode: networks, median seconds of an iteration, median ratio to plain in the same repetition."""
+    """Return a row a mode: networks, median seconds an iteration, median ratio to the baseline of the repetition."""
     device = PartialState().device
     real = open_split(VOC, data_folder("mini"), VOC.training_split)
-    dataset = Disturbed(Subset(real, range(pictures)), "dropped", 0.0, seed=0)  # true masks, margins by distance
+    dataset = Disturbed(Subset(real, range(pictures)), "dropped", 0.0, seed=0)  # ground truth, margins by distance
     networks = {mode: new_networks(count, segmenter, VOC.classes, seed=0) for mode, count in NETWORKS.items()}
     calls = {}
     for mode, network in networks.items():
@@ -46,8 +47,8 @@ def measure(options: TrainingOptions, segmenter: str, pictures: int, repetitions
             "mode": mode,
             "networks": NETWORKS[mode],
             "seconds_an_iteration": round(statistics.median(values), 4),
-            "ratio_to_plain": round(
-                statistics.median(own / plain for own, plain in zip(values, seconds["plain"], strict=True)), 3
+            "ratio_to_baseline": round(
+                statistics.median(own / other for own, other in zip(values, seconds["baseline"], strict=True)), 3
             ),
         }
         for mode, values in seconds.items()
