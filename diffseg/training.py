@@ -270,7 +270,8 @@ def train(
     """
     networks, state, device = networks_of(network, options), PartialState(), torch.device(device)
     background = network.classes.index("background") if "background" in network.classes else None
-    recipe = json.dumps([dataclasses.asdict(options), seed, len(dataset), network.name, network.classes])
+    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("workers", "checkpoint_every")}
+    recipe = json.dumps([kept, seed, len(dataset), network.name, network.classes])
     learner = Learner(network.to(device).train(), options, device)
     if checkpoint and checkpoint.is_file():
         learner.resume(checkpoint, recipe, device)
