@@ -1,16 +1,16 @@
 """The numbers of a run, from its manifests alone, and the published ones that stand beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
 from diffseg.files import read_rows
-from diffseg.lab.manifests import machine_name
+from diffseg.lab.provenance import machine_name
 from diffseg.paths import project_root
 
 
 def summarise(manifests: Mapping[str, Mapping]) -> dict:
-    """Return the run's summary from the manifests of steps 1 to 5 (step name -> manifest).
+    """Return the run's summary from the manifests of notebooks 1 to 5 (step name -> manifest).
 
     Keys: miou and miou_real (0..1; the latter None without a real network), ratio, their 95 % intervals, images,
     seconds per step, seed, benchmark, segmenter, hardware. Where the benchmark merges classes, groups holds each
@@ -18,8 +18,14 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
     """
     scores = manifests["05_evaluation"]["metrics"]
     synthetic, real = scores["synthetic"], scores.get("real")
-    machine = manifests["03_synthesis"]["hardware"]
-    groups = {name: groups_of(scores[name]) for name in ("synthetic", "real") if name in scores}
+    groups = {
+        network: {
+            name.removeprefix("group/"): iou for name, iou in scores[network].items() if name.startswith("group/")
+        }
+        for network in ("synthetic", "real")
+        if network in scores
+    }
+    training = manifests["04_robust_training"]
     return {
         "benchmark": synthetic["benchmark"],
         "inference": synthetic["inference"],
@@ -30,37 +36,14 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
         "ratio": synthetic["miou"] / real["miou"] if real else None,
         **({"groups": groups} if groups["synthetic"] else {}),
         "images": manifests["03_synthesis"]["metrics"]["images"],
-        "images_real": manifests["04_robust_training"]["metrics"]["images_real"],
+        "images_real": training["metrics"]["images_real"],
         "validation_images": synthetic["images"],
-        "segmenter": manifests["04_robust_training"]["parameters"]["segmenter"],
+        "segmenter": training["parameters"]["segmenter"],
         "generator": manifests["03_synthesis"]["parameters"]["generator"],
-        "seed": manifests["04_robust_training"]["parameters"]["seed"],
+        "seed": training["parameters"]["seed"],
         "seconds": {name: manifest["seconds"] for name, manifest in manifests.items()},
-        "hardware": machine_name(machine),
+        "hardware": machine_name(manifests["03_synthesis"]["hardware"]),
     }
-
-
-def groups_of(scores: Mapping) -> dict[str, float | None]:
-    """Return the IoU (0..1) of each group of merged classes in a network's metrics, None where it is not defined."""
-    return {name.removeprefix("group/"): value for name, value in scores.items() if name.startswith("group/")}
-
-
-def network_rows(summary: Mapping) -> list[dict]:
-    """Return a dictionary for each trained network: name, images, miou, interval and groups (shares of 0..1)."""
-    groups = summary.get("groups", {})
-    names = {"synthetic": "synthetic pictures, masks from attention"}
-    if summary["miou_real"] is not None:
-        names["real"] = "real pictures, true masks"
-    return [
-        {
-            "name": title,
-            "images": summary["images" + suffix],
-            "miou": summary["miou" + suffix],
-            "interval": summary[f"miou{suffix}_interval"],
-            "groups": groups.get(network, {}),
-        }
-        for (network, title), suffix in zip(names.items(), ("", "_real"), strict=False)
-    ]
 
 
 def percent(value: float | None) -> str:
@@ -68,33 +51,39 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def markdown(rows: Iterable[Mapping], form: str = "pipe") -> str:
+    """Return rows, a dictionary each, as a Markdown table; texts stay as they are, what a row lacks is empty."""
+    return pd.DataFrame(rows, dtype=object).fillna("").to_markdown(index=False, tablefmt=form, disable_numparse=True)
+
+
 def table_text(summary: Mapping) -> str:
     """Return the run's table as plain text, one row a network; merged classes have a column each."""
-    rows = network_rows(summary)
-    groups = list(rows[0]["groups"])
-    lines = [
-        f"{summary['benchmark']}, {summary['validation_images']} validation pictures, {summary['segmenter']}, "
-        f"seed {summary['seed']}, {summary['inference']}",
-        f"{'trained on':<42}{'images':>8}{'mIoU (%)':>10}   95 % interval over pictures"
-        + "".join(f"{group + ' (%)':>14}" for group in groups),
-    ]
-    for row in rows:
-        bounds = " to ".join(map(percent, row["interval"]))
-        merged = "".join(f"{percent(row['groups'].get(group)):>14}" for group in groups)
-        lines.append(f"{row['name']:<42}{row['images']:>8}{percent(row['miou']):>10}   {bounds:<27}{merged}".rstrip())
+    rows = []
+    for network, suffix in (("synthetic", ""), ("real", "_real")):
+        if summary["miou" + suffix] is not None:
+            title = {"synthetic": "synthetic images, attention masks", "real": "real images, ground-truth masks"}
+            interval = " to ".join(map(percent, summary[f"miou{suffix}_interval"]))
+            row = {"trained on": title[network], "images": summary["images" + suffix]}
+            row |= {"mIoU (%)": percent(summary["miou" + suffix]), "95 % interval (images)": interval}
+            groups = summary.get("groups", {}).get(network, {})
+            rows.append(row | {f"{name} (%)": percent(iou) for name, iou in groups.items()})
     if summary["ratio"] is not None:
-        lines.append(f"{'ratio':<50}{summary['ratio']:>10.2f}")
-    return "\n".join(lines) + "\n"
+        rows.append({"trained on": "ratio", "mIoU (%)": f"{summary['ratio']:.2f}"})
+    title = (
+        f"{summary['benchmark']}, {summary['validation_images']} validation images, {summary['segmenter']}, "
+        f"seed {summary['seed']}, {summary['inference']}"
+    )
+    return f"{title}\n{markdown(rows, 'simple')}\n"
 
 
 def caption(summary: Mapping) -> str:
-    """Return what every figure of the run must say: pictures, seed, hardware."""
+    """Return what every figure of the run must say: images, seed, hardware."""
     trained = f"{summary['images']} synthetic"
     if summary["miou_real"] is not None:
         trained += f" or {summary['images_real']} real"
     return (
-        f"{summary['segmenter']} trained on {trained} pictures, seed {summary['seed']}; "
-        f"{summary['validation_images']} {summary['benchmark']} validation pictures; {summary['hardware']}."
+        f"{summary['segmenter']} trained on {trained} images, seed {summary['seed']}; "
+        f"{summary['validation_images']} {summary['benchmark']} validation images; {summary['hardware']}."
     )
 
 

@@ -18,18 +18,12 @@ from diffseg.errors import DiffsegError
 from diffseg.experiments.generator.versions import version_rows
 from diffseg.figures import first_of_each, story
 from diffseg.files import read_rows
-from diffseg.lab.manifests import STEPS
+from diffseg.lab.manifests import write_manifest
 from diffseg.lab.pages import page, with_formulas
-from diffseg.lab.publishing import (
-    benchmarks_table,
-    claims_table,
-    generator_table,
-    published_table,
-    readme_with_tables,
-    run_table,
-)
+from diffseg.lab.publishing import generator_table, readme_with_tables, write_text
 from diffseg.lab.publishing import main as publish
 from diffseg.lab.report import beside_published, caption, published_numbers, summarise, table_text
+from diffseg.lab.steps import STEPS, notebook_of
 from diffseg.paths import project_root
 
 RESULTS = project_root() / "results"
@@ -53,7 +47,7 @@ def manifests(groups: bool = False, real: bool = True) -> dict:
 
     evaluation = {"synthetic": scores(0.3)} | ({"real": scores(0.6)} if real else {})
     machine = {"gpus": [], "cores": 2, "cpu": "a CPU"}
-    made = {step: {"metrics": {}, "parameters": {}, "seconds": 60.0} for step in list(STEPS)[:5]}
+    made = {step: {"metrics": {}, "parameters": {}, "seconds": 60.0} for step in STEPS if step != "06_report"}
     made["03_synthesis"] |= {"hardware": machine, "metrics": {"images": 720}, "parameters": {"generator": "mini"}}
     made["04_robust_training"]["metrics"] = {"images_real": 700 if real else None}
     made["04_robust_training"]["parameters"] = {"segmenter": "unet", "seed": 3}
@@ -68,25 +62,25 @@ def read_csv(name: str) -> list[dict[str, str]]:
 # the run's own numbers
 
 
-def test_merged_classes_stand_in_summary_and_tables_where_a_benchmark_has_them():
+def cells_of(table: str) -> list[list[str]]:
+    """The cells of a Markdown table."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_merged_classes_stand_in_summary_and_table_where_a_benchmark_has_them():
     summary = summarise(manifests(groups=True))
     assert summary["groups"]["synthetic"] == {"Human": 0.4, "Vehicle": None}
     assert summary["groups"]["real"]["Human"] == pytest.approx(0.7)
-    text = table_text(summary).splitlines()
-    assert text[1].endswith("Human (%)   Vehicle (%)")
-    assert text[2].split()[-6:] == ["30.0", "28.0", "to", "33.0", "40.0", "-"]
-    assert len(text[1]) == len(text[2]) == len(text[3]) and text[4].split() == ["ratio", "0.50"]
-    table = run_table(summary).splitlines()
-    assert table[0].endswith("| Human (%) | Vehicle (%) |") and table[1] == "|---" * 6 + "|"
-    assert table[2] == "| synthetic pictures, masks from attention | 720 | 30.0 | 28.0 to 33.0 | 40.0 | - |"
-    assert table[4] == "| **ratio** | | **0.50** | | | |"
+    lines = [re.split(r"\s{2,}", line.strip()) for line in table_text(summary).splitlines()]
+    assert lines[1][-2:] == ["Human (%)", "Vehicle (%)"]
+    assert lines[3] == ["synthetic images, attention masks", "720", "30.0", "28.0 to 33.0", "40.0", "-"]
+    assert lines[5] == ["ratio", "0.50"]
 
 
 def test_without_merged_classes_or_a_real_network_neither_is_mentioned():
     summary = summarise(manifests(real=False))
     assert "groups" not in summary and summary["ratio"] is None and summary["miou_real"] is None
-    assert len(table_text(summary).splitlines()) == 3 and "real" not in table_text(summary)
-    assert run_table(summary).splitlines()[0].count("|") == 5
+    assert len(table_text(summary).splitlines()) == 4 and "real" not in table_text(summary)
     assert "real" not in caption(summary)
     for part in ("720 synthetic", "seed 3", "150 cityscapes-things validation", "2 cores of a CPU"):
         assert part in caption(summary)
@@ -187,22 +181,23 @@ def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
         version = diffseg.__version__ if name == "mini-a" else "0.0.1"
         evaluation.write_text(json.dumps(made["05_evaluation"] | {"versions": {"diffseg": version}}))
     readme = "a\n<!-- table: results/*/summary.json -->\nold\n<!-- /table -->\nb\n"
-    lines = readme_with_tables(readme, tmp_path / "results").splitlines()
-    assert (
-        lines[4] == "| mini-a | cityscapes-things | 2 | 720 | 30.0 (28.0 to 33.0) | 60.0 (58.0 to 63.0) | 0.50 | 5.0 |"
-    )
-    assert lines[5] == "| mini-b | cityscapes-things | 2 | 720 | 30.0 (28.0 to 33.0) | - | - | 5.0 |"
+    filled = readme_with_tables(readme, tmp_path / "results")
+    lines, cells = filled.splitlines(), cells_of(filled)
+    both = ["cityscapes-things", "2", "720", "30.0 (28.0 to 33.0)"]
+    assert cells[4] == ["mini-a", *both, "60.0 (58.0 to 63.0)", "0.50", "6.0"]
+    assert cells[5] == ["mini-b", *both, "-", "-", "6.0"]
     assert lines[-3] == "mini-b was measured with diffseg 0.0.1." and "mini-a was" not in " ".join(lines)
     assert lines[0] == "a" and lines[-1] == "b" and "old" not in lines
     assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
+    assert readme_with_tables(filled, tmp_path / "results") == filled
 
 
 def test_a_generator_that_went_on_from_another_tells_of_all_its_training():
     report = json.loads((RESULTS / "mini_generator.json").read_text())
     training, before = report["training"], report["training"]["initial"]
-    told = generator_table(report)
-    assert f"Trained on {training['samples_seen'] + before['samples_seen']:,} samples" in told
-    assert f"in {(training['seconds'] + before['seconds']) / 3600:.1f} hours" in told
+    told = generator_table(RESULTS / "mini_generator.json")
+    assert f"Training: {training['samples_seen'] + before['samples_seen']:,} samples" in told
+    assert f"{(training['seconds'] + before['seconds']) / 3600:.1f} hours" in told
 
 
 def test_two_generators_are_compared_on_the_same_pictures_only():
@@ -214,21 +209,6 @@ def test_two_generators_are_compared_on_the_same_pictures_only():
     assert {of for of, _ in gains} == {"all", *report["per_class"]}
     with pytest.raises(DiffsegError, match="differ in pairs"):
         version_rows(report, report | {"pairs": 1})
-
-
-def test_the_published_runs_claims_and_numbers_of_others_fill_their_tables():
-    readme = "".join(
-        f"<!-- table: results/{name} -->\n<!-- /table -->\n"
-        for name in ("*/summary.json", "published.csv", "claims.csv")
-    )
-    filled = readme_with_tables(readme, RESULTS)
-    assert readme_with_tables(filled, RESULTS) == filled
-    for table in (published_table(RESULTS / "published.csv"), claims_table(RESULTS / "claims.csv")):
-        lines = table.splitlines()
-        assert table in filled and len({line.count("|") for line in lines}) == 1
-    assert benchmarks_table(sorted(RESULTS.glob("*/summary.json"))) in filled
-    for link in re.findall(r"\]\(([^)]+)\)", filled):
-        assert (project_root() / link).is_file()
 
 
 # the pages
@@ -251,7 +231,7 @@ def png(figure: bool) -> str:
 def write_executed(path: Path) -> None:
     """A notebook by hand with all that must be tidied: progress bars, foreign folders, large pictures, formulas."""
     output = nbformat.v4.new_output
-    begin = nbformat.v4.new_code_cell('out = "/far/away/runs"\nstep.folder')
+    begin = nbformat.v4.new_code_cell('out = "/far/away"\nstep.folder')
     begin.outputs = [
         output("execute_result", {"text/plain": "PosixPath('/far/away/runs/tiny/05_evaluation')"}),
         output(
@@ -274,51 +254,22 @@ def write_executed(path: Path) -> None:
 
 
 def test_a_page_needs_no_other_file_and_names_no_foreign_folder(tmp_path):
-    executed = tmp_path / "05_evaluation" / "notebook.ipynb"
+    executed = tmp_path / "runs" / "tiny" / "notebooks" / "05_evaluation.ipynb"
     write_executed(executed)
-    html = page(executed, "tiny", ["04_robust_training", "05_evaluation"])
-    assert html.startswith("<!doctype html>") and "<h1" in html and "05_evaluation (tiny)" in html
+    html = page(executed, ["04_robust_training", "05_evaluation"])
+    assert html.startswith("<!DOCTYPE html>") and "<h1" in html and "05_evaluation (tiny)" in html
     assert "far/away" not in html and "results/runs/tiny/05_evaluation" in html and "3 &lt; 4" in html
     assert "wrote results/runs/tiny and results/runs/other/03" in html
     assert "5/5" not in html and "<script" not in html and not re.search(r"""(src|href)=["']?(https?:)?//""", html)
     assert '<a href="04_robust_training.html">' in html and "<b>05_evaluation</b>" in html
     assert html.count("<td") == 2  # the bar of |I| did not end the cell
-    pictures = [base64.b64decode(data) for data in re.findall(r"data:image/webp;base64,([^\"]+)", html)]
-    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(200, 200), (200, 200)]
-    for coded, figure in zip(pictures, (True, False), strict=True):
+    images = [base64.b64decode(data) for data in re.findall(r"data:image/webp;base64,([^\"]+)", html)]
+    assert [Image.open(io.BytesIO(data)).size for data in images] == [(200, 200), (200, 200)]
+    for coded, figure in zip(images, (True, False), strict=True):
         assert len(coded) < 0.6 * len(base64.b64decode(png(figure)))
-    formulas = re.findall(r'<img alt="([^"]+)"[^>]*image/png', html)
+    formulas = re.findall(r'<img alt="([^"]+)" src="data:image/png', html)
     assert formulas == ["x_i", r"\mathrm{IoU} = \frac{a}{b}", r"\frac{1}{|I|}"]
     assert "<code>$HOME</code>" in html and "costs 3$ or 4$" in html
-
-
-def test_todays_text_stands_over_the_same_code_only(tmp_path):
-    def cells(prose: str, second: str, comment: str) -> nbformat.NotebookNode:
-        made = [
-            nbformat.v4.new_markdown_cell(f"# Title, {prose}", id="title"),
-            nbformat.v4.new_code_cell(f"images = 1  # {comment}", id="parameters", metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell("begin()", id="begin"),
-            nbformat.v4.new_markdown_cell(f"Text, {prose}", id="text"),
-            nbformat.v4.new_code_cell(second, id="second"),
-        ]
-        return nbformat.v4.new_notebook(cells=made)
-
-    executed, today = tmp_path / "05_evaluation" / "notebook.ipynb", tmp_path / "today.ipynb"
-    executed.parent.mkdir()
-    old = cells("old", "go()", "a comment")
-    injected = nbformat.v4.new_code_cell("images = 2", metadata={"tags": ["injected-parameters"]})
-    old.cells.insert(2, injected)
-    nbformat.write(old, executed)
-
-    def prose(notebook: nbformat.NotebookNode) -> list[str]:
-        nbformat.write(notebook, today)
-        return re.findall(r"(?:Title|Text), (\w+)", page(executed, "tiny", today=today).partition("<body>")[2])
-
-    assert prose(cells("new", "go()", "another comment")) == ["new", "new"]
-    assert prose(cells("new", "stop()", "a comment")) == ["new", "old"]  # the old outputs stand under the old text
-    more = cells("new", "go()", "a comment")
-    more.cells.insert(3, nbformat.v4.new_markdown_cell("More", id="more"))
-    assert prose(more) == ["old", "old"]
 
 
 def test_code_stays_and_a_formula_that_cannot_be_drawn_stays_tex():
@@ -335,22 +286,32 @@ def test_every_formula_of_the_notebooks_can_be_drawn_but_those_with_a_brace_belo
                 assert not left, f"{path.name}, cell {cell.id}: write it in the words of matplotlib's mathtext"
 
 
-def test_publish_writes_a_page_for_each_step(tmp_path, monkeypatch):
+def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
-    (tmp_path / "notebooks").mkdir()
     (tmp_path / "README.md").write_text("nothing to fill\n")
+    (tmp_path / "notebooks").mkdir()
     run = tmp_path / "results" / "runs" / "tiny"
+    notebooks = [notebook_of(step) for step in STEPS if step != "03_drawing"]
     for step in STEPS:
-        write_executed(run / step / "notebook.ipynb")
-        manifest = {"key": "k", "parameters": {}, "outputs": {}, "metrics": {}}
-        (run / step / "manifest.json").write_text(json.dumps(manifest))
+        (run / step).mkdir(parents=True)
+        for name in ("summary.json", "table.txt", "figures.txt"):
+            (run / step / name).write_text(name)
+        names = ["summary.json", "table.txt", "figures.txt"]
+        write_manifest(run / step, names, {"step": step, "key": "k", "parameters": {}})
+    for path in notebooks:
+        write_executed(path)
+        write_executed(run / "notebooks" / path.name)
+    write_text(run / "figures" / "06_overview.png", "a figure")
+    (run / "notebooks" / "04_robust_training.ipynb").unlink()
+    assert publish([str(run)]) == 1
+    sentence = "the run tiny has no executed notebook of 04_robust_training; run `diffseg run tiny --force`"
+    assert sentence in capsys.readouterr().err and not (tmp_path / "results" / "tiny").exists()
+    write_executed(run / "notebooks" / "04_robust_training.ipynb")
     assert publish([str(run)]) == 0
     pages = sorted((tmp_path / "results" / "notebooks" / "tiny").iterdir())
-    assert [path.name for path in pages] == [f"{step}.html" for step in STEPS]
+    assert [path.name for path in pages] == [f"{path.stem}.html" for path in notebooks]
     assert all(path.stat().st_size < 600e3 for path in pages)
-    assert sorted(path.stem for path in (tmp_path / "results" / "tiny" / "manifests").iterdir()) == list(STEPS)
-
-
-def test_a_step_without_its_executed_notebook_is_one_sentence(tmp_path):
-    with pytest.raises(DiffsegError, match="is no executed notebook"):
-        page(tmp_path / "notebook.ipynb", "tiny")
+    target = tmp_path / "results" / "tiny"
+    assert sorted(path.stem for path in (target / "manifests").iterdir()) == sorted(STEPS)
+    assert {path.name for path in target.iterdir()} == {"figures", "manifests", *names}
+    assert [path.name for path in (target / "figures").iterdir()] == ["06_overview.png"]

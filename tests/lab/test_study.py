@@ -92,7 +92,11 @@ def make_runs_in_process(only: slice = slice(None)) -> None:
     ("old", "new", "sentence"),
     [
         ("mode: cotrain", "mood: cotrain", "the configuration cotrain of robust.yaml gives the parameter mood"),
-        ("mode: cotrain", "images: many", "`images` is .many. .the configuration cotrain of robust.yaml.; it must be a whole"),
+        (
+            "mode: cotrain",
+            "images: many",
+            "`images` is .many. .the configuration cotrain of robust.yaml.; it must be a whole",
+        ),
         ("mode: cotrain", "seed: 3", "must not set seed in the configuration cotrain"),
         ("mode: cotrain", "run: x", "must not set run"),
         ("cotrain: {", "../x: {", "must be made of letters"),

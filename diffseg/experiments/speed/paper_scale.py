@@ -26,9 +26,9 @@ from diffseg.errors import DiffsegError
 from diffseg.experiments.speed.capture import build_sd15
 from diffseg.files import atomic_path
 from diffseg.generator import load_generator
-from diffseg.lab.manifests import provenance
-from diffseg.lab.publishing import row_of
-from diffseg.lab.runs import resolve, step_notebooks, step_parameters
+from diffseg.lab.batch import resolve, step_notebooks, step_parameters
+from diffseg.lab.provenance import provenance
+from diffseg.lab.report import markdown
 from diffseg.lora import target_layers
 from diffseg.paths import project_root
 from diffseg.refiners import get_refiner
@@ -213,16 +213,16 @@ def checks(results: Path) -> list[dict]:
 
 def table(report: Mapping) -> str:
     """Return the report's rows and their sums as a Markdown table."""
-    titles = ["run", "stage", "what is counted", "GPU hours (estimate)", "CPU hours", "disk (GB)"]
-    lines = [row_of(titles), "|---" * len(titles) + "|"]
+    lines = []
     for run, rows in report["runs"].items():
         whole = {"stage": "**all**", "what": "", "gpu_hours": sum(row["gpu_hours"] for row in rows)}
         for name in ("cpu_hours", "gigabytes"):
             whole[name] = [sum(row[name][k] for row in rows) for k in (0, 1)]
         for row in [*rows, whole]:
-            cells = [bounds(row["gpu_hours"], row["gpu_hours"]), bounds(*row["cpu_hours"]), bounds(*row["gigabytes"])]
-            lines.append(row_of([run, row["stage"], row["what"], *cells]))
-    return "\n".join(lines)
+            line = {"run": run, "stage": row["stage"], "what is counted": row["what"]}
+            line["GPU hours (estimate)"] = bounds(row["gpu_hours"], row["gpu_hours"])
+            lines.append(line | {"CPU hours": bounds(*row["cpu_hours"]), "disk (GB)": bounds(*row["gigabytes"])})
+    return markdown(lines)
 
 
 def bounds(least: float, most: float) -> str:
@@ -235,12 +235,16 @@ def bounds(least: float, most: float) -> str:
 
 def check_table(report: Mapping) -> str:
     """Return what the same counting says of timed work, as a Markdown table."""
-    titles = ["timed on two CPU cores", "counted (10^9)", "seconds", "10^9 a second", "seconds from"]
-    lines = [row_of(titles), "|---" * len(titles) + "|"]
-    for row in report["checks"]:
-        counted = f"{row['operations'] / 1e9:,.0f}", f"{row['seconds']:.1f}", f"{row['per_second'] / 1e9:.0f}"
-        lines.append(row_of([row["work"], *counted, f"[{Path(row['file']).name}]({row['file']})"]))
-    return "\n".join(lines)
+    return markdown(
+        {
+            "timed on two CPU cores": row["work"],
+            "counted (10^9)": f"{row['operations'] / 1e9:,.0f}",
+            "seconds": f"{row['seconds']:.1f}",
+            "10^9 a second": f"{row['per_second'] / 1e9:.0f}",
+            "seconds from": f"[{Path(row['file']).name}]({row['file']})",
+        }
+        for row in report["checks"]
+    )
 
 
 def parameters(run: str) -> dict:
