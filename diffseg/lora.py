@@ -11,7 +11,6 @@ Every random draw (picture, crop, caption, noise, timestep) follows from the see
 run that was killed and goes on computes what it would have computed, and many processes what one would.
 """
 
-import csv
 import json
 import os
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from diffseg.denoising import diffusion_loss
 from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path
+from diffseg.files import atomic_path, write_rows
 from diffseg.seeds import derive_seed
 from diffseg.target_domain import Draws, find_pictures, own_captions
 
@@ -136,6 +135,77 @@ def remove_lora(pipeline) -> None:
         pipeline.unet.delete_adapters(ADAPTER)
 
 
+class Tuner:
+    """All that a step of tuning changes: the LoRA in the UNet, its optimizer, learning rate and average, the losses."""
+
+    def __init__(self, pipeline, options: TuningOptions, accelerator: Accelerator, checkpoint: Path, seed: int):
+        self.options, self.accelerator, self.checkpoint = options, accelerator, checkpoint
+        self.parameters = add_lora(pipeline, options, seed)
+        optimizer = torch.optim.AdamW(self.parameters.values(), options.learning_rate, weight_decay=0.01)
+        self.schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=options.warmup)
+        self.average = EMAModel(list(self.parameters.values()), decay=options.ema) if options.ema else None
+        self.rows: list[dict] = []  # step, loss, learning rate
+        self.kept = 0  # steps in the checkpoint
+        pipeline.unet.train()
+        if options.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+        self.unet, self.optimizer = accelerator.prepare(pipeline.unet, optimizer)
+
+    def learn(self, loss: torch.Tensor) -> float:
+        """Take one optimizer step down the loss; return its mean over the processes."""
+        value = self.accelerator.gather(loss.detach()).mean().item()
+        if not np.isfinite(value):
+            raise self.diverged("loss is", len(self.rows) + 1)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(list(self.parameters.values()), 1.0)
+        self.optimizer.step()
+        rate = self.schedule.get_last_lr()[0]
+        self.rows.append({"step": len(self.rows) + 1, "loss": value, "learning_rate": rate})
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.step(self.parameters.values())
+        return value
+
+    def diverged(self, what: str, step: int) -> DiffsegError:
+        other = f", or set lora_steps to {self.kept}: {self.checkpoint} keeps that state" if self.kept else ""
+        return DiffsegError(
+            f"the {what} not finite at step {step} of {self.options.steps}; lower lora_learning_rate{other}."
+        )
+
+    def save(self, recipe: str) -> None:
+        """Write a checkpoint; weights that are not finite raise a DiffsegError, and the last checkpoint stays."""
+        if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
+            raise self.diverged("weights are", len(self.rows))
+        scaler = self.accelerator.scaler
+        state = {
+            "recipe": recipe,
+            "rows": self.rows,
+            "lora": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "average": self.average.state_dict() if self.average else None,
+        }
+        if self.accelerator.is_main_process:
+            with atomic_path(self.checkpoint) as path:
+                torch.save(state, path)
+        self.kept = len(self.rows)
+
+    def resume(self, state: dict) -> None:
+        """Take over what `save` wrote and `load_checkpoint` read."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state["lora"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+            self.average.to(self.accelerator.device)
+        self.rows, self.kept = state["rows"], len(state["rows"])
+
+
 def tune(
     pipeline,
     pictures: str | Path | Sequence[Path],
@@ -144,16 +214,15 @@ def tune(
     folder: str | Path,
     seed: int = 0,
 ) -> list[float]:
-    """Tune the UNet (SD 1.x or 2.x) to unlabelled pictures, a folder of them or some paths; return each step's loss.
+    """Tune the UNet (SD 1.x or 2.x) to unlabelled images, a folder of them or some paths; return each step's loss.
 
     Writes to `folder` the LoRA's weights with its settings (WEIGHTS), LOSSES (step, loss, learning rate), and
-    CHECKPOINT every `checkpoint_every` steps. Goes on from a checkpoint of the same pictures, captions,
-    options and seed; more `steps` than before prolong a finished run. Leaves the LoRA at work in the
-    pipeline, which is on Accelerate's device then. Runs in one process, or in several under `accelerate
-    launch`.
+    CHECKPOINT every `checkpoint_every` steps. Resumes from a checkpoint of the same images, captions, options and
+    seed; more `steps` than before prolong a finished run. Leaves the LoRA at work in the pipeline, which is on
+    Accelerate's device then. Runs in one process, or in several under `accelerate launch`.
 
-    Raises a DiffsegError for bad pictures, captions or options, for a checkpoint of another run, and for a
-    loss that is not finite: then the last good checkpoint stays.
+    Raises a DiffsegError for bad images, captions or options, for a checkpoint of another run, and for a loss that is
+    not finite: then the last good checkpoint stays.
     """
     folder, captions = Path(folder), list(captions)
     if not captions or any(not caption.strip() for caption in captions):
@@ -162,97 +231,51 @@ def tune(
     paths = find_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
     if not paths:
         raise DiffsegError("there is no picture to tune on; lower lora_held_out, or give more target pictures.")
+    accelerator = make_accelerator(options)
+    recipe = describe(paths, captions, options, seed)
+    state = load_checkpoint(folder / CHECKPOINT, recipe, options.steps)
+    pipeline.to(accelerator.device)
+    tuner = Tuner(pipeline, options, accelerator, folder / CHECKPOINT, seed)
+    if state:
+        tuner.resume(state)
+    draws = Draws(pipeline, paths, captions, options.height, options.width, options.caption_dropout, seed)
+    numbers = range(tuner.kept * options.batch, options.steps * options.batch)
+    batches = accelerator.prepare(DataLoader(draws, options.batch // accelerator.num_processes, sampler=numbers))
+    quiet = not accelerator.is_main_process
+    bar = tqdm(batches, "tuning", options.steps, initial=tuner.kept, unit="step", disable=quiet)
+    try:
+        for step, batch in enumerate(bar, start=tuner.kept + 1):
+            value = tuner.learn(diffusion_loss(pipeline, tuner.unet, batch, options.snr_gamma))
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            if step % options.checkpoint_every == 0 or step == options.steps:
+                tuner.save(recipe)
+    finally:
+        bar.close()
+        if accelerator.is_main_process:
+            write_rows(folder / LOSSES, tuner.rows, ("step", "loss", "learning_rate"))
+        # takes the mixed-precision wrapper off, so that images are drawn as after loading
+        pipeline.unet = accelerator.unwrap_model(tuner.unet, keep_fp32_wrapper=False).eval()
+        pipeline.unet.disable_gradient_checkpointing()
+    if tuner.average:
+        tuner.average.copy_to(tuner.parameters.values())
+    if accelerator.is_main_process:
+        save_lora(pipeline, folder)
+    accelerator.wait_for_everyone()
+    return [row["loss"] for row in tuner.rows]
+
+
+def make_accelerator(options: TuningOptions) -> Accelerator:
+    """Return what runs the tuning; a precision or batch that does not work here raises a DiffsegError."""
     AcceleratorState._reset_state()  # else this process could not change the precision of an earlier run
     try:
         accelerator = Accelerator(mixed_precision="no" if options.precision == "fp32" else options.precision)
     except ValueError as error:
         raise DiffsegError(f"lora_precision {options.precision!r} does not work here ({error}); use fp32.") from None
-    processes = accelerator.num_processes
-    if options.batch % processes:
-        raise DiffsegError(f"lora_batch {options.batch} must be a multiple of the {processes} processes.")
-
-    pipeline.to(accelerator.device)
-    parameters = add_lora(pipeline, options, seed)
-    optimizer = torch.optim.AdamW(parameters.values(), options.learning_rate, weight_decay=0.01)
-    schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=options.warmup)
-    average = EMAModel(list(parameters.values()), decay=options.ema) if options.ema else None
-    recipe = describe(paths, captions, options, seed)
-    state = load_checkpoint(folder / CHECKPOINT, recipe, options.steps)
-    rows = state["rows"] if state else []  # step, loss, learning rate
-    if state:
-        for name, parameter in parameters.items():
-            parameter.data.copy_(state["lora"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        if average:
-            average.load_state_dict(state["average"])
-            average.to(accelerator.device)
-
-    draws = Draws(pipeline, paths, captions, options.height, options.width, options.caption_dropout, seed)
-    numbers = range(len(rows) * options.batch, options.steps * options.batch)
-    loader = DataLoader(draws, options.batch // processes, sampler=numbers)
-    pipeline.unet.train()
-    if options.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    kept = len(rows)  # steps in the last checkpoint
-    unet, optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
-    if state and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-
-    def save_checkpoint() -> None:
-        state = {
-            "recipe": recipe,
-            "rows": rows,
-            "lora": {name: p.detach() for name, p in parameters.items()},
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-            "average": average.state_dict() if average else None,
-        }
-        if accelerator.is_main_process:
-            with atomic_path(folder / CHECKPOINT) as path:
-                torch.save(state, path)
-
-    def stop(step: int, what: str) -> DiffsegError:
-        other = f", or set lora_steps to {kept}: {folder / CHECKPOINT} keeps that state" if kept else ""
-        return DiffsegError(f"{what} not finite at step {step} of {options.steps}; lower lora_learning_rate{other}.")
-
-    quiet = not accelerator.is_main_process
-    bar = tqdm(total=options.steps, initial=len(rows), desc="tuning", unit="step", disable=quiet)
-    try:
-        for step, batch in enumerate(loader, start=len(rows) + 1):
-            loss = diffusion_loss(pipeline, unet, batch, options.snr_gamma)
-            value = accelerator.gather(loss.detach()).mean().item()
-            if not np.isfinite(value):
-                raise stop(step, "the loss is")
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(list(parameters.values()), 1.0)
-            optimizer.step()
-            rows.append([step, value, schedule.get_last_lr()[0]])
-            schedule.step()
-            optimizer.zero_grad()
-            if average:
-                average.step(parameters.values())
-            bar.update()
-            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-            if step % options.checkpoint_every == 0 or step == options.steps:
-                if not all(p.isfinite().all() for p in parameters.values()):
-                    raise stop(step, "the weights are")
-                save_checkpoint()
-                kept = step
-    finally:
-        bar.close()
-        if accelerator.is_main_process:
-            write_losses(folder / LOSSES, rows)
-        # takes the mixed-precision wrapper off, so that pictures are drawn as after loading
-        pipeline.unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
-        pipeline.unet.disable_gradient_checkpointing()
-    if average:
-        average.copy_to(parameters.values())
-    if accelerator.is_main_process:
-        save_lora(pipeline, folder)
-    accelerator.wait_for_everyone()
-    return [loss for _, loss, _ in rows]
+    if options.batch % accelerator.num_processes:
+        raise DiffsegError(
+            f"lora_batch {options.batch} must be a multiple of the {accelerator.num_processes} processes."
+        )
+    return accelerator
 
 
 def describe(paths: Sequence[Path], captions: Sequence[str], options: TuningOptions, seed: int) -> str:
@@ -280,13 +303,6 @@ def load_checkpoint(path: Path, recipe: str, steps: int) -> dict | None:
     if done > steps:
         raise DiffsegError(f"{path} has {done} steps already, more than lora_steps {steps}; delete it to start again.")
     return state
-
-
-def write_losses(path: Path, rows: Sequence[Sequence]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "loss", "learning_rate"])
-        writer.writerows(rows)
 
 
 # ------------------------------------------------------------------------------------------- saving, loading
