@@ -237,6 +237,7 @@ import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from pathlib import Path
 import test_lora as t
+t.PartialState(cpu=True)  # without it accelerate makes one process of each on a machine without a GPU
 for steps in (2, 4):
     options = t.dataclasses.replace(t.OPTIONS, batch=4, steps=steps)
     t.tune(t.tiny_pipeline(), Path({str(pictures)!r}), t.CAPTIONS, options, {str(tmp_path / "two")!r})
