@@ -264,7 +264,7 @@ CARD = """# The small Sam
 
 segment-anything's `Sam` at small size (`config.json`): {parameters:,} parameters, {size:.1f} MB in half precision, for
 pictures of 64 pixels; larger ones are shrunk to that. Use it as the refiner `sam` with `sam_checkpoint: mini`, or load
-it with `diffseg.small_sam.load_small_sam()` and give it to segment-anything's `SamPredictor`.
+it with `diffseg.small_sam.load_small_sam(folder)` and give it to segment-anything's `SamPredictor`.
 
 - **Data**: scenes drawn on the fly from emoji art and the masks of their objects, without classes; their seeds are no
   benchmark's. Pictures are softened and tinted a little, and half of them are rendered by the generator's VAE, with

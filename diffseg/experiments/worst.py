@@ -15,6 +15,7 @@ from diffseg.experiments.generator.heldout import iou
 from diffseg.experiments.oracle import Scenes, stream
 from diffseg.experiments.small_sam import Prompts, choose, decode, pixel_of
 from diffseg.figures import overlay, picture_rows, save_figure
+from diffseg.miniworld import WEIGHTS
 from diffseg.miniworld.oracle import CLASS_OF_PICTURE, class_probabilities, load_oracle, picture_probabilities
 from diffseg.paths import project_root
 from diffseg.small_sam import load_small_sam
@@ -35,7 +36,7 @@ def oracle_answers(count: int) -> Iterator[Answer]:
 @torch.inference_mode()
 def sam_answers(count: int) -> Iterator[Answer]:
     """Yield the small Sam's answers, 1 = on the object, to a click on the first object of `count` held-out scenes."""
-    sam, rng = load_small_sam(), np.random.default_rng(0)
+    sam, rng = load_small_sam(WEIGHTS / "sam"), np.random.default_rng(0)
     for images, _, instances in stream(Scenes(0, "sam-test"), 0, BATCH, 0, count):
         truths = (instances == 1).long()
         points = torch.tensor([[[pixel_of(truth.bool().numpy(), rng)]] for truth in truths])

@@ -492,7 +492,7 @@ def test_interrupted_terminated_and_killed_runs_continue_with_the_same_bytes(pro
         runner = subprocess.Popen(
             [sys.executable, "-m", "diffseg", "run", "tiny"],
             cwd=REPOSITORY,
-            env={**os.environ, "PAUSE": "0.1"},
+            env={**os.environ, "PAUSE": "0.3"},
             stderr=subprocess.PIPE,
             text=True,
             # what a shell starts in the background ignores Ctrl-C, and its children would inherit that
