@@ -1,46 +1,60 @@
-"""Cross-attention of a Stable Diffusion while it draws: where in the picture is each word of the prompt?
+"""Cross-attention of a generator while it draws: where in the picture is each word of the prompt?
 
 A layer of cross-attention answers, for every position of the picture, how much of each prompt token it reads:
 
-    A = softmax(Q K^T / sqrt(d))        Q from the picture (h w x d), K from the prompt (77 x d)
+    A = softmax(Q K^T / sqrt(d))        Q from the picture (h w x d), K from the prompt (tokens x d)
 
-The column of a word's token, reshaped to h x w, is a map of that word. `AttentionRecorder` averages these
-maps over heads, layers and denoising steps while an unchanged pipeline call runs:
+The column of a word's token, reshaped to h x w, is a map of that word. In the joint attention of newer generators
+K holds the picture's positions too. `AttentionRecorder` averages these maps over heads, layers and denoising steps
+while an unchanged pipeline call runs:
 
     with AttentionRecorder(pipeline, tokens, resolutions=(16,)) as recorder:
         images = pipeline(prompts, ...).images
     maps = recorder.maps()              # one float32 tensor, words x h x w, for each prompt
 
-The picture is computed by the processors that were there before, so it is the same, bit for bit, with and
-without the recorder; the probabilities are computed a second time beside it, only where they are asked for.
-The same pass also gives the self-attention (what each position of the picture reads of the others), for the
-refiner of that name.
+Nothing in the generator is exchanged. Hooks say which attention layer runs. While it runs, `Look` sees the query and
+the key that the layer hands to PyTorch's attention function, after all that a family does to them (norms, rotary
+positions, LoRA, masks). The probabilities are computed a second time beside it, only where they are asked for, so the
+picture is the same, bit for bit, with and without the recorder. The same pass also gives the self-attention (what each
+position of the picture reads of the others), for the refiner of that name.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from diffusers import SCMScheduler
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from diffseg.errors import DiffsegError
+from diffseg.families import denoiser_of, family_of, image_grid, instruction, key_ranges
 from diffseg.word_maps import WordMaps, average
 
+AT_ONCE = 2**24  # probabilities that are computed at once, 64 MB in float32
 
-def token_positions(tokenizer, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Return, for each character span of `prompt`, the positions of its tokens in the padded CLIP sequence.
+
+def token_positions(
+    tokenizer, prompt: str, spans: Sequence[tuple[int, int]], longest: int | None = None, prefix: str = ""
+) -> list[list[int]]:
+    """Return, for each character span of `prompt`, the positions of its tokens in the padded sequence.
 
     A compound ("potted plant") or a word that is split has several positions; of a word that occurs twice,
-    the span says which. SDXL's two tokenizers split alike, so the first one's positions serve both.
-    Raises a DiffsegError when a span holds no word, or a word is unknown to the tokenizer, or reaches beyond
-    the longest sequence that the text encoder reads (77 tokens, the start and end marks among them).
+    the span says which. longest: tokens that the text encoder reads, start and end marks among them (None: the
+    tokenizer's own number). prefix: what is written before the prompt. Raises a DiffsegError when a span holds no
+    word, or a word is unknown to the tokenizer, or reaches beyond the longest sequence.
     """
-    encoded = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-    offsets, ids, longest = encoded["offset_mapping"], encoded["input_ids"], tokenizer.model_max_length
+    encoded = tokenizer(prefix + prompt, return_offsets_mapping=True, verbose=False)
+    offsets, ids, longest = encoded["offset_mapping"], encoded["input_ids"], longest or tokenizer.model_max_length
     positions = []
     for start, stop in spans:
-        word = prompt[start:stop]
-        found = [k for k, (left, right) in enumerate(offsets) if max(left, start) < min(right, stop)]
-        if not found or not word.strip():
+        word, first, last = prompt[start:stop], start + len(prefix), stop + len(prefix)
+        overlaps = [(max(left, first), min(right, last)) for left, right in offsets]
+        # a blank inside a compound may have a token of its own, which says nothing
+        found = [k for k, (left, right) in enumerate(overlaps) if (prefix + prompt)[left:right].strip()]
+        if not found:
             raise DiffsegError(f"the span {start}:{stop} holds no word of {prompt!r}; correct the span")
         if found[-1] > longest - 2:  # the last position is the end mark's
             raise DiffsegError(
@@ -54,6 +68,26 @@ def token_positions(tokenizer, prompt: str, spans: Sequence[tuple[int, int]]) ->
             )
         positions.append(found)
     return positions
+
+
+def key_positions(pipeline, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Return, for each character span of `prompt`, the keys of its tokens in all text encoders of the generator.
+
+    Raises a DiffsegError where `token_positions` does, for any of the encoders.
+    """
+    prefix = instruction(pipeline)
+    if family_of(pipeline).lower:
+        blanks = len(prompt) - len(prompt.lstrip())
+        prompt, spans = prompt.lower().strip(), [(start - blanks, stop - blanks) for start, stop in spans]
+    words: list[list[int]] = [[] for _ in spans]
+    for name, keys in key_ranges(pipeline).items():
+        tokenizer = getattr(pipeline, name)
+        # of a prompt with an instruction, Sana keeps the first token and the last ones of the padded sequence
+        dropped = len(tokenizer.encode(prefix)) - 2 if prefix else 0
+        found = token_positions(tokenizer, prompt, spans, len(keys) + dropped, prefix)
+        for word, positions in zip(words, found, strict=True):
+            word += [keys[k - dropped] for k in positions]
+    return words
 
 
 def parse_steps(text: str, count: int) -> range:
@@ -73,22 +107,24 @@ def parse_steps(text: str, count: int) -> range:
 
 
 class AttentionRecorder:
-    """Record the attention of chosen words in one text-to-image call of a UNet pipeline (SD 1.x, 2.x, XL).
+    """Record the attention of chosen words in one text-to-image call of a pipeline that `diffseg.families` knows.
 
-    pipeline: the pipeline; its attention processors are restored on leaving, also after an exception.
-    tokens: for each picture of the call, for each of its words, the positions of the word's tokens
-        (`token_positions`); a word's map is the mean over its tokens.
+    pipeline: the pipeline; it is as before on leaving, also after an exception.
+    tokens: for each picture of the call, for each of its words, the keys of the word's tokens (`key_positions`); a
+        word's map is the mean over its tokens in each text encoder, then over the encoders.
     resolutions: map sizes to record, each the shorter side in positions; 16 is 16 x 16, or 16 x 32 at 1:2.
         None for all that the generator has.
     steps: denoising steps to record (`parse_steps`), from 0; None for all.
     self_resolution: a map size whose self-attention is recorded too; None for none.
     separately: keep the words' maps of each step apart (`word_maps`), in place of one sum over the steps.
+    softmax: in joint attention, over all keys ("joint") or over the text's alone ("text"). Cross-attention has only
+        the text's.
 
     Unless they are kept separately, memory does not grow with the number of steps: for each layer a running sum in
     float32 of the words' maps (words x h x w a picture), and for all layers together one of the self-attention
-    ((h w)^2 a picture: 0.3 MB at 16 x 16, 4 MB at 32 x 32). A picture's maps do not depend on its batch: within 1e-4
-    of their largest value in float32,
-    and within the rounding of the pictures themselves in half precision.
+    ((h w)^2 a picture: 0.3 MB at 16 x 16, 4 MB at 32 x 32, 67 MB at 64 x 64). A picture's maps do not depend on its
+    batch: within 1e-4 of their largest value in float32 (PixArt: 2e-4), and within the rounding of the pictures
+    themselves in half precision.
     """
 
     def __init__(
@@ -99,100 +135,183 @@ class AttentionRecorder:
         steps: Sequence[int] | None = None,
         self_resolution: int | None = None,
         separately: bool = False,
+        softmax: str = "joint",
     ):
-        self.pipeline, self.steps, self.separately = pipeline, steps, separately
+        if softmax not in ("joint", "text"):
+            raise DiffsegError(f'attention_softmax is {softmax!r}; write "joint" or "text"')
+        self.pipeline, self.steps, self.separately, self.softmax = pipeline, steps, separately, softmax
+        self.joint = family_of(pipeline).joint
         self.resolutions = None if resolutions is None else sorted(set(resolutions))
         self.self_resolution = self_resolution
         self.words = [len(words) for words in tokens]
         if self.resolutions == [] or not self.words or 0 in self.words:
             raise DiffsegError("there is nothing to record; give a resolution, and a word for each picture")
-        # picture x token x word: multiplying by it averages the tokens of each word
-        self.weights = torch.zeros(len(tokens), pipeline.tokenizer.model_max_length, max(self.words))
+        # picture x key x word: multiplying by it averages the tokens of each word
+        encoders = key_ranges(pipeline).values()
+        self.weights = torch.zeros(len(tokens), max(keys.stop for keys in encoders), max(self.words))
         for b, words in enumerate(tokens):
             for w, positions in enumerate(words):
-                self.weights[b, list(positions), w] = 1 / len(positions)
+                parts = [part for keys in encoders if (part := [k for k in positions if k in keys])]
+                for part in parts:
+                    self.weights[b, part, w] = 1 / len(part) / len(parts)
         # by ("cross" or "self", resolution, layer or "", step or -1 for all together)
         self.sums: dict[tuple[str, int, str, int], torch.Tensor] = {}
         self.counts: Counter[tuple[str, int, str, int]] = Counter()
-        self.evaluations = 0  # of the UNet
+        self.scheduler_steps = 0  # calls of scheduler.step
+        self.is_fresh = True  # the denoiser was not evaluated since the last of them
         self.evaluated: set[int] = set()  # steps
         self.met: dict[str, set[int]] = {"cross": set(), "self": set()}  # resolutions that the generator has
         self.recording = False
+        self.grid: tuple[int, int] | None = None  # of the denoiser's input
+        self.look, self.layer = Look(self), None
+
+    # ------------------------------------------------------------------------------- following the call
 
     def __enter__(self) -> "AttentionRecorder":
-        unet = self.pipeline.unet
-        self.processors = dict(unet.attn_processors)
-        kinds = ("attn2.processor", "attn1.processor") if self.self_resolution else ("attn2.processor",)
-        recording = {
-            name: RecordingProcessor(processor, self, name.removesuffix(".processor"))
-            if name.endswith(kinds)
-            else processor
-            for name, processor in self.processors.items()
-        }
-        unet.set_attn_processor(recording)
-        self.hook = unet.register_forward_pre_hook(self.before_evaluation, with_kwargs=True)
+        denoiser = denoiser_of(self.pipeline)
+        self.hooks = [denoiser.register_forward_pre_hook(self.before_evaluation, with_kwargs=True)]
+        kinds = {"attn": ("cross", "self")} if self.joint else {"attn2": ("cross",), "attn1": ("self",)}
+        for name, module in denoiser.named_modules():
+            if found := kinds.get(name.rpartition(".")[2]):
+                begin, end = functools.partial(self.begin_layer, name, found), functools.partial(self.end_layer, name)
+                self.hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+                # the recorder that came last leaves first, as its mode lies above the others'
+                self.hooks.append(module.register_forward_hook(end, with_kwargs=True, prepend=True))
+        self.scheduler = self.pipeline.scheduler
+        self.replaced = vars(self.scheduler).get("step")  # another recorder's, around this one
+        self.scheduler.step = self.counted(self.scheduler.step)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.hook.remove()
-        self.pipeline.unet.set_attn_processor(dict(self.processors))
+        for hook in self.hooks:
+            hook.remove()
+        if self.replaced is None:
+            del self.scheduler.step  # the class's own is there again
+        else:
+            self.scheduler.step = self.replaced
+        self.stop_looking()  # after an exception inside a layer
 
-    def before_evaluation(self, unet, args: tuple, kwargs: dict) -> None:
-        """Note the latents' size and the step.
+    def counted(self, step: Callable) -> Callable:
+        @functools.wraps(step)  # pipelines read its signature
+        def counting(model_output, *args, **kwargs):
+            if len(model_output) != len(self.words):
+                self.sums.clear()
+                raise DiffsegError(
+                    f"the recorder has the words of {len(self.words)} pictures and the call draws "
+                    f"{len(model_output)}; give it the words of every picture of the call"
+                )
+            self.scheduler_steps, self.is_fresh = self.scheduler_steps + 1, True
+            return step(model_output, *args, **kwargs)
 
-        Some schedulers evaluate the UNet more often than once a step: Heun twice in every step but the last,
-        PNDM twice in the first. Their `timesteps` list every evaluation, so this division finds its step.
+        return counting
+
+    def before_evaluation(self, denoiser, args: tuple, kwargs: dict) -> None:
+        """Note the step and the picture's grid.
+
+        Some schedulers evaluate the denoiser more often than once a step: Heun twice in every step but the last,
+        PNDM twice in the first. Their `timesteps` list every evaluation, so this division finds its step. Guidance may
+        evaluate it more often than the scheduler steps (Flux with a negative prompt, SD 3 with skipped layers); the
+        first of such evaluations is the prompt's.
         """
-        scheduler = self.pipeline.scheduler
-        if self.evaluations == len(scheduler.timesteps):
+        scheduler = self.scheduler
+        # SCM's list ends with the noise-free end itself
+        evaluations = len(scheduler.timesteps) - isinstance(scheduler, SCMScheduler)
+        if self.scheduler_steps >= evaluations:
             raise DiffsegError("a recorder serves one call of the pipeline; make another for the next call")
-        step = self.evaluations * scheduler.num_inference_steps // len(scheduler.timesteps)
-        self.evaluations += 1
-        self.evaluated.add(step)
-        self.step = step
-        self.recording = self.steps is None or step in self.steps
-        self.latent_size = (args[0] if args else kwargs["sample"]).shape[-2:]
+        self.step = self.scheduler_steps * scheduler.num_inference_steps // evaluations
+        self.evaluated.add(self.step)
+        self.recording = self.is_fresh and (self.steps is None or self.step in self.steps)
+        self.is_fresh = False
+        if self.grid is None:
+            self.grid = image_grid(denoiser, args, kwargs)
+
+    def begin_layer(self, name: str, kinds: Sequence[str], attn, args: tuple, kwargs: dict) -> None:
+        """Look at what follows, if it is asked for."""
+        if not self.recording:
+            return
+        size = self.grid if self.joint else self.map_size((args[0] if args else kwargs["hidden_states"]).shape[1])
+        wanted = {"cross": self.resolutions, "self": [self.self_resolution] if self.self_resolution else []}
+        for kind in kinds:
+            self.met[kind].add(min(size))
+        kinds = [kind for kind in kinds if wanted[kind] is None or min(size) in wanted[kind]]
+        if kinds:
+            self.layer, self.has_shown = (name, size, kinds), False
+            self.look.__enter__()
+
+    def end_layer(self, name: str, attn, args: tuple, kwargs: dict, output) -> None:
+        if self.layer is None:
+            return
+        if not self.has_shown and type(attn.processor) in (SlicedAttnProcessor, AttnProcessor):
+            AttnProcessor2_0()(attn, *args, **kwargs)  # they multiply by themselves; let the usual one show the same
+        if not self.has_shown:
+            raise DiffsegError(
+                f"the layer {name} shows no attention map to the recorder ({type(attn.processor).__name__}); "
+                "use PyTorch's own attention, without xformers or another attention backend"
+            )
+        self.stop_looking()
+
+    def stop_looking(self) -> None:
+        if self.layer is not None:
+            self.layer = None
+            self.look.__exit__(None, None, None)
 
     def map_size(self, positions: int) -> tuple[int, int]:
-        """Return (h, w) of a layer with that many positions: the latents' size, halved again and again."""
-        height, width = self.latent_size
+        """Return (h, w) of a layer with that many positions: in a UNet the latents' size, halved again and again."""
+        height, width = self.grid
         while height * width > positions:
             height, width = -(-height // 2), -(-width // 2)
         return height, width
 
+    # ------------------------------------------------------------------------------------ what is recorded
+
     @torch.no_grad()
-    def record(self, layer: str, attn, hidden_states: torch.Tensor, context: torch.Tensor | None) -> None:
-        """Add one layer's probabilities to the running sums; `context` is None for self-attention."""
-        kind, size = "self" if context is None else "cross", self.map_size(hidden_states.shape[1])
-        resolution = min(size)
-        self.met[kind].add(resolution)
-        wanted = self.resolutions if kind == "cross" else [self.self_resolution]
-        if wanted is not None and resolution not in wanted:
+    def record(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **rest) -> None:
+        """Add one layer's probabilities to the running sums; the arguments are those of PyTorch's attention.
+
+        query and key: batch x heads x sequence x channels. attn_mask: what is added to Q K^T, or False where nothing
+        may be read; it broadcasts to batch x heads x queries x keys.
+        """
+        if self.has_shown:  # a second one is an IP-Adapter's, and reads a picture
             return
-        pictures, parts = len(self.words), 2 if self.pipeline.do_classifier_free_guidance else 1
-        if len(hidden_states) != pictures * parts:
-            raise DiffsegError(
-                f"the recorder has the words of {pictures} pictures and the call draws "
-                f"{len(hidden_states) // parts}; give it the words of every picture of the call"
-            )
+        self.has_shown = True
+        layer, size, kinds = self.layer
+        pictures, positions = len(self.words), size[0] * size[1]
+        if len(query) < pictures:
+            return  # the scheduler's step will say what is wrong
         # with guidance the batch is [negative prompts; prompts]: the last part is ours in both cases
-        hidden_states = hidden_states[-pictures:]
-        context = hidden_states if context is None else context[-pictures:]
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        key = attn.to_k(context).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        with torch.autocast(query.device.type, enabled=False):
-            query, key = query.float() * attn.scale, key.float().transpose(-1, -2)
-            if kind == "cross":
-                self.weights = self.weights.to(query.device)
-                probabilities = (query @ key).softmax(dim=-1).mean(dim=1)  # picture x position x token
-                found = (probabilities @ self.weights).transpose(1, 2).unflatten(-1, size)
-            else:  # one head at a time: all heads together would take 8 (h w)^2 a picture and more
-                found = sum((query[:, h] @ key[:, h]).softmax(dim=-1) for h in range(attn.heads))
-                found = (found / attn.heads).unflatten(-1, size).unflatten(1, size)
-            part = (layer, self.step if self.separately else -1) if kind == "cross" else ("", -1)
-            place = (kind, resolution, *part)
+        query, key = query[-pictures:], key[-pictures:]
+        # where the image and the text stand in a joint sequence
+        image, text = slice(None), slice(None)
+        if self.joint == "image":
+            image, text = slice(positions), slice(positions, None)
+        elif self.joint == "text":
+            image, text = slice(-positions, None), slice(-positions)
+        for kind in kinds:
+            keys = image if kind == "self" else text if self.softmax == "text" else slice(None)
+            mask = None
+            if attn_mask is not None:
+                mask = attn_mask.expand(-1, query.shape[1], -1, -1)[-pictures:, :, :, keys]
+                mask = mask[:, :, image] if mask.shape[2] > 1 else mask
+            if kind == "self":
+                found = attend(query[:, :, image], key[:, :, keys], mask, scale)
+                found, place = found.unflatten(-1, size).unflatten(1, size), ("", -1)
+            else:
+                weights = self.weights_of(key[0, 0, text].shape[0], key.device)
+                if self.joint and self.softmax == "joint":  # what is read of the picture itself counts for no word
+                    before, after = (positions, 0) if self.joint == "image" else (0, positions)
+                    weights = F.pad(weights, (0, 0, before, after))
+                found = attend(query[:, :, image], key[:, :, keys], mask, scale, weights)
+                found, place = found.transpose(1, 2).unflatten(-1, size), (layer, self.step if self.separately else -1)
+            place = (kind, min(size), *place)
             self.sums[place] = self.sums[place] + found if place in self.sums else found
             self.counts[place] += 1
+
+    def weights_of(self, count: int, device: torch.device) -> torch.Tensor:
+        """Return the words' weights of a text with that many keys, picture x key x word."""
+        self.weights = self.weights.to(device)
+        if count < self.weights.shape[1] and self.weights[:, count:].any():
+            raise DiffsegError(f"a word is cut off: the call reads {count} tokens of a prompt; shorten the prompt")
+        return F.pad(self.weights[:, :count], (0, 0, 0, max(0, count - self.weights.shape[1])))
 
     def maps(self, resolutions: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Return one float32 tensor (words x h x w, probabilities 0..1) for each picture, on the CPU.
@@ -234,7 +353,7 @@ class AttentionRecorder:
         return list(self.mean("self", self.self_resolution).cpu())
 
     def mean(self, kind: str, resolution: int) -> torch.Tensor:
-        if not self.evaluations:
+        if not self.evaluated:
             raise DiffsegError("no attention was recorded: call the recorder's pipeline inside its `with`")
         absent = sorted(set(self.steps or ()) - self.evaluated)
         if absent:
@@ -251,13 +370,43 @@ class AttentionRecorder:
         return sum(self.sums[place] for place in places) / sum(self.counts[place] for place in places)
 
 
-class RecordingProcessor:
-    """The attention processor that was there before, with a look at its inputs."""
+class Look(TorchFunctionMode):
+    """While it is active, a recorder sees what is handed to PyTorch's attention function."""
 
-    def __init__(self, processor: Callable, recorder: AttentionRecorder, layer: str):
-        self.processor, self.recorder, self.layer = processor, recorder, layer
+    def __init__(self, recorder: AttentionRecorder):
+        super().__init__()
+        self.recorder = recorder
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **rest):
-        if self.recorder.recording:
-            self.recorder.record(self.layer, attn, hidden_states, encoder_hidden_states)
-        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **rest)
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            self.recorder.record(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return softmax(Q K^T scale + mask), the mean over heads, float32 batch x query x key.
+
+    weights: batch x key x word; the result is multiplied by it, to batch x query x word. A few heads at a time: all 24
+    of a large transformer at once would take gigabytes.
+    """
+    heads = query.shape[1]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    some = max(1, AT_ONCE // (len(query) * query.shape[2] * key.shape[2]))
+    total = 0
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, heads, some):
+            part = slice(start, start + some)
+            scores = (query[:, part].float() * scale) @ key[:, part].float().transpose(-1, -2)
+            if mask is not None and mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask[:, part], float("-inf"))
+            elif mask is not None:
+                scores = scores + mask[:, part].float()
+            found = scores.softmax(dim=-1).sum(dim=1)
+            total = total + (found if weights is None else found @ weights)
+    return total / heads

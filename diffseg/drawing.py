@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.attention import AttentionRecorder, parse_steps, token_positions
+from diffseg.attention import AttentionRecorder, key_positions, parse_steps, token_positions
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.generator import draw
@@ -65,7 +65,7 @@ def draw_with_maps(
     pipeline, rows: Sequence[Prompt], options: DrawingOptions, resolutions: Sequence[int] | None = None
 ) -> tuple[list[Image.Image], list[WordMaps]]:
     """Draw some rows in one batch and record the attention to their words at `resolutions` (None: at all)."""
-    tokens = [token_positions(pipeline.tokenizer, row.prompt, row.spans) for row in rows]
+    tokens = [key_positions(pipeline, row.prompt, row.spans) for row in rows]
     separately = options.kept_steps == "each"
     steps = parse_steps("all" if separately else options.kept_steps, options.sampling_steps)
     with AttentionRecorder(pipeline, tokens, resolutions, steps, options.self_attention, separately) as recorder:

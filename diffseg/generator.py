@@ -6,12 +6,12 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from diffseg.errors import DiffsegError
+from diffseg.families import call_arguments, denoiser_of, family_of, image_size, latent_noise
 from diffseg.paths import is_short_name, locate
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -76,7 +76,7 @@ def _unloadable(name: str, place: str, error: Exception) -> str:
 
 @torch.no_grad()
 def draw(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     negative: Sequence[str] | None = None,
@@ -90,22 +90,27 @@ def draw(
     The noise of each picture comes from a CPU generator of its own, in float32 whatever the generator's precision:
     the same on every device and, up to rounding, in every precision. (Left to diffusers, it is drawn in the generator's
     precision: on a GPU with torch 2.11 the pictures in fp16 were others altogether.) An image with pixels that are no
-    numbers, as a VAE in half precision can give, comes out black.
+    numbers, as a VAE in half precision can give, comes out black. Raises a DiffsegError for negative prompts of a
+    family that has none.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    unet, factor = pipeline.unet, pipeline.vae_scale_factor
-    sides = [unet.config.sample_size if side is None else side // factor for side in (height, width)]
-    noise = randn_tensor((len(generators), unet.config.in_channels, *sides), generators)
+    height, width = image_size(pipeline, height, width)
+    noise = latent_noise(pipeline, generators, height, width)
+    options = call_arguments(pipeline, sampling_steps)
+    if negative is not None:
+        if not family_of(pipeline).negative:
+            raise DiffsegError(f"{type(pipeline).__name__} takes no negative prompt; leave negative_prompt empty")
+        options["negative_prompt"] = list(negative)
     pixels = pipeline(
         list(prompts),
-        negative_prompt=None if negative is None else list(negative),
         height=height,
         width=width,
         num_inference_steps=sampling_steps,
         guidance_scale=guidance_scale,
         generator=generators,
-        latents=noise.to(unet.dtype),
+        latents=noise.to(denoiser_of(pipeline).dtype),
         output_type="np",
+        **options,
     ).images
     pixels[~np.isfinite(pixels).all(axis=(1, 2, 3))] = 0
     return pipeline.image_processor.numpy_to_pil(pixels)

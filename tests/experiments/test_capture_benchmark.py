@@ -65,4 +65,4 @@ def test_a_recorders_bytes_do_not_depend_on_the_steps(mini):
     for steps in (1, 3):
         recorder = capture(mini, rows, options_for(mini, steps), resolutions=[8, 16], self_resolution=16)
         held[steps] = recorder_bytes(recorder)
-    assert held[1] == held[3] == 4 * (20 + 64 + 256 + 256**2)  # token weights, two maps, self-attention
+    assert held[1] == held[3] == 4 * (20 + 3 * (64 + 256) + 256**2)  # token weights, three layers' maps, self-attention

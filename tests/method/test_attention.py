@@ -1,6 +1,5 @@
 """The recorder on small pipelines of the real classes, against attention computed by hand beside it."""
 
-import string
 from collections import Counter
 from types import SimpleNamespace
 
@@ -17,7 +16,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tiny_pipelines import clip_encoder, clip_tokenizer
+from torch.overrides import _len_torch_function_stack
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffseg.attention import AttentionRecorder, parse_steps, token_positions
 from diffseg.errors import DiffsegError
@@ -31,34 +32,6 @@ OTHER = "a dogs and cat"
 # ------------------------------------------------------------------------------------- small real pipelines
 
 
-def make_tokenizer(longest: int = 20) -> CLIPTokenizer:
-    """CLIP's byte-pair encoding with a few merges: "cat" and "and" are one token, "dogs" is "dog" + "s"."""
-    symbols = [*string.printable[:94], *(c + "</w>" for c in string.printable[:94])]
-    merges = "c a, ca t</w>, p l, pl a, pla n, plan t</w>, a n, an d</w>, d o, do g, o n</w>".split(", ")
-    symbols += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={symbol: k for k, symbol in enumerate(symbols)},
-        merges=[tuple(merge.split()) for merge in merges],
-        model_max_length=longest,
-    )
-
-
-def make_text_encoder(kind: type, tokenizer: CLIPTokenizer):
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=16,
-        bos_token_id=len(tokenizer) - 2,
-        eos_token_id=len(tokenizer) - 1,
-        pad_token_id=len(tokenizer) - 1,
-    )
-    return kind(config).eval()
-
-
 def make_pipeline(shape: str):
     """A pipeline with cross-attention at 16 x 16 and 8 x 8 (SDXL: 8 x 8 only), for 32 pixels a side.
 
@@ -66,7 +39,7 @@ def make_pipeline(shape: str):
     upcast; "sdxl": two text encoders, two transformer layers at the lower level, none at the upper one.
     """
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
+    tokenizer = clip_tokenizer()
     options = {
         "sd1": {"attention_head_dim": 2},
         "sd2": {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True},
@@ -105,10 +78,10 @@ def make_pipeline(shape: str):
         sample_size=32,
     ).eval()
     parts = {"vae": vae, "unet": unet, "tokenizer": tokenizer}
-    parts["text_encoder"] = make_text_encoder(CLIPTextModel, tokenizer)
+    parts["text_encoder"] = clip_encoder(CLIPTextModel, tokenizer)
     parts["scheduler"] = DDIMScheduler(prediction_type="v_prediction" if shape == "sd2" else "epsilon")
     if shape == "sdxl":
-        second = make_text_encoder(CLIPTextModelWithProjection, tokenizer)
+        second = clip_encoder(CLIPTextModelWithProjection, tokenizer)
         pipeline = StableDiffusionXLPipeline(
             **parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False
         )
@@ -405,20 +378,55 @@ def test_memory_does_not_grow_with_the_steps(sd1):
 # ---------------------------------------------------------------------------------- what can go wrong
 
 
-def test_processors_are_restored(sd1):
+def is_as_before(pipeline, processors) -> bool:
+    """No processor was exchanged, no hook and no wrapped step is left, and no mode looks at torch's functions."""
+    hooks = [h for m in pipeline.unet.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+    step = "step" in vars(pipeline.scheduler)
+    return pipeline.unet.attn_processors == processors and not hooks and not step and not _len_torch_function_stack()
+
+
+def test_the_pipeline_is_as_before(sd1):
     before = dict(sd1.unet.attn_processors)
     with AttentionRecorder(sd1, [[CAT]], self_resolution=8):
-        assert all(sd1.unet.attn_processors[name] is not before[name] for name in before)
+        assert sd1.unet.attn_processors == before
         draw(sd1, [PROMPT], steps=1)
-    assert sd1.unet.attn_processors == before
+    assert is_as_before(sd1, before)
 
     def fail(*arguments):
         raise KeyError("inside the call")
 
     with pytest.raises(KeyError, match="inside the call"), AttentionRecorder(sd1, [[CAT]]):
         draw(sd1, [PROMPT], callback_on_step_end=fail)
-    assert sd1.unet.attn_processors == before
-    assert not sd1.unet._forward_pre_hooks
+    assert is_as_before(sd1, before)
+
+    def interrupt(module, arguments):
+        raise KeyboardInterrupt  # not an Exception: torch runs no hook after it
+
+    hook = sd1.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), AttentionRecorder(sd1, [[CAT]], None), AttentionRecorder(sd1, [[CAT]], [8]):
+        draw(sd1, [PROMPT])
+    hook.remove()
+    assert is_as_before(sd1, before)
+
+
+def test_recorders_inside_one_another_see_the_same(sd1):
+    with AttentionRecorder(sd1, [[CAT]], [8]) as alone:
+        draw(sd1, [PROMPT])
+    with AttentionRecorder(sd1, [[CAT]], [8, 16]) as outer, AttentionRecorder(sd1, [[CAT]], [8]) as inner:
+        draw(sd1, [PROMPT])
+    assert torch.equal(outer.maps([8])[0], alone.maps()[0]) and torch.equal(inner.maps()[0], alone.maps()[0])
+
+
+def test_a_layer_that_shows_nothing_raises():
+    pipeline = make_pipeline("sd1")
+    layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    layer.processor.__class__ = type(
+        "FastProcessor", (), {"__call__": lambda self, attn, states, *args, **rest: states}
+    )
+    with pytest.raises(DiffsegError, match="mid_block.*attn2 shows no attention map.*FastProcessor"):
+        with AttentionRecorder(pipeline, [[CAT]], [8]):
+            draw(pipeline, [PROMPT])
+    assert is_as_before(pipeline, pipeline.unet.attn_processors)
 
 
 def test_sliced_attention_gives_the_same_maps():
@@ -473,7 +481,7 @@ def positions(tokenizer, prompt: str, *words: str) -> list[list[int]]:
 
 
 def test_token_positions_of_split_and_compound_words():
-    tokenizer = make_tokenizer()
+    tokenizer = clip_tokenizer()
     assert positions(tokenizer, PROMPT, "cat", "dogs") == [CAT, [4, 5]]
     assert positions(tokenizer, "A  CAT, and  Plant.", "CAT", "Plant") == [[2], [5]]
     assert positions(tokenizer, "a cat plant", "cat plant") == [[2, 3]]  # a compound
@@ -492,7 +500,7 @@ def test_token_positions_in_the_mini_world():
 
 
 def test_a_word_beyond_the_longest_sequence_raises():
-    tokenizer = make_tokenizer(longest=8)  # six tokens between the marks
+    tokenizer = clip_tokenizer(longest=8)  # six tokens between the marks
     assert positions(tokenizer, "a a a a a cat", "cat") == [[6]]
     with pytest.raises(DiffsegError, match="'cat' is cut off.*reads 8 tokens"):
         positions(tokenizer, "a a a a a a cat", "cat")
@@ -519,12 +527,12 @@ def test_the_full_size_unet_of_sd15():
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True)
     scheduler.set_timesteps(20)
-    tokenizer = SimpleNamespace(model_max_length=77)
-    pipeline = SimpleNamespace(unet=unet, scheduler=scheduler, tokenizer=tokenizer, do_classifier_free_guidance=False)
+    tokenizer = clip_tokenizer(longest=77)
+    pipeline = make_pipeline("sd1")
+    pipeline.register_modules(unet=unet, scheduler=scheduler, tokenizer=tokenizer)
     everything = [[k] for k in range(77)]
     latents, text = torch.randn(1, 4, 64, 64).bfloat16(), torch.randn(1, 77, 768).bfloat16()
     with AttentionRecorder(pipeline, [everything], [8, 16, 32, 64], [0], self_resolution=16) as recorder:
-        assert sum(p.__class__.__name__ == "RecordingProcessor" for p in unet.attn_processors.values()) == 32
         with torch.no_grad():
             unet(latents, scheduler.timesteps[0], text)
     layers = Counter(resolution for kind, resolution, *_ in recorder.counts if kind == "cross")

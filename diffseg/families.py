@@ -1,0 +1,128 @@
+"""What differs between the families of text-to-image generators: one table, and the few functions that read it.
+
+Attention reads the picture's positions as queries and the prompt's tokens as keys. In **cross-attention** the keys are
+the tokens alone. In **joint attention** picture and tokens are one sequence, and each reads all. A prompt may pass
+several text encoders; their keys stand one behind the other.
+
+Read from diffusers 0.42.1, and checked on small pipelines of the real classes (tests/method/test_families.py). SD 1.x,
+2.x, XL, Turbo and LCM differ in nothing that matters here but the class.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffseg.errors import DiffsegError
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts of one family.
+
+    keys: for each tokenizer (an attribute of the pipeline), in the order of the keys, how many keys its tokens have;
+        0 for the tokenizer's own longest sequence. A tokenizer that is None (T5 in SD 3) leaves its keys empty.
+    joint: None for cross-attention; else which part of the joint sequence comes first, "image" or "text".
+    lower: the pipeline lowers the prompt and strips its blanks.
+    negative: a negative prompt acts through `guidance_scale`.
+    packed: the latents are 2 x 2 patches in a sequence, and the denoiser's channels are four times the VAE's.
+    """
+
+    keys: Mapping[str, int]
+    joint: str | None = None
+    lower: bool = False
+    negative: bool = True
+    packed: bool = False
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family({"tokenizer": 0}),
+    # the two CLIPs of XL split alike, and their features are joined: one key a token
+    "StableDiffusionXLPipeline": Family({"tokenizer": 0}),
+    "LatentConsistencyModelPipeline": Family({"tokenizer": 0}, negative=False),
+    "PixArtAlphaPipeline": Family({"tokenizer": 120}, lower=True),
+    "PixArtSigmaPipeline": Family({"tokenizer": 300}, lower=True),
+    "SanaPipeline": Family({"tokenizer": 300}, lower=True),
+    "SanaSprintPipeline": Family({"tokenizer": 300}, lower=True, negative=False),
+    "HunyuanDiTPipeline": Family({"tokenizer": 77, "tokenizer_2": 256}),
+    "StableDiffusion3Pipeline": Family({"tokenizer": 0, "tokenizer_3": 256}, joint="image"),
+    # CLIP gives Flux one vector for the whole prompt and no key
+    "FluxPipeline": Family({"tokenizer_2": 512}, joint="text", negative=False, packed=True),
+}
+SCHNELL = Family({"tokenizer_2": 256}, joint="text", negative=False, packed=True)  # the same class, trained on 256
+
+
+def family_of(pipeline) -> Family:
+    """Return the facts of a pipeline's family, by its class. Raises a DiffsegError for an unknown one."""
+    name = type(pipeline).__name__
+    if name not in FAMILIES:
+        raise DiffsegError(f"there is no attention capture for {name}; use a generator of {', '.join(FAMILIES)}")
+    if name == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
+        return SCHNELL
+    return FAMILIES[name]
+
+
+def denoiser_of(pipeline) -> torch.nn.Module:
+    """Return the network that runs once a step: a UNet or a transformer."""
+    return pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
+
+
+def key_ranges(pipeline) -> dict[str, range]:
+    """Return for each tokenizer with keys, by its name, the keys of its tokens."""
+    ranges, start = {}, 0
+    for name, count in family_of(pipeline).keys.items():
+        count = count or getattr(pipeline, name).model_max_length
+        if getattr(pipeline, name) is not None:
+            ranges[name] = range(start, start + count)
+        start += count
+    return ranges
+
+
+def instruction(pipeline) -> str:
+    """Return what the pipeline writes before each prompt: Sana tells Gemma how to enhance it; "" for all others."""
+    parameter = inspect.signature(pipeline.__call__).parameters.get("complex_human_instruction")
+    return "\n".join(parameter.default or ()) if parameter else ""
+
+
+def image_grid(denoiser, args: tuple, kwargs: Mapping) -> tuple[int, int]:
+    """Return (h, w), the positions that the denoiser makes of its latents, from the arguments of its call."""
+    if "img_ids" in kwargs:  # of packed latents: index, row and column of each position
+        rows, columns = kwargs["img_ids"][..., 1:3].reshape(-1, 2).amax(dim=0).tolist()
+        return int(rows) + 1, int(columns) + 1
+    latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    patch = denoiser.config.get("patch_size") or 1
+    return latents.shape[-2] // patch, latents.shape[-1] // patch
+
+
+def image_size(pipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return (height, width) in pixels, the generator's usual one where None is given."""
+    side = getattr(pipeline, "default_sample_size", None) or denoiser_of(pipeline).config.sample_size
+    return height or side * pipeline.vae_scale_factor, width or side * pipeline.vae_scale_factor
+
+
+def latent_noise(pipeline, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
+    """Return float32 noise, one picture from each generator, as the pipeline would draw it; packed for Flux."""
+    channels, factor = denoiser_of(pipeline).config.in_channels, pipeline.vae_scale_factor
+    generators = list(generators)
+    if not family_of(pipeline).packed:
+        return randn_tensor((len(generators), channels, height // factor, width // factor), generators)
+    shape = len(generators), channels // 4, 2 * (height // (2 * factor)), 2 * (width // (2 * factor))
+    return pipeline._pack_latents(randn_tensor(shape, generators), *shape)
+
+
+def call_arguments(pipeline, sampling_steps: int) -> dict:
+    """Return the arguments that make a call obey: no other picture size, no other prompt, the table's number of keys.
+
+    Only those that the pipeline's signature has.
+    """
+    options = {
+        "use_resolution_binning": False,
+        "clean_caption": False,  # it is active only where two further packages are installed
+        "max_sequence_length": [*family_of(pipeline).keys.values()][-1],
+    }
+    if sampling_steps != 2:  # Sana Sprint has one for two steps, and refuses it for other numbers
+        options["intermediate_timesteps"] = None
+    accepted = inspect.signature(pipeline.__call__).parameters
+    return {name: value for name, value in options.items() if name in accepted}
