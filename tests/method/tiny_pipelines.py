@@ -89,7 +89,7 @@ def gemma() -> tuple[T.GemmaTokenizer, T.Gemma2Model]:
 def bert() -> tuple[T.BertTokenizer, T.BertModel]:
     """BERT's word pieces: "cat" is one, "dogs" is "dog" + "##s"."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
-    pieces += [*(f"##{c}" for c in string.ascii_lowercase), "cat", "dog", "and", "plant"]
+    pieces += [*(f"##{c}" for c in string.ascii_lowercase), "cat", "dog", "and", "plant", "-", ","]
     tokenizer = T.BertTokenizer(vocab={piece: k for k, piece in enumerate(pieces)}, model_max_length=77)
     config = T.BertConfig(
         vocab_size=len(tokenizer),
@@ -363,7 +363,7 @@ def build(name: str):
         denoiser = pipeline.components.get("unet") or pipeline.transformer
         for key, weight in denoiser.named_parameters():
             if weight.ndim > 1:
-                weight.data = torch.randn(weight.shape) * (2 / weight[0].numel()) ** 0.5
+                weight.data = torch.randn(weight.shape) / weight[0].numel() ** 0.5
             # fresh weights read all tokens almost alike; sharpen them, so that an error would show
             if key.endswith(("to_q.weight", "to_k.weight", "add_q_proj.weight", "add_k_proj.weight")):
                 weight.data *= 2
