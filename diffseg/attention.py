@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from diffseg.errors import DiffsegError
-from diffseg.families import denoiser_of, family_of, image_grid, instruction, key_ranges
+from diffseg.families import before_prompt, denoiser_of, family_of, image_grid, key_ranges
 from diffseg.word_maps import WordMaps, average
 
 AT_ONCE = 2**24  # probabilities that are computed at once, 64 MB in float32
@@ -75,16 +75,13 @@ def key_positions(pipeline, prompt: str, spans: Sequence[tuple[int, int]]) -> li
 
     Raises a DiffsegError where `token_positions` does, for any of the encoders.
     """
-    prefix = instruction(pipeline)
+    prefix, dropped = before_prompt(pipeline)
     if family_of(pipeline).lower:
         blanks = len(prompt) - len(prompt.lstrip())
         prompt, spans = prompt.lower().strip(), [(start - blanks, stop - blanks) for start, stop in spans]
     words: list[list[int]] = [[] for _ in spans]
     for name, keys in key_ranges(pipeline).items():
-        tokenizer = getattr(pipeline, name)
-        # of a prompt with an instruction, Sana keeps the first token and the last ones of the padded sequence
-        dropped = len(tokenizer.encode(prefix)) - 2 if prefix else 0
-        found = token_positions(tokenizer, prompt, spans, len(keys) + dropped, prefix)
+        found = token_positions(getattr(pipeline, name), prompt, spans, len(keys) + dropped, prefix)
         for word, positions in zip(words, found, strict=True):
             word += [keys[k - dropped] for k in positions]
     return words
@@ -123,8 +120,8 @@ class AttentionRecorder:
     Unless they are kept separately, memory does not grow with the number of steps: for each layer a running sum in
     float32 of the words' maps (words x h x w a picture), and for all layers together one of the self-attention
     ((h w)^2 a picture: 0.3 MB at 16 x 16, 4 MB at 32 x 32, 67 MB at 64 x 64). A picture's maps do not depend on its
-    batch: within 1e-4 of their largest value in float32 (PixArt: 2e-4), and within the rounding of the pictures
-    themselves in half precision.
+    batch: within 1e-4 of their largest value in float32, and within the rounding of the pictures themselves in half
+    precision.
     """
 
     def __init__(

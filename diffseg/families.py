@@ -26,15 +26,18 @@ class Family:
         0 for the tokenizer's own longest sequence. A tokenizer that is None (T5 in SD 3) leaves its keys empty.
     joint: None for cross-attention; else which part of the joint sequence comes first, "image" or "text".
     lower: the pipeline lowers the prompt and strips its blanks.
+    chat: the prompt is a user's message in the tokenizer's chat template.
     negative: a negative prompt acts through `guidance_scale`.
-    packed: the latents are 2 x 2 patches in a sequence, and the denoiser's channels are four times the VAE's.
+    patches: the denoiser's channels hold 2 x 2 of the VAE's latents, which a call takes as a "sequence" of patches
+        (B x positions x channels) or as "channels" (B x channels x h x w); None where there are no such patches.
     """
 
     keys: Mapping[str, int]
     joint: str | None = None
     lower: bool = False
+    chat: bool = False
     negative: bool = True
-    packed: bool = False
+    patches: str | None = None
 
 
 FAMILIES = {
@@ -49,9 +52,12 @@ FAMILIES = {
     "HunyuanDiTPipeline": Family({"tokenizer": 77, "tokenizer_2": 256}),
     "StableDiffusion3Pipeline": Family({"tokenizer": 0, "tokenizer_3": 256}, joint="image"),
     # CLIP gives Flux one vector for the whole prompt and no key
-    "FluxPipeline": Family({"tokenizer_2": 512}, joint="text", negative=False, packed=True),
+    "FluxPipeline": Family({"tokenizer_2": 512}, joint="text", negative=False, patches="sequence"),
+    "Flux2KleinPipeline": Family({"tokenizer": 512}, joint="text", chat=True, negative=False, patches="channels"),
 }
-SCHNELL = Family({"tokenizer_2": 256}, joint="text", negative=False, packed=True)  # the same class, trained on 256
+SCHNELL = Family(
+    {"tokenizer_2": 256}, joint="text", negative=False, patches="sequence"
+)  # the same class, trained on 256
 
 
 def family_of(pipeline) -> Family:
@@ -80,10 +86,17 @@ def key_ranges(pipeline) -> dict[str, range]:
     return ranges
 
 
-def instruction(pipeline) -> str:
-    """Return what the pipeline writes before each prompt: Sana tells Gemma how to enhance it; "" for all others."""
+def before_prompt(pipeline) -> tuple[str, int]:
+    """Return what the pipeline writes before each prompt, and how many of its tokens have no key."""
     parameter = inspect.signature(pipeline.__call__).parameters.get("complex_human_instruction")
-    return "\n".join(parameter.default or ()) if parameter else ""
+    if parameter and parameter.default:
+        # Sana tells Gemma how to enhance the prompt, and keeps the first token and the last ones of the padded sequence
+        prefix = "\n".join(parameter.default)
+        return prefix, len(pipeline.tokenizer.encode(prefix)) - 2
+    if family_of(pipeline).chat:
+        message = [{"role": "user", "content": "PROMPT"}]
+        return pipeline.tokenizer.apply_chat_template(message, tokenize=False).partition("PROMPT")[0], 0
+    return "", 0
 
 
 def image_grid(denoiser, args: tuple, kwargs: Mapping) -> tuple[int, int]:
@@ -103,13 +116,14 @@ def image_size(pipeline, height: int | None, width: int | None) -> tuple[int, in
 
 
 def latent_noise(pipeline, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
-    """Return float32 noise, one picture from each generator, as the pipeline would draw it; packed for Flux."""
+    """Return float32 noise, one picture from each generator, as the pipeline would draw it."""
     channels, factor = denoiser_of(pipeline).config.in_channels, pipeline.vae_scale_factor
-    generators = list(generators)
-    if not family_of(pipeline).packed:
-        return randn_tensor((len(generators), channels, height // factor, width // factor), generators)
-    shape = len(generators), channels // 4, 2 * (height // (2 * factor)), 2 * (width // (2 * factor))
-    return pipeline._pack_latents(randn_tensor(shape, generators), *shape)
+    generators, patches = list(generators), family_of(pipeline).patches
+    if patches == "sequence":
+        shape = len(generators), channels // 4, 2 * (height // (2 * factor)), 2 * (width // (2 * factor))
+        return pipeline._pack_latents(randn_tensor(shape, generators), *shape)
+    factor = 2 * factor if patches == "channels" else factor
+    return randn_tensor((len(generators), channels, height // factor, width // factor), generators)
 
 
 def call_arguments(pipeline, sampling_steps: int) -> dict:

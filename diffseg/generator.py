@@ -102,7 +102,7 @@ def draw(
             raise DiffsegError(f"{type(pipeline).__name__} takes no negative prompt; leave negative_prompt empty")
         options["negative_prompt"] = list(negative)
     pixels = pipeline(
-        list(prompts),
+        prompt=list(prompts),
         height=height,
         width=width,
         num_inference_steps=sampling_steps,

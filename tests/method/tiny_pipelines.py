@@ -8,6 +8,7 @@ import string
 import diffusers as D
 import torch
 import transformers as T
+from tokenizers.pre_tokenizers import ByteLevel
 
 CHARACTERS = string.printable[:94]
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -100,6 +101,29 @@ def bert() -> tuple[T.BertTokenizer, T.BertModel]:
         max_position_embeddings=80,
     )
     return tokenizer, T.BertModel(config).eval()
+
+
+def qwen() -> tuple[T.Qwen2Tokenizer, T.Qwen3ForCausalLM]:
+    """Qwen's bytes with a few merges and its chat template; FLUX.2 reads the layers 9, 18 and 27."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = [("c", "a"), ("ca", "t"), ("Ġ", "cat"), ("d", "o"), ("do", "g")]
+    symbols = [*sorted(ByteLevel.alphabet()), *("".join(merge) for merge in merges), *marks]
+    tokenizer = T.Qwen2Tokenizer(vocab={s: k for k, s in enumerate(symbols)}, merges=merges, model_max_length=1024)
+    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = T.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=28,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    return tokenizer, T.Qwen3ForCausalLM(config).eval()
 
 
 # ------------------------------------------------------------------------------------------ autoencoders
@@ -335,6 +359,34 @@ def flux(guidance: bool):
     )
 
 
+def flux2_klein():
+    tokenizer, encoder = qwen()
+    transformer = D.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = D.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=2,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )
+    return D.Flux2KleinPipeline(
+        scheduler=D.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
 NORMED = {"qk_norm": "rms_norm_across_heads"}
 BUILDERS = {
     "sd": sd,
@@ -352,6 +404,7 @@ BUILDERS = {
     "sd3-without-t5": lambda: sd3(False),
     "flux-dev": lambda: flux(True),
     "flux-schnell": lambda: flux(False),
+    "flux2-klein": flux2_klein,
 }
 
 
