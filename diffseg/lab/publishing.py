@@ -41,20 +41,13 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
         row["minutes"] = f"{sum(summary['seconds'].values()) / 60:.1f}"
         rows.append(row)
         older += older_version(f"{path.parent.name} was measured", [manifest["versions"]])
-    return "\n".join(
-        [markdown(rows), "", "In brackets the 95 % interval over validation images; one seed each.", *older]
-    )
+    note = "In brackets the 95 % interval over validation images; one seed each."
+    return "\n".join([markdown(rows), "", note, *older])
 
 
 def trainings(training: Mapping) -> list[Mapping]:
     """Return a generator's training.json after those of the trainings that it went on from, the first one first."""
     return [*(trainings(training["initial"]) if "initial" in training else []), training]
-
-
-def samples_and_seconds(training: Mapping) -> tuple[int, float]:
-    """Return what the training of a generator took with those that it went on from."""
-    parts = trainings(training)
-    return sum(part["samples_seen"] for part in parts), sum(part["seconds"] for part in parts)
 
 
 def generator_table(path: Path) -> str:
@@ -69,12 +62,9 @@ def generator_table(path: Path) -> str:
         ("IoU of the unrefined attention mask with the oracle's mask of any class (%)", "mask_iou_object"),
         ("of two prompted objects both are there (%)", "both_present"),
     ):
-        scores = {
-            "all words": report[key],
-            "class words": report.get(f"{key}_plain_words"),
-            "scenes": report["real"][key],
-        }
-        rows.append({"measure": name} | {title: percent(score) for title, score in scores.items()})
+        row = {"measure": name, "all words": percent(report[key])}
+        row["class words"] = percent(report.get(f"{key}_plain_words"))
+        rows.append(row | {"scenes": percent(report["real"][key])})
     masks = []
     for refiner, found in {"none": report, **report["refined"]}.items():
         key = f"mask_iou_{refiner}".removesuffix("_none")
@@ -83,12 +73,12 @@ def generator_table(path: Path) -> str:
         masks.append(
             {"mean IoU of masks (%)": f"refiner `{refiner}`"} | dict(zip(titles, map(percent, scores), strict=True))
         )
-    samples, seconds = samples_and_seconds(report["training"])
-    threads = report["hardware"]["threads"] or report["hardware"]["cores"]
+    parts, threads = trainings(report["training"]), report["hardware"]["threads"] or report["hardware"]["cores"]
     note = (
         f"{report['pictures']} images of one object and {report['pairs']} of two, {report['pictures_per_second']} a "
         f"second (threads: {threads}). The oracle's mIoU on mini VOC: {percent(report['oracle']['miou'])} %. Training: "
-        f"{samples:,} samples, {seconds / 3600:.1f} hours (CPU cores: {report['training']['hardware']['cores']})."
+        f"{sum(part['samples_seen'] for part in parts):,} samples, {sum(part['seconds'] for part in parts) / 3600:.1f} "
+        f"hours (CPU cores: {report['training']['hardware']['cores']})."
     )
     return "\n\n".join([markdown(rows), markdown(masks), note])
 

@@ -5,6 +5,7 @@ notebooks/params), `only` (notebooks), `seeds`, and `configurations`: name -> ch
 seed is the run results/runs/NAME/<configuration>-<seed>.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -40,11 +41,6 @@ class StudyRun:
     @property
     def name(self) -> str:
         return self.folder.name
-
-    @property
-    def log(self) -> Path:
-        """Return the file that takes what the run prints when several run at the same time."""
-        return self.folder.with_name(f"{self.name}.log")
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ def make_runs(study: Study, jobs: int) -> list[str]:
     """Make each of the study's runs in a process, `jobs` at the same time, and return the names of those that failed.
 
     The processes divide the cores unless OMP_NUM_THREADS is set already, and the GPUs. With several jobs, what a run
-    prints goes to its log. When this process is interrupted or terminated, it ends them first.
+    prints goes to <run>.log beside its folder. When this process is interrupted or terminated, it ends them first.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, hardware()["cores"] // jobs))} | os.environ
     devices = visible_devices() if jobs > 1 else []
@@ -153,15 +149,14 @@ def make_runs(study: Study, jobs: int) -> list[str]:
                     run = waiting.pop(0)
                     print(f"{run.name}: run {len(study.runs) - len(waiting)} of {len(study.runs)}", flush=True)
                     device = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
-                    working[slot] = run, start(study, run, environment | device, run.log if jobs > 1 else None)
+                    working[slot] = run, start(study, run, environment | device, with_log=jobs > 1)
             time.sleep(0.1)
             for slot, (run, process) in list(working.items()):
                 if process.poll() is not None:
                     del working[slot]
-                    if process.returncode:
-                        failed.append(run.name)
-                    see = f"failed, see {run.log}" if jobs > 1 else "failed"
-                    print(f"{run.name}: {see if process.returncode else 'done'}", flush=True)
+                    failed += [run.name] if process.returncode else []
+                    where = f", see {run.folder}.log" if jobs > 1 else ""
+                    print(f"{run.name}: " + (f"failed{where}" if process.returncode else "done"), flush=True)
     finally:
         for _, process in working.values():
             process.terminate()
@@ -182,15 +177,13 @@ def visible_devices() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def start(study: Study, run: StudyRun, environment: dict[str, str], log: Path | None) -> subprocess.Popen:
-    """Start `diffseg run` for a run; `log` takes what it prints."""
+def start(study: Study, run: StudyRun, environment: dict[str, str], with_log: bool) -> subprocess.Popen:
+    """Start `diffseg run` for a run, of this very package."""
     changes = [f"{name}={json.dumps(value)}" for name, value in run.changes.items()]
     command = [sys.executable, "-m", "diffseg", "run", study.base, "--only", study.only, "--set", *changes]
-    here = Path(diffseg.__file__).parents[1]  # so that it is this very package
-    if log is None:
-        return subprocess.Popen(command, cwd=here, env=environment)
-    with open(log, "w") as file:
-        return subprocess.Popen(command, cwd=here, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    with open(f"{run.folder}.log", "w") if with_log else contextlib.nullcontext() as log:
+        here = Path(diffseg.__file__).parents[1]
+        return subprocess.Popen(command, cwd=here, env=environment, stdout=log, stderr=log and subprocess.STDOUT)
 
 
 def finished_steps(study: Study, run: StudyRun) -> dict[str, Path] | None:

@@ -62,38 +62,30 @@ def study_record(study: Study) -> dict:
     Per run: parameters, and for each step its metrics, seconds and the sha256 of its manifest, and the run that
     made it. `versions`, `git` and `hardware` list the different ones among the manifests.
     """
-    folders = {run.name: finished_steps(study, run) for run in study.runs}
-    manifests = {
-        name: {step: read_manifest(folder) for step, folder in steps.items()}
-        for name, steps in folders.items()
-        if steps
-    }
-    every = [manifest for steps in manifests.values() for manifest in steps.values()]
+    runs, missing, every = {}, [], []
+    for run in study.runs:
+        folders = finished_steps(study, run)
+        if folders is None:
+            missing.append(run.name)
+            continue
+        manifests = {step: read_manifest(folder) for step, folder in folders.items()}
+        every += manifests.values()
+        runs[run.name] = {
+            "configuration": run.configuration,
+            "seed": run.seed,
+            "parameters": {name: value for made in manifests.values() for name, value in made["parameters"].items()},
+            "steps": {
+                step: {"manifest": sha256_file(folders[step] / MANIFEST)}
+                | {name: manifest[name] for name in ("run", "seconds", "resumed", "metrics")}
+                for step, manifest in manifests.items()
+            },
+        }
     return {
         "study": study.name,
-        "question": study.question,
-        "base": study.base,
-        "only": study.only,
-        "seeds": study.seeds,
-        "configurations": study.configurations,
-        "missing": [run.name for run in study.runs if run.name not in manifests],
+        **{name: getattr(study, name) for name in ("question", "base", "only", "seeds", "configurations")},
+        "missing": missing,
         **{name: unique(manifest[name] for manifest in every) for name in ("versions", "git", "hardware")},
-        "runs": {
-            run.name: {
-                "configuration": run.configuration,
-                "seed": run.seed,
-                "parameters": {k: v for m in manifests[run.name].values() for k, v in m["parameters"].items()},
-                "steps": {
-                    step: {
-                        "manifest": sha256_file(folders[run.name][step] / MANIFEST),
-                        **{name: manifest[name] for name in ("run", "seconds", "resumed", "metrics")},
-                    }
-                    for step, manifest in manifests[run.name].items()
-                },
-            }
-            for run in study.runs
-            if run.name in manifests
-        },
+        "runs": runs,
     }
 
 

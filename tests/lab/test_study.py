@@ -146,7 +146,7 @@ def test_every_study_of_this_repository_passes_the_check(monkeypatch):
 def test_two_jobs_terminated_and_continued_make_each_step_once(root):
     """Two configurations that differ in the number of images have prompts and LoRA in common."""
     (root / "notebooks" / "studies" / "robust.yaml").unlink()
-    study = "# which?\nbase: tiny\nonly: 1-3\nseeds: [0]\nconfigurations: {few: {images: 6}, many: {images: 9}}\n"
+    study = "# which?\nbase: tiny\nonly: 1-3\nseeds: [0]\nconfigurations: {few: {images: 12}, many: {images: 15}}\n"
     (root / "notebooks" / "studies" / "sizes.yaml").write_text(study)
     parameters, cells = CELLS["01_prompt_augmentation"]
     count = 'open(step.run.parent / "prompts-made.txt", "a").write("x")\nimport time; time.sleep(1)\n'
@@ -154,20 +154,20 @@ def test_two_jobs_terminated_and_continued_make_each_step_once(root):
     folder = root / "results" / "runs" / "sizes"
     command = [sys.executable, "-m", "diffseg", "study", "sizes", "--jobs", "2"]
     options = dict(cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen(command, env={**os.environ, "PAUSE": "0.3"}, **options)
+    process = subprocess.Popen(command, env={**os.environ, "PAUSE": "0.5"}, **options)
     wait_until(lambda: all(len(images_in(folder / run)) >= 2 for run in ("few-0", "many-0")) or process.poll())
     process.terminate()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command continues" in error
     for run in ("few-0", "many-0"):
         wait_until(lambda: not alive(int((folder / run / "kernel.pid").read_text())))  # noqa: B023
-    assert sum(len(images_in(folder / run)) for run in ("few-0", "many-0")) < 15
+    assert sum(len(images_in(folder / run)) for run in ("few-0", "many-0")) < 27
 
     done = subprocess.run(command, env=os.environ, **options)
     assert done.returncode == 0, done.stderr
     assert (folder / "prompts-made.txt").read_text() == "x"
     assert [(folder / run / "made.txt").read_text().split() for run in ("few-0", "many-0")] == [
-        [str(i) for i in range(count)] for count in (6, 9)
+        [str(i) for i in range(count)] for count in (12, 15)
     ]
     assert (folder / "few-0" / "02_lora_tuning").resolve() == (folder / "many-0" / "02_lora_tuning").resolve()
     assert "up to date" in (folder / "few-0.log").read_text()

@@ -32,7 +32,7 @@ from diffseg.files import atomic_path, read_rows, sha256_file, write_rows
 from diffseg.generator import load_generator, locate_generator
 from diffseg.lab.manifests import read_json
 from diffseg.lab.provenance import as_json, provenance
-from diffseg.lab.publishing import samples_and_seconds
+from diffseg.lab.publishing import trainings
 from diffseg.miniworld.oracle import WEIGHTS, load_oracle
 from diffseg.paths import project_root
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
@@ -306,8 +306,9 @@ def compare_training(options: argparse.Namespace) -> Path:
     judge, shipped = make_judge(options), load_generator("mini", options.device)
     for name in names:
         if name == "shipped":
-            samples, seconds = samples_and_seconds(read_json(Path(locate_generator("mini")) / "training.json"))
-            pipeline, used = shipped, {"samples": samples, "seconds": round(seconds, 1)}
+            parts = trainings(read_json(Path(locate_generator("mini")) / "training.json"))
+            used = {"samples": sum(part["samples_seen"] for part in parts)}
+            pipeline, used["seconds"] = shipped, round(sum(part["seconds"] for part in parts), 1)
         else:
             folder = options.folder / name.replace(" ", "-")
             weights, used = train_variant(name, folder, options.corpus, training)
