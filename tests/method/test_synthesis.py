@@ -83,7 +83,7 @@ def test_the_set_is_vocs_layout(rows, whole):
         assert {VOC.classes[i] for i in label.unique().tolist()} <= {"background", *row.classes}
         assert torch.equal(reliability[1], rank_within_class(label, reliability[0]))
         assert index[k]["prompt"] == row.prompt and json.loads(index[k]["classes"]) == list(row.classes)
-        assert float(index[k]["foreground"]) == pytest.approx((label > 0).float().mean(), abs=1e-4)
+        assert float(index[k]["foreground"]) == pytest.approx(float((label > 0).float().mean()), abs=1e-4)
     assert 0 < means["foreground"] < 1 and 0 < means["margin"] < 1
     assert not read_rows(root / "cut" / "failed.csv")
 
