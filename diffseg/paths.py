@@ -19,6 +19,15 @@ def project_root() -> Path:
     return root
 
 
+def base_folder() -> Path:
+    """Return the folder that relative paths of parameters count from: the project's root, or where there is no clone
+    (the package alone is installed) the working directory."""
+    try:
+        return project_root()
+    except DiffsegError:
+        return Path.cwd()
+
+
 def register(parameter: str, name: str, place: Callable[[], Path], made_of: Sequence[Path] = ()) -> None:
     """Let `name` stand for a place in a parameter; with `made_of`, the files it is made from when first asked for."""
     _SHORT_NAMES[parameter, name] = place, made_of
@@ -36,9 +45,9 @@ def sources(parameter: str, value: str) -> Sequence[Path]:
 def locate(parameter: str, value: str) -> Path:
     """Return the place that a parameter's value names: a registered short name's, or a path.
 
-    A relative path counts from the project's root, so that it means the same in every notebook and process. The place
-    need not exist.
+    A relative path counts from `base_folder`, so that it means the same in every notebook and process. The place need
+    not exist.
     """
     if is_short_name(parameter, value):
         return _SHORT_NAMES[parameter, value][0]()
-    return project_root() / Path(value).expanduser()
+    return base_folder() / Path(value).expanduser()

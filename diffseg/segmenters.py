@@ -12,7 +12,7 @@ from torch import nn
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.paths import project_root
+from diffseg.paths import base_folder
 from diffseg.seeds import derive_seed
 
 # Name -> (architecture, encoder, options) of segmentation-models-pytorch.
@@ -167,7 +167,7 @@ def new_networks(
         torch.manual_seed(derive_seed(seed, "network", index))
         networks.append(Segmenter(name, classes, encoder_weights))
     if initial_network:
-        saved = load_segmenter(project_root() / initial_network)
+        saved = load_segmenter(base_folder() / initial_network)
         starts = list(saved.networks) if isinstance(saved, Ensemble) else [saved]
         for index, network in enumerate(networks):
             start_from(network, starts[index % len(starts)])

@@ -173,7 +173,7 @@ def draw_with_masks(pipeline, rows: Sequence[Prompt], benchmark: Benchmark, opti
         kept_steps=options.attention_steps,
         self_attention=max(options.attention_resolutions) if options.refiner == "self-attention" else 0,
     )
-    refine = options.refine(pipeline.device)
+    refine = options.refine(pipeline._execution_device)
     drawn = []
     images, recorded = draw_with_maps(pipeline, rows, needed, options.attention_resolutions)
     for row, image, maps in zip(rows, images, recorded, strict=True):

@@ -193,7 +193,7 @@ def ablate(
     Counts: pictures, not_seen (pictures left out of everything, as the network sees too little of a class that the
     prompt names), ignored (share of the pixels of the others).
     """
-    refiners = {variant: refiner_of(variant, options, pipeline.device) for variant in variants}
+    refiners = {variant: refiner_of(variant, options, pipeline._execution_device) for variant in variants}
     kinds = ("miou", "miou_strict")
     keys = [(variant, beta) for variant in variants for beta in betas]
     classes, ignore = benchmark.num_classes, benchmark.ignore
@@ -203,7 +203,7 @@ def ablate(
     for start in tqdm(range(0, len(rows), batch_size), "drawing and cutting", unit="batch"):
         for one in draw_variants(pipeline, rows[start : start + batch_size], benchmark, options, variants):
             with torch.inference_mode():
-                seen = reference(one.pixels[None].to(pipeline.device))[0].argmax(dim=0).cpu()
+                seen = reference(one.pixels[None].to(pipeline._execution_device))[0].argmax(dim=0).cpu()
             named = sorted({benchmark.classes.index(name) for name in one.row.classes})
             truth = reference_label(seen, named, ignore)
             if truth is None:

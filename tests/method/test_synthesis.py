@@ -217,7 +217,7 @@ def test_half_precision_draws_the_same_picture(pipeline, rows):
     """From the same noise, which is drawn in float32 and then rounded; other noise differs by some 20 levels."""
     prompts, seeds = [row.prompt for row in rows[:2]], [row.seed for row in rows[:2]]
     exact = draw(pipeline, prompts, seeds, sampling_steps=3)
-    half = draw(load_generator("mini", precision="bf16"), prompts, seeds, sampling_steps=3)
+    half = draw(load_generator("mini").to(torch.bfloat16), prompts, seeds, sampling_steps=3)
     other = draw(pipeline, prompts, [seed + 1 for seed in seeds], sampling_steps=3)
 
     def difference(images) -> float:
