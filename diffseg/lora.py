@@ -24,18 +24,19 @@ from accelerate.state import AcceleratorState
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from diffseg.adapters import load_adapter, remove_adapter
 from diffseg.denoising import diffusion_loss
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, write_rows
 from diffseg.seeds import derive_seed
 from diffseg.target_domain import Draws, find_pictures, own_captions
+from diffseg.weight_files import check_file
 
 ADAPTER = "tuned"  # the adapter's name inside the UNet
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' own file name, so that any tool finds it
@@ -131,8 +132,7 @@ def add_lora(pipeline, options: TuningOptions, seed: int) -> dict[str, torch.nn.
 
 def remove_lora(pipeline) -> None:
     """Take out the LoRA that `tune` or `load_lora` has put into the pipeline, if there is one."""
-    if ADAPTER in getattr(pipeline.unet, "peft_config", {}):
-        pipeline.unet.delete_adapters(ADAPTER)
+    remove_adapter(pipeline, ADAPTER)
 
 
 class Tuner:
@@ -339,35 +339,7 @@ def load_lora(pipeline, folder: str | Path, scale: float = 1.0) -> None:
     if not path.is_file():
         raise DiffsegError(f"there is no LoRA {path}; run 02_lora_tuning first.")
     try:
-        weights, _ = pipeline.lora_state_dict(str(path.parent), weight_name=WEIGHTS)
-    except Exception as error:  # safetensors and diffusers raise several kinds
+        check_file(path)
+    except DiffsegError as error:
         raise DiffsegError(f"the LoRA {path} is damaged; run 02_lora_tuning again.") from error
-    wrong = misfit(pipeline.unet, weights)
-    if wrong:
-        raise DiffsegError(
-            f"the LoRA {path} is of another base model ({wrong}); load the generator that it was tuned on."
-        )
-    remove_lora(pipeline)
-    # what pipeline.load_lora_weights does, without its warning that there is nothing for the text encoder
-    pipeline.unet.load_lora_adapter(path.parent, prefix="unet", weight_name=WEIGHTS, adapter_name=ADAPTER)
-    pipeline.unet.set_adapters(ADAPTER, scale)
-
-
-def misfit(unet, weights: dict[str, torch.Tensor]) -> str:
-    """Say in a few words where a LoRA's weights do not fit the UNet's layers; "" where they do."""
-    weights = {key.removeprefix("unet."): value for key, value in weights.items() if key.startswith("unet.")}
-    if not weights:
-        return "it holds nothing for a UNet"
-    if not any("lora_A" in key for key in weights):  # written by another tool
-        weights = convert_unet_state_dict_to_peft(weights)
-    # a layer that carries a LoRA already is itself the inner `base_layer`, which comes after its wrapper
-    layers = {name.removesuffix(".base_layer"): layer for name, layer in unet.named_modules()}
-    for key, value in weights.items():
-        name, part = key.split(".lora_")
-        shape = getattr(getattr(layers.get(name), "weight", None), "shape", None)
-        if shape is None:
-            return f"the UNet has no layer {name}"
-        found, expected = (value.shape[1], shape[1]) if part[0] == "A" else (value.shape[0], shape[0])
-        if found != expected:
-            return f"{name} has {expected} {'inputs' if part[0] == 'A' else 'outputs'}, the LoRA's {found}"
-    return ""
+    load_adapter(pipeline, path.absolute(), scale, ADAPTER)
