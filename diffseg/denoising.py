@@ -39,9 +39,16 @@ def diffusion_loss(pipeline, unet: Callable, batch: dict, snr_gamma: float) -> t
         posterior = vae.encode(batch["pixels"].to(dtype)).latent_dist
         latents = posterior.mean + posterior.std * batch["posterior_noise"]
         latents = latents.float() * vae.config.scaling_factor
-        text, _ = pipeline.encode_prompt(batch["caption"], latents.device, 1, False)  # no guidance
+        text, *pooled = pipeline.encode_prompt(
+            batch["caption"], device=latents.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
     alphas = pipeline.scheduler.alphas_cumprod.to(latents.device)[batch["timestep"]]
     noised, target = noised_and_target(latents, batch["noise"], alphas, prediction)
-    output = unet(noised.to(dtype), batch["timestep"], text).sample
+    more = {}
+    if len(pooled) > 1:  # SDXL reads a pooled text too, and the sizes before and after a crop, and where it was cut
+        height, width = batch["pixels"].shape[-2:]
+        sizes = text.new_tensor([[height, width, 0, 0, height, width]]).expand(len(text), -1)
+        more = {"added_cond_kwargs": {"text_embeds": pooled[1], "time_ids": sizes}}
+    output = unet(noised.to(dtype), batch["timestep"], text, **more).sample
     error = F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
     return (snr_weight(alphas, snr_gamma, prediction) * error).mean()

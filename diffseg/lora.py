@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -214,7 +215,7 @@ def tune(
     folder: str | Path,
     seed: int = 0,
 ) -> list[float]:
-    """Tune the UNet (SD 1.x or 2.x) to unlabelled images, a folder of them or some paths; return each step's loss.
+    """Tune the UNet (SD 1.x, 2.x or XL) to unlabelled images, a folder of them or some paths; return each step's loss.
 
     Writes to `folder` the LoRA's weights with its settings (WEIGHTS), LOSSES (step, loss, learning rate), and
     CHECKPOINT every `checkpoint_every` steps. Resumes from a checkpoint of the same images, captions, options and
@@ -224,6 +225,11 @@ def tune(
     Raises a DiffsegError for bad images, captions or options, for a checkpoint of another run, and for a loss that is
     not finite: then the last good checkpoint stays.
     """
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise DiffsegError(
+            f"tuning serves Stable Diffusion 1, 2 and XL, not {type(pipeline).__name__}; train a LoRA for it with "
+            "diffusers' examples/dreambooth and give its file as generator_lora, with target_images empty."
+        )
     folder, captions = Path(folder), list(captions)
     if not captions or any(not caption.strip() for caption in captions):
         raise DiffsegError("the captions must be one or more texts that say what the pictures show.")

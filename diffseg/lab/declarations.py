@@ -94,6 +94,9 @@ class Parameters(BaseModel):
     data_root: Name  # no FILE: a benchmark is a fixed thing of many gigabytes
     generator: Annotated[Name, Flag.FILE]
     generator_precision: Precision
+    generator_variant: Text
+    generator_offload: Annotated[Text, OneOf("diffseg.generator", "OFFLOADS")]
+    generator_scheduler: Annotated[Text, OneOf("diffseg.generator", "SCHEDULERS")]
     height: Side
     width: Side
     sampling_steps: Annotated[int, Field(ge=1, le=1000)]  # Stable Diffusion has 1,000 timesteps
@@ -139,6 +142,7 @@ class Parameters(BaseModel):
     lora_checkpoint_every: Annotated[Count, Flag.INERT]
     lora_pictures: Annotated[int, Field(ge=2, le=10**6)]  # a distance between sets needs two
     # 03
+    generator_lora: Annotated[Text, Flag.FILE]
     lora_scale: Annotated[float, Field(ge=0, le=100)]
     attention_resolutions: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Filled]
     attention_steps: Name

@@ -123,7 +123,7 @@ KNOWN = {
 SETTINGS = """
     run out seed benchmark class_list generator data_root target_images caption_file initial_network sam_checkpoint
     sam_model images grid_pictures lora_pictures train_real mix_real height width synthesis_batch evaluation_batch
-    generator_precision training_precision checkpoint_every workers kept_steps failed_share
+    generator_precision generator_offload training_precision checkpoint_every workers kept_steps failed_share
 """.split()
 
 
@@ -185,7 +185,7 @@ def test_every_constant_of_the_method_names_its_source_in_a_comment_or_a_text():
 
 def check_generator_sentence(sentence):
     assert "the generator 'stable-diffusion-v1-5/stable-diffusion-v1-5' cannot be loaded" in sentence
-    assert "give a local Stable Diffusion folder, or the hub id of one while online" in sentence
+    assert "go online once, or give a local folder in diffusers' layout or a .safetensors file" in sentence
     assert "\n" not in sentence
 
 

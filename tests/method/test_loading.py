@@ -146,6 +146,10 @@ def test_single_files_that_cannot_be_loaded(folders, tmp_path, monkeypatch):
     shutil.copytree(folders("pixart"), tmp_path / "model")
     with pytest.raises(DiffsegError, match="cannot load PixArtSigmaPipeline from one file; give its folder or hub id"):
         load_generator(str(model))
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(folders("sd1"), tmp_path / "model")
+    with pytest.raises(DiffsegError, match="cannot be loaded from .*model.safetensors .*; download or save it again"):
+        load_generator(str(model))  # as with a file that is no generator
     (tmp_path / "model.ckpt").write_bytes(b"pickled")
     with pytest.raises(DiffsegError, match="model.ckpt is no .safetensors file"):
         load_generator(str(tmp_path / "model.ckpt"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_loading
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -151,6 +152,21 @@ def test_only_attention_projections_change_and_by_alpha_over_rank_times_b_a(tmp_
             assert layer.endswith(OPTIONS.targets) and ".attn" in layer and (b != 0).any()
         else:
             assert (value == before[name]).all()
+
+
+def test_sdxl_is_tuned_and_its_lora_loaded_and_for_others_it_is_said_where_to_train(tmp_path, pictures):
+    pipeline = tiny_loading.build("sdxl")
+    base = tiny_loading.picture(pipeline)
+    losses = tune(pipeline, pictures, ["a car", "a rider"], OPTIONS, tmp_path / "lora")
+    assert len(losses) == 4 and np.isfinite(losses).all()
+    fresh = tiny_loading.build("sdxl")
+    load_lora(fresh, tmp_path / "lora")
+    drawn = tiny_loading.picture(fresh)
+    assert np.abs(drawn - tiny_loading.picture(pipeline.to("cpu"))).max() < 1e-3 < np.abs(drawn - base).max()
+    with pytest.raises(
+        DiffsegError, match="not FluxPipeline; train a LoRA for it with .* give its file as generator_lora"
+    ):
+        tune(tiny_loading.build("flux"), pictures, CAPTIONS, OPTIONS, tmp_path)
 
 
 def test_settings_and_losses_on_disk(tmp_path, pictures):
