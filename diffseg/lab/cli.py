@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "clean":
             clean(arguments.out, arguments.yes)
         elif arguments.name:
-            run_study(arguments.name, arguments.jobs)
+            from diffseg.lab.study_results import write_results  # here: others need not wait for matplotlib
+
+            run_study(arguments.name, arguments.jobs, write_results)
         else:
             print_studies()
     except DiffsegError as error:

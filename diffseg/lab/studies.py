@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,8 @@ def load_study(name: str) -> Study:
     )
 
 
-def run_study(name: str, jobs: int = 1) -> None:
-    """Make a study's runs, `jobs` at the same time, and write and print its table.
+def run_study(name: str, jobs: int, write_results: Callable[[Study], None]) -> None:
+    """Make a study's runs, `jobs` at the same time, and have its table written (`diffseg.lab.study_results`).
 
     Runs that are finished are left as they are, steps that other runs have made in the same way are linked. A run
     that fails does not keep the others from running; DiffsegError names it in the end.
@@ -121,8 +122,6 @@ def run_study(name: str, jobs: int = 1) -> None:
     study = load_study(name)
     if jobs < 1:
         raise DiffsegError(f"--jobs must be 1 or more, not {jobs}.")
-    from diffseg.lab.study_results import write_results  # here: the command line need not wait for matplotlib
-
     with working_in(run_folder(name)):
         failed = make_runs(study, jobs)
         if any(finished_steps(study, run) for run in study.runs):

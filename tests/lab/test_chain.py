@@ -1,4 +1,4 @@
-"""The notebooks with tiny numbers on the shipped mini world: from words to a table, killed and resumed, opened again."""
+"""The notebooks with tiny numbers on the mini world: from words to a table, killed and resumed, opened again."""
 
 import json
 import os
