@@ -148,7 +148,7 @@ def publish(run: Path) -> None:
     if run.name in [path.stem for path in study_files()]:
         raise DiffsegError(f"{run} is a study; diffseg study {run.name} has written its results.")
     target = results / run.name
-    files = {target / "figures" / figure.name: figure for figure in (run / "figures").glob("*")}
+    files = {target / "figures" / figure.name: figure for figure in (run / "figures").glob("*.png")}
     for step in (run / name for name in STEPS):
         if problem := trouble(step):
             raise DiffsegError(f"{step} cannot be published: {problem}; run it: diffseg run {run.name}")

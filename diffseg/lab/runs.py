@@ -29,6 +29,7 @@ __all__ = ["Step", "begin", "meet", "read_manifest", "share"]
 share, meet = processes.share, processes.meet  # for notebooks: this process's part of divided work, and the wait
 
 _held: dict[Path, Any] = {}  # locks of this process, until it ends
+_finished: list[float] = [0.0]  # when a step of this process was last finished: a notebook may make two in turn
 
 
 @dataclass
@@ -96,7 +97,8 @@ class Step:
             "recipe": self.recipe,
             **provenance(),
             "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(),
-            "seconds": round(time.time() - self.started, 2),  # of this attempt, when the step was resumed
+            # of this attempt, when the step was resumed; the time of a step before it in the notebook does not count
+            "seconds": round(time.time() - max(self.started, _finished[0]), 2),
             "resumed": self.resumed,
             "inputs": self.inputs,
             "metrics": as_json(metrics or {}),
@@ -105,6 +107,7 @@ class Step:
             manifest = write_manifest(self.folder, names, content)
             for path in [path for pattern in drop for path in self.folder.glob(pattern)]:
                 path.unlink()
+        _finished[0] = time.time()
         return manifest
 
     def _match(self, output: str | os.PathLike) -> list[str]:

@@ -1,7 +1,6 @@
 """The estimate of the paper's scale: its arithmetic by hand, the factors behind it by torch's counter, its figures."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,8 +68,9 @@ def test_a_training_step_costs_three_passes_and_one_of_lora_two():
         network, picture = Segmenter("unet-resnet18", ["a", "b"]), torch.empty(2, 3, 64, 64)
     assert step(network, picture) / scale.operations(network, picture) == pytest.approx(scale.TRAINING, rel=0.03)
 
-    pipeline = load_generator("mini")
-    parts = SimpleNamespace(**{name: getattr(pipeline, name).to("meta") for name in ("vae", "text_encoder", "unet")})
+    parts = load_generator("mini")
+    for name in ("vae", "text_encoder", "unet"):
+        getattr(parts, name).to("meta")
     with torch.device("meta"):
         size = parts.unet.config.sample_size, parts.unet.config.sample_size
         inputs = torch.empty(1, parts.unet.config.in_channels, *size), torch.tensor(1)
