@@ -56,7 +56,6 @@ def run(
     selected = select(only, list(notebooks))
     if shard:
         processes.parse_shard(shard)
-        os.environ[processes.SHARD] = shard  # for the kernel
         if selected != ["03_synthesis"]:
             raise DiffsegError("--shard divides notebook 3 only; give --only 3, after --only 1-2 has been run.")
     needed = {step for name in selected for made in steps_of(notebooks[name]) for step in (made, *upstream(made))}
@@ -95,6 +94,7 @@ def run(
                 print(title + why(folder, recipes, steps, problem), flush=True)
                 start = time.monotonic()
                 executed = folder / "notebooks" / f"{name}{processes.suffix(shard)}.ipynb"
+                os.environ[processes.SHARD] = shard  # for the kernel
                 try:
                     with writing(folder), group.together(notebook, parameters, folder):
                         execute(notebook, executed, parameters, folder)
