@@ -101,8 +101,10 @@ def _find(caption: str, forms: dict[tuple[str, ...], tuple[Word, bool]]) -> list
                 for a, b in zip(tokens[i : i + n], tokens[i + 1 : i + n], strict=False)
             )
             part_of_longer = caption[end : end + 1] == "-" or caption[max(start - 1, 0) : start] == "-"
-            if tuple(low[i : i + n]) in forms and together and not part_of_longer:
-                word, is_plural = forms[tuple(low[i : i + n])]
+            word, is_plural = forms.get(tuple(low[i : i + n]), (None, False))
+            # a word of one's own may hold other signs, such as a comma
+            is_written = word and (together or nfc(caption[start:end].lower()) == nfc(word.word.lower()))
+            if is_written and not part_of_longer:
                 if word.relation != "other":
                     matches.append(Match(start, end, word, is_plural))
                 i += n

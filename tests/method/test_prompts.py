@@ -557,3 +557,8 @@ def test_another_csv_is_no_prompt_list(tmp_path):
     W.write_words(tmp_path / "words.csv", VOC[:3])
     with pytest.raises(DiffsegError, match="words.csv"):
         P.read_prompts(tmp_path / "words.csv")
+
+
+def test_a_word_with_a_comma_is_found_where_it_is_written_so():
+    words = table(salad=["ham, egg"], dog=["dog"])
+    assert [m.word.class_name for m in P.find_words("a ham, egg and a dog", words)] == ["salad", "dog"]
