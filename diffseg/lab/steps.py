@@ -114,7 +114,7 @@ def step_recipe(step: str, parameters: Mapping[str, Any], keys: Mapping[str, str
         "parameters": {n: v for n, v in used.items() if not (n in files and n in FILES)},  # bytes count, not the place
         "files": files,
         "cells": sha256_text("\n".join(map(without_comments, cells))),
-        "code": {module: code_digest(module) for module in sorted(imported(cells))},
+        "code": {module: file_digest(module_path(module)) for module in sorted(imported(cells))},
         "upstream": {name: keys[name] for name in STEPS.get(step, [])},
     }
 
@@ -183,10 +183,6 @@ def module_path(module: str) -> Path:
     """Return a module's file; what is none, such as a function's name, gives a path without a suffix."""
     place = PACKAGE.joinpath(*module.split(".")[1:])
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), place)
-
-
-def code_digest(module: str) -> str:
-    return sha256_text(without_comments(module_path(module).read_text(encoding="utf-8")))
 
 
 def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
