@@ -1,9 +1,10 @@
 """The terms of reliability-aware training, each a pure function of tensors.
 
-Pseudo-labels are weak labels: where they are sure they teach, where they are not the other of two networks does,
-or they count little. The co-training is BECO's (CVPR 2023), which the paper modifies; the weights are URN's (AAAI
-2022). Every loss is a sum over pixels divided by the number of pixels that are not ignored, so a pixel weighs the
-same in every picture, and a picture without a single reliable or valid pixel adds zero and no nan.
+Pseudo-labels are weak labels: where they are reliable they teach, elsewhere the other of two networks does, or they
+count little. The co-training is BECO's (CVPR 2023), which the paper modifies; that the other network may name only the
+image's classes is our addition. The weights are URN's (AAAI 2022). Every loss is a sum over pixels divided by the
+number of pixels that are not ignored, so a pixel weighs the same in every picture, and a picture without a single
+reliable or valid pixel adds zero and no nan.
 
 Shapes: images float32 B x 3 x H x W; logits float32 B x K x H x W; labels int64 B x H x W; masks bool B x H x W.
 """
@@ -45,14 +46,44 @@ def reliable_loss(
 
 
 def peer_loss(
-    logits: torch.Tensor, peer: torch.Tensor, label: torch.Tensor, reliable: torch.Tensor, ignore: int
+    logits: torch.Tensor,
+    peer: torch.Tensor,
+    label: torch.Tensor,
+    reliable: torch.Tensor,
+    ignore: int,
+    is_soft: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy to the OTHER network's argmax on pixels that are neither reliable nor ignored (BECO).
+    """Cross-entropy to the OTHER network's answer on pixels that are neither reliable nor ignored.
 
-    peer: the other network's logits, through which no gradient flows.
+    peer: its probabilities (B x K x H x W), through which no gradient flows; its best class is the target (BECO), or
+    all of its distribution (is_soft; our choice).
     """
-    target = peer.detach().argmax(dim=1).masked_fill(reliable | (label == ignore), ignore)
-    return mean_over_valid(cross_entropies(logits, target, ignore), label, ignore)
+    losses = F.cross_entropy(logits.float(), peer.detach() if is_soft else peer.argmax(dim=1), reduction="none")
+    return mean_over_valid(losses * ~(reliable | (label == ignore)), label, ignore)
+
+
+def classes_of_images(label: torch.Tensor, classes: int) -> torch.Tensor:
+    """Return which classes each label map holds, bool B x K; ids beyond the K classes, as the ignored, count not."""
+    held = torch.zeros(len(label), max(classes, int(label.max()) + 1), dtype=torch.bool, device=label.device)
+    return held.scatter_(1, label.flatten(1), True)[:, :classes]
+
+
+def restricted(probabilities: torch.Tensor, named: torch.Tensor, background: int | None) -> torch.Tensor:
+    """Return probabilities (B x K x H x W) over the `named` classes (bool B x K) and the background alone (our choice).
+
+    An image was drawn for known classes, so another class cannot be right there: what a network says of objects of
+    other classes counts for the named ones, in proportion. The background keeps its probability; where no object is
+    named it has all. Without a background (None) the named classes share everything.
+    """
+    objects, rest = named.clone(), torch.ones_like(probabilities[:, :1])
+    if background is not None:
+        objects[:, background] = False
+        rest = 1 - probabilities[:, background : background + 1]
+    found = probabilities * objects[:, :, None, None]
+    shared = rest * found / found.sum(dim=1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)
+    if background is not None:
+        shared[:, background] = 1 - shared.sum(dim=1)
+    return shared
 
 
 def weighted_loss(

@@ -36,6 +36,9 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NETWORKS = {"baseline": 1, "ensemble": 2, "cotrain": 2, "urn": 1}  # training mode -> number of networks
 OPTIMIZERS = ("adamw", "sgd")
 RULES = ("picture", "set")  # cotrain: of what the reliable share is taken
+WARMUP_PIXELS = ("reliable", "all")  # cotrain: which pixels' labels teach until the warm-up is over
+PEER_CLASSES = ("all", "image")  # cotrain: which classes the other network may name in an image
+PEER_TARGETS = ("hard", "soft")  # cotrain: its best class, or its probabilities
 HISTORY = "history.csv"  # beside a trained network
 
 
@@ -59,6 +62,9 @@ class TrainingOptions:
     reliable_share: float = 0.5
     reliable_rule: str = "picture"
     warmup: float = 0.25
+    warmup_pixels: str = "reliable"
+    peer_classes: str = "all"
+    peer_target: str = "hard"
     mixing: float = 0.5
     mixing_confidence: float = 0.95
     band_weight: float = 0.2
@@ -73,6 +79,9 @@ class TrainingOptions:
             ("training_mode", NETWORKS),
             ("optimizer", OPTIMIZERS),
             ("reliable_rule", RULES),
+            ("warmup_pixels", WARMUP_PIXELS),
+            ("peer_classes", PEER_CLASSES),
+            ("peer_target", PEER_TARGETS),
         ):
             if getattr(self, name) not in known:
                 raise DiffsegError(f"there is no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -179,18 +188,28 @@ def step_losses(
     is_warm: bool,
     options: TrainingOptions,
     ignore: int,
+    named: torch.Tensor | None = None,
+    background: int | None = None,
 ) -> list[torch.Tensor]:
-    """Return each network's loss by the mode. Until the warm-up is over a co-trained network learns from reliable
-    pixels only: what an untrained network says of the others is noise."""
+    """Return each network's loss by the mode.
+
+    Until the warm-up is over co-trained networks do not hear each other: what an untrained network says is noise.
+    named (bool B x K): the classes of each image, for peer_classes "image".
+    """
     if options.training_mode == "urn":
         return [terms.weighted_loss(own, label, trusted, ignore, options.uncertain_weight) for own in logits]
     if options.training_mode != "cotrain":
         return [terms.baseline_loss(own, label, ignore) for own in logits]
+    if not is_warm and options.warmup_pixels == "all":
+        return [terms.baseline_loss(own, label, ignore) for own in logits]
     losses = [terms.reliable_loss(own, label, trusted, ignore, band, options.band_weight) for own in logits]
     if is_warm:
-        first, second = logits
-        losses[0] = losses[0] + terms.peer_loss(first, second, label, trusted, ignore)
-        losses[1] = losses[1] + terms.peer_loss(second, first, label, trusted, ignore)
+        answers = [own.detach().float().softmax(dim=1) for own in logits]
+        if options.peer_classes == "image":
+            answers = [terms.restricted(answer, named, background) for answer in answers]
+        for k, own in enumerate(logits):
+            peer = answers[1 - k]
+            losses[k] = losses[k] + terms.peer_loss(own, peer, label, trusted, ignore, options.peer_target == "soft")
     return losses
 
 
@@ -282,13 +301,14 @@ def train(
     for step, (names, *tensors) in enumerate(bar, start=learner.steps):
         images, label, trusted = (each.to(device) for each in tensors)
         band, is_warm = None, step >= options.warmup * count
+        named = terms.classes_of_images(label, len(network.classes))  # before anything is pasted
         torch.manual_seed(derive_seed(seed, "step", step, state.process_index))  # for dropout
         if options.training_mode == "cotrain" and is_warm and options.mixing:
             generator = torch.Generator().manual_seed(derive_seed(seed, "mixing", step, state.process_index))
             images, label, trusted, band = mix(networks, images, label, trusted, options, background, ignore, generator)
         with autocast(device, options):
             logits = [each(images) for each in parallel]
-        losses = step_losses(logits, label, trusted, band, is_warm, options, ignore)
+        losses = step_losses(logits, label, trusted, band, is_warm, options, ignore, named, background)
         learner.learn(finite_sum(losses, step, names))
         learner.record(measures(losses, logits, label, trusted, ignore))
         if step + 1 == min(count, epoch) and not any(learner.history["valid"]):

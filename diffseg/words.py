@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-import inflect
-
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 
@@ -32,9 +30,7 @@ _SAME = "aurochs|bison|caerulescens|cerastes|flandres|grouse|migrans|pyrenees|se
 _PLURAL = re.compile(
     rf"(?!.*(?:{_SAME}|lens)$).*(?:[^aious]s|cattle|khakis|levis|pajamas|people|pyjamas)", re.IGNORECASE
 )
-_ENGLISH = inflect.engine()
-_ENGLISH.defan("SUV.*")
-for _singular, _plural in {  # of two that fit the later one counts
+_PLURALS = {  # of two that fit the later one counts
     "(.*[^aeiou]o)": "$1s",
     "(.*(?:buffal|ding|her|mang|mosquit|potat|tomat|torped)o)": "$1es",
     "(.*(?:[ao]s|egis|indris|pavis|spiralis|tabis|tennis|kuvasz|tz))": "$1es",
@@ -44,8 +40,19 @@ for _singular, _plural in {  # of two that fit the later one counts
     "(.*-(?:for|of|on|to)-.*)": "$1s",
     "hen(-of-.*)": "hens$1",
     "old-man(-of-.*)": "old-men$1",
-}.items():
-    _ENGLISH.defnoun(_singular, _plural)
+}
+
+
+@cache
+def _english():
+    """Return inflect's engine with the additions above."""
+    import inflect  # here: its decorators take two seconds, and most readers of this module inflect nothing
+
+    engine = inflect.engine()
+    engine.defan("SUV.*")
+    for singular, plural in _PLURALS.items():
+        engine.defnoun(singular, plural)
+    return engine
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def with_article(word: str) -> str:
     """Return "an owl", "a unicycle", "an hourglass", "an SUV"; a plural and "cattle" get no article."""
     head = re.split("[ -]of[ -]", word)[0]
     spelled = unicodedata.normalize("NFD", word)  # inflect hears "école" by its first letter
-    return word if _PLURAL.fullmatch(head) else f"{_ENGLISH.a(spelled).split()[0]} {word}"
+    return word if _PLURAL.fullmatch(head) else f"{_english().a(spelled).split()[0]} {word}"
 
 
 @cache
@@ -89,7 +96,7 @@ def plural(word: str) -> str:
     """Return the plural of a noun or compound: "dining tables", "geese", "SUVs", "birds of prey", "sunglasses"."""
     if _PLURAL.fullmatch(re.split("[ -]of[ -]", word)[0]):
         return word
-    return _ENGLISH.plural_noun(word) if word[-1:].islower() else word + "s"
+    return _english().plural_noun(word) if word[-1:].islower() else word + "s"
 
 
 def load_words(benchmark: str) -> list[Word]:

@@ -178,6 +178,9 @@ class Parameters(BaseModel):
     reliable_share: Annotated[float, Field(gt=0, le=1)]
     reliable_rule: Annotated[Text, OneOf("diffseg.training", "RULES")]
     warmup: Share
+    warmup_pixels: Annotated[Text, OneOf("diffseg.training", "WARMUP_PIXELS")]
+    peer_classes: Annotated[Text, OneOf("diffseg.training", "PEER_CLASSES")]
+    peer_target: Annotated[Text, OneOf("diffseg.training", "PEER_TARGETS")]
     mixing: Share
     mixing_confidence: Share
     band_weight: NotNegative

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,8 @@ def test_opening_the_finished_steps_and_running_all_cells_changes_nothing(finish
 def test_a_killed_synthesis_goes_on_to_the_same_bytes(finished, tmp_path):
     """SIGKILL to runner and kernel in the middle of the images, then the same command again."""
     undisturbed, run_folder = finished[0], tmp_path / "runs" / "smoke"
+    for step in ("01_prompt_augmentation", "02_lora_tuning"):
+        shutil.copytree(undisturbed.parents[1] / "steps" / step, tmp_path / "steps" / step)
     process = subprocess.Popen(diffseg(tmp_path, "--only", "1-3"), stdout=subprocess.DEVNULL, start_new_session=True)
 
     def made() -> int:

@@ -57,9 +57,10 @@ def test_the_baseline_loss_is_the_mean_over_valid_pixels(label):
 def test_reliable_and_peer_pixels_are_a_partition_of_the_valid_ones(label, reliable):
     logits, peer = random_logits(), random_logits(3)
     own = pixel_gradients(terms.reliable_loss(logits, label, reliable, IGNORE), logits)
-    other = pixel_gradients(terms.peer_loss(logits, peer, label, reliable, IGNORE), logits)
     assert torch.equal(own, reliable & (label != IGNORE))
-    assert torch.equal(other, ~reliable & (label != IGNORE))
+    for is_soft in (False, True):
+        other = pixel_gradients(terms.peer_loss(logits, peer.softmax(1), label, reliable, IGNORE, is_soft), logits)
+        assert torch.equal(other, ~reliable & (label != IGNORE))
 
 
 def test_the_peer_teaches_its_argmax_and_gets_no_gradient(label, reliable):
@@ -75,6 +76,38 @@ def test_the_peer_teaches_its_argmax_and_gets_no_gradient(label, reliable):
     # another label on those pixels changes nothing, as long as it is not ignored
     relabelled = torch.where(reliable | (label == IGNORE), label, (label + 1) % 3)
     assert terms.peer_loss(logits, peer, relabelled, reliable, IGNORE).item() == pytest.approx(loss.item())
+
+
+def test_a_soft_peer_teaches_its_probabilities(label, reliable):
+    """The gradient of a cross-entropy to a distribution is softmax minus that distribution, a share of a pixel each."""
+    logits, answer = random_logits(), random_logits(3).detach().softmax(dim=1)
+    loss = terms.peer_loss(logits, answer, label, reliable, IGNORE, is_soft=True)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    taught = (~reliable & (label != IGNORE))[:, None]
+    expected = (logits.detach().softmax(dim=1) - answer) * taught / (label != IGNORE).sum()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_classes_of_an_image_are_those_of_its_label(label):
+    held = terms.classes_of_images(label, 3)
+    assert held.tolist() == [[bool((one == k).any()) for k in range(3)] for one in label]
+    assert terms.classes_of_images(torch.full((1, 2, 2), IGNORE), 3).tolist() == [[False] * 3]
+
+
+def test_a_restricted_answer_names_only_the_classes_of_the_image():
+    """Background 0.3; dog (1) and cat (2) are named in turn: the mass of other objects goes to the named ones."""
+    answer = torch.tensor([0.3, 0.1, 0.2, 0.4]).view(1, 4, 1, 1)
+
+    def over(*named: int, background: int | None = 0) -> list[float]:
+        held = torch.zeros(1, 4, dtype=torch.bool)
+        held[0, list(named)] = True
+        return terms.restricted(answer, held, background).flatten().tolist()
+
+    assert over(0, 1) == pytest.approx([0.3, 0.7, 0, 0])
+    assert over(1, 2) == pytest.approx([0.3, 0.7 / 3, 1.4 / 3, 0])  # the background may always be named
+    assert over(0) == over() == pytest.approx([1, 0, 0, 0])
+    assert over(1, 2, background=None) == pytest.approx([0, 1 / 3, 2 / 3, 0])
+    assert over(0, 1, 2, 3) == pytest.approx([0.3, 0.1, 0.2, 0.4])
 
 
 def test_the_two_terms_with_a_perfect_peer_are_the_baseline_loss(label, reliable):

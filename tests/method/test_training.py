@@ -280,7 +280,16 @@ def test_views_depend_on_their_place_only():
 
 @pytest.mark.parametrize(
     "wrong",
-    ({"precision": "fp8"}, {"training_mode": "robust"}, {"optimizer": "lion"}, {"warmup": 1.5}, {"ema": 1.0}),
+    (
+        {"precision": "fp8"},
+        {"training_mode": "robust"},
+        {"optimizer": "lion"},
+        {"warmup": 1.5},
+        {"ema": 1.0},
+        {"warmup_pixels": "none"},
+        {"peer_classes": "few"},
+        {"peer_target": "firm"},
+    ),
     ids=str,
 )
 def test_wrong_options_are_named(wrong):
