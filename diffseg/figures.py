@@ -6,13 +6,19 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from diffseg.benchmarks.classes import Benchmark
+from diffseg.benchmarks.labels import read_prediction
+from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.files import atomic_path
 
 Picture = np.ndarray | torch.Tensor
+# Okabe and Ito's, told apart by the colour-blind
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 
 
 def as_array(picture: Picture) -> np.ndarray:
@@ -162,6 +168,70 @@ def iou_bars(per_class: Mapping[str, Mapping[str, float | None]]) -> Figure:
     axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(per_class))
     figure.tight_layout()
     return figure
+
+
+def study_scores(scores: pd.DataFrame, changes: Mapping[str, Mapping]) -> Figure:
+    """Draw each configuration's mean scores with the seeds as points; over the images if only these differ.
+
+    scores: one row for each configuration, seed, network and score, with its value in %. changes: configuration ->
+    what it changes.
+    """
+    sizes = {name: changed.get("images") for name, changed in changes.items()}
+    others = [{k: v for k, v in changed.items() if k != "images"} for changed in changes.values()]
+    is_curve = len(sizes) > 2 and None not in sizes.values() and all(other == others[0] for other in others)
+    shown = list(scores.groupby(["network", "score"], sort=False))
+    height = 0.8 / len(shown)
+    bars = 4.5, 0.25 * len(changes) * (len(shown) + 0.5) + 0.9
+    figure, axis = plt.subplots(figsize=(4.5, 3) if is_curve else bars)
+    points = {"linestyle": "", "marker": "o", "color": "black", "markersize": 3, "markerfacecolor": "white"}
+    for k, ((network, score), rows) in enumerate(shown):
+        look = {"color": COLOURS[k % len(COLOURS)], "label": f"{network}, {'mIoU' if score == 'miou' else score}"}
+        if is_curve:
+            place = rows.configuration.map(sizes)
+            means = rows.value.groupby(place).mean()
+            axis.plot(means.index, means, **look)
+            axis.plot(place, rows.value, **points)
+        else:
+            place = rows.configuration.map(list(changes).index) + (k - (len(shown) - 1) / 2) * height
+            means = rows.value.groupby(place).mean()
+            axis.barh(means.index, means, 0.9 * height, **look)
+            axis.plot(rows.value, place, **points)
+    if is_curve:
+        axis.set(xscale="log", xlabel="synthetic images", ylabel="mIoU (%)", ylim=(0, None))
+        axis.set_xticks(list(sizes.values()), list(map(str, sizes.values())))
+        axis.minorticks_off()
+    else:
+        axis.set_yticks(range(len(changes)), list(changes))
+        axis.invert_yaxis()
+        axis.set(xlabel="mIoU (%)" if all(score == "miou" for (_, score), _ in shown) else "IoU (%)", xlim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(shown) > 1:
+        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(shown), 3), fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def study_predictions(folders: Mapping[str, Path], benchmark: Benchmark, data_root: str, columns: int = 8) -> Figure:
+    """Draw images evenly spaced over the validation split, their ground truth, and the predictions in each folder.
+
+    folders: name of a row -> folder of label maps, as evaluation writes them. Of wide images a row has half as many.
+    Raises a DiffsegError for predictions that are not whole.
+    """
+    validation = open_split(benchmark, data_folder(data_root), benchmark.evaluation_split)
+    _, height, width = validation[0][1].shape
+    size = 2.0 if width > 1.5 * height else 1.0
+    count = min(round(columns / size), len(validation))
+    shown = [validation[k] for k in np.linspace(0, len(validation) - 1, count).astype(int)]
+    rows = {
+        "image": [image for _, image, _ in shown],
+        "ground truth": [overlay(image, label, benchmark.palette) for _, image, label in shown],
+    }
+    for row, folder in folders.items():
+        rows[row] = [
+            overlay(image, read_prediction(folder, name, benchmark, tuple(label.shape)), benchmark.palette)
+            for name, image, label in shown
+        ]
+    return picture_rows(rows, size=size)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

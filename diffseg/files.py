@@ -44,6 +44,12 @@ def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str, durable: bool = False) -> None:
+    """Write a text in UTF-8, as `atomic_path` does."""
+    with atomic_path(path, durable) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def finished_step(path: Path) -> Path | None:
     """Return the folder of the finished step that a path lies in, if any."""
     folders = (folder for folder in path.parents if folder.parent.parent.name == "steps")

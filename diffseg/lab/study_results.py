@@ -1,27 +1,26 @@
-"""What a study found, from its runs' manifests alone: record, tables and figure, all under results/.
+"""What a study found, from its runs' manifests: record, tables and figures, all under results/.
 
-One figure more, of predictions, is made from the runs' images (`diffseg.lab.study_pictures`).
-
-`study_record` gathers the manifests into results/studies/<study>.json; tables and figure are made from that record, so
-they can be made again where the runs themselves are gone.
+`study_record` gathers the manifests into results/studies/<study>.json. The tables and the figure of scores are made
+from that record, so they can be made again where the runs themselves are gone. The figure of predictions is made from
+what step 5 of the runs holds.
 """
 
 import json
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
 
-from diffseg.files import MANIFEST, atomic_path, sha256_file
+from diffseg.benchmarks.classes import get_benchmark
+from diffseg.files import MANIFEST, sha256_file, write_text
+from diffseg.lab.batch import step_parameters
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import machine_name
+from diffseg.lab.report import markdown
+from diffseg.lab.steps import notebook_of
 from diffseg.lab.studies import Study, finished_steps
 from diffseg.paths import project_root
-
-# Okabe and Ito's, told apart by the colour-blind
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 
 
 def write_results(study: Study) -> None:
@@ -35,25 +34,34 @@ def write_results(study: Study) -> None:
         results / "studies" / f"{name}.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n",
     }
     if len(scores):
-        from diffseg.figures import save_figure  # here: these load torch
-        from diffseg.lab.study_pictures import predictions_figure
+        from diffseg.figures import save_figure, study_predictions, study_scores  # here: they load torch
 
-        seeds = f"seeds {', '.join(map(str, study.seeds))}"
-        predicted = f"Validation images, ground truth, predictions (seed {study.seeds[0]})"
-        for figure, stem, shown in (
-            (study_figure(record), name, f"Means over {seeds}, one point a seed"),
-            (predictions_figure(study), f"{name}_predictions", predicted),
-        ):
-            if figure is not None:
-                save_figure(figure, results / "figures" / f"{stem}.png")
-                texts[results / "figures" / f"{stem}.txt"] = caption(record, shown) + "\n"
+        texts[results / "tables" / f"{name}.md"] = readable_table(record)
+        shown = f"Means over seeds {', '.join(map(str, study.seeds))}, one point a seed"
+        figures = {name: (study_scores(scores, study.configurations), shown)}
+        if folders := prediction_folders(study):
+            values = step_parameters(notebook_of("05_evaluation"), study.runs[0].values)
+            benchmark = get_benchmark(values["benchmark"], values["class_list"])
+            shown = f"Validation images, ground truth, predictions (seed {study.seeds[0]})"
+            figures[f"{name}_predictions"] = study_predictions(folders, benchmark, values["data_root"]), shown
+        for stem, (figure, shown) in figures.items():
+            save_figure(figure, results / "figures" / f"{stem}.png")
+            texts[results / "figures" / f"{stem}.txt"] = caption(record, shown) + "\n"
     for path, text in texts.items():
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
     print(f"\n{study.question}\n\n{table.loc[:, :'seconds'].to_string(index=False, na_rep='-')}\n")
     if record["missing"]:
         print(f"not finished: {', '.join(record['missing'])}\n")
     print("\n".join(map(str, texts)), flush=True)
+
+
+def prediction_folders(study: Study) -> dict[str, Path]:
+    """Return configuration -> the predictions of its first seed, of those configurations that have any."""
+    found = {}
+    for run in study.runs:
+        if run.seed == study.seeds[0] and (folders := finished_steps(study, run)) and "05_evaluation" in folders:
+            found[run.configuration] = folders["05_evaluation"] / "predictions" / "synthetic"
+    return {name: folder for name, folder in found.items() if folder.is_dir()}
 
 
 def study_record(study: Study) -> dict:
@@ -90,12 +98,8 @@ def study_record(study: Study) -> dict:
 
 
 def unique(values: Iterable) -> list:
-    """Return the values without repetitions, in order."""
-    found = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+    """Return the values, which may be dictionaries, without repetitions, in order."""
+    return list({repr(value): value for value in values}.values())
 
 
 def evaluations(run: Mapping) -> dict[str, Mapping]:
@@ -169,42 +173,24 @@ def class_table(record: Mapping) -> pd.DataFrame:
     return means.loc[unique(rows.score), unique(name)].rename_axis("class").reset_index()
 
 
-def study_figure(record: Mapping) -> Figure:
-    """Draw each configuration's mean scores with the seeds as points; over the images if only these differ."""
-    changes = record["configurations"]
-    sizes = {name: changed.get("images") for name, changed in changes.items()}
-    others = [{k: v for k, v in changed.items() if k != "images"} for changed in changes.values()]
-    is_curve = len(sizes) > 2 and None not in sizes.values() and all(other == others[0] for other in others)
-    shown = list(score_rows(record).groupby(["network", "score"], sort=False))
-    height = 0.8 / len(shown)
-    bars = 4.5, 0.25 * len(changes) * (len(shown) + 0.5) + 0.9
-    figure, axis = plt.subplots(figsize=(4.5, 3) if is_curve else bars)
-    points = {"linestyle": "", "marker": "o", "color": "black", "markersize": 3, "markerfacecolor": "white"}
-    for k, ((network, score), rows) in enumerate(shown):
-        look = {"color": COLOURS[k % len(COLOURS)], "label": f"{network}, {'mIoU' if score == 'miou' else score}"}
-        if is_curve:
-            place = rows.configuration.map(sizes)
-            means = rows.value.groupby(place).mean()
-            axis.plot(means.index, means, **look)
-            axis.plot(place, rows.value, **points)
-        else:
-            place = rows.configuration.map(list(changes).index) + (k - (len(shown) - 1) / 2) * height
-            means = rows.value.groupby(place).mean()
-            axis.barh(means.index, means, 0.9 * height, **look)
-            axis.plot(rows.value, place, **points)
-    if is_curve:
-        axis.set(xscale="log", xlabel="synthetic images", ylabel="mIoU (%)", ylim=(0, None))
-        axis.set_xticks(list(sizes.values()), list(map(str, sizes.values())))
-        axis.minorticks_off()
-    else:
-        axis.set_yticks(range(len(changes)), list(changes))
-        axis.invert_yaxis()
-        axis.set(xlabel="mIoU (%)" if all(score == "miou" for (_, score), _ in shown) else "IoU (%)", xlim=(0, None))
-    axis.spines[["top", "right"]].set_visible(False)
-    if len(shown) > 1:
-        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(shown), 3), fontsize=8)
-    figure.tight_layout()
-    return figure
+def readable_table(record: Mapping) -> str:
+    """Return the study's table in Markdown: a score's mean and spread in one cell, whole seconds, who measured.
+
+    The scores of networks trained on real images stand in rows of their own, without images and seconds.
+    """
+    scores = score_rows(record).dropna().groupby(["network", "configuration", "score"], sort=False).value
+    scores = scores.agg(["mean", "std"]).round(2)  # as in the CSV
+    cells = (scores["mean"].map("{:.1f}".format) + scores["std"].map(" ± {:.1f}".format, "ignore").fillna("")).unstack()
+    cells = cells[unique(score_rows(record).score)].rename(columns=lambda name: f"{name.replace('miou', 'mIoU')} (%)")
+    table = study_table(record)
+    rows = table[["configuration", "seeds", "images"]].join(cells.loc["synthetic"])
+    rows["seconds"] = table.seconds.round().astype("Int64")
+    if "real" in cells.index:
+        real = table[["configuration", "seeds"]].join(cells.loc["real"], how="inner")
+        names = " (" + real.configuration + ")" if len(real) > 1 else ""
+        rows = pd.concat([rows, real.assign(configuration="real images, ground-truth masks" + names)])
+    versions = " and ".join(sorted({each["diffseg"] for each in record["versions"]}))
+    return f"{markdown(rows)}\n\nMeasured with diffseg {versions}.\n"
 
 
 def caption(record: Mapping, shown: str) -> str:

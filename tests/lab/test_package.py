@@ -12,9 +12,11 @@ import yaml
 from packaging.requirements import Requirement
 
 import diffseg
-from diffseg.lab.publishing import readme_with_tables
+from diffseg.experiments.generator.measure import quality_tables
+from diffseg.lab.publishing import benchmarks_table, readme_with_tables
 from diffseg.lab.report import summarise
 from diffseg.lab.steps import STEPS, notebook_of
+from diffseg.lab.study_results import readable_table
 
 ROOT = Path(diffseg.__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -94,10 +96,16 @@ def test_weights_are_safetensors_below_forty_megabytes():
 def test_every_number_of_the_readme_comes_from_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = re.findall(r"<!-- table: (\S+) -->", readme)
-    assert {"results/*/summary.json", "results/mini_generator.json"} <= set(tables)
-    assert readme_with_tables(readme, ROOT / "results") == readme, (
-        "run python -m diffseg.lab.publishing results/runs/mini-voc"
-    )
+    assert {"results/tables/benchmarks.md", "results/tables/mini_generator.md"} <= set(tables)
+    assert readme_with_tables(readme, ROOT) == readme, "run python -m diffseg.lab.publishing"
+    results = ROOT / "results"
+    made = {
+        "benchmarks": benchmarks_table(sorted(results.glob("*/summary.json"))),
+        "mini_generator": quality_tables(json.loads((results / "mini_generator.json").read_text())),
+    } | {path.stem: readable_table(json.loads(path.read_text())) for path in results.glob("studies/*.json")}
+    assert {f"results/tables/{name}.md" for name in made} == set(tables)
+    for name, table in made.items():
+        assert (results / "tables" / f"{name}.md").read_text(encoding="utf-8") == table, name
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme):
         assert picture.startswith("results/") and (ROOT / picture).is_file()
 

@@ -15,12 +15,13 @@ from PIL import Image
 
 import diffseg
 from diffseg.errors import DiffsegError
+from diffseg.experiments.generator.measure import quality_tables
 from diffseg.experiments.generator.versions import version_rows
 from diffseg.figures import first_of_each, story
-from diffseg.files import read_rows
+from diffseg.files import read_rows, write_text
 from diffseg.lab.manifests import write_manifest
 from diffseg.lab.pages import page, with_formulas
-from diffseg.lab.publishing import generator_table, readme_with_tables, write_text
+from diffseg.lab.publishing import benchmarks_table, readme_with_tables
 from diffseg.lab.publishing import main as publish
 from diffseg.lab.report import beside_published, caption, published_numbers, summarise, table_text
 from diffseg.lab.steps import STEPS, notebook_of
@@ -180,22 +181,22 @@ def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
         evaluation = tmp_path / "results" / name / "manifests" / "05_evaluation.json"
         version = diffseg.__version__ if name == "mini-a" else "0.0.1"
         evaluation.write_text(json.dumps(made["05_evaluation"] | {"versions": {"diffseg": version}}))
-    readme = "a\n<!-- table: results/*/summary.json -->\nold\n<!-- /table -->\nb\n"
-    filled = readme_with_tables(readme, tmp_path / "results")
+    table = benchmarks_table(sorted(tmp_path.glob("results/*/summary.json")))
+    write_text(tmp_path / "results" / "tables" / "a.md", table)
+    filled = readme_with_tables("a\n<!-- table: results/tables/a.md -->\nold\n<!-- /table -->\nb\n", tmp_path)
     lines, cells = filled.splitlines(), cells_of(filled)
     both = ["cityscapes-things", "2", "720", "30.0 (28.0 to 33.0)"]
-    assert cells[4] == ["mini-a", *both, "60.0 (58.0 to 63.0)", "0.50", "6.0"]
-    assert cells[5] == ["mini-b", *both, "-", "-", "6.0"]
-    assert lines[-3] == "mini-b was measured with diffseg 0.0.1." and "mini-a was" not in " ".join(lines)
+    assert cells[4] == ["mini-a", *both, "60.0 (58.0 to 63.0)", "0.50", "6.0", diffseg.__version__]
+    assert cells[5] == ["mini-b", *both, "-", "-", "6.0", "0.0.1"]
     assert lines[0] == "a" and lines[-1] == "b" and "old" not in lines
     assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
-    assert readme_with_tables(filled, tmp_path / "results") == filled
+    assert readme_with_tables(filled, tmp_path) == filled
 
 
 def test_a_generator_that_went_on_from_another_tells_of_all_its_training():
     report = json.loads((RESULTS / "mini_generator.json").read_text())
     training, before = report["training"], report["training"]["initial"]
-    told = generator_table(RESULTS / "mini_generator.json")
+    told = quality_tables(report)
     assert f"Training: {training['samples_seen'] + before['samples_seen']:,} samples" in told
     assert f"{(training['seconds'] + before['seconds']) / 3600:.1f} hours" in told
 

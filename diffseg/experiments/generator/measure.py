@@ -8,6 +8,7 @@ Every measure is also taken of drawn scenes of the same pictures on the same pla
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from tqdm import tqdm
 from diffseg.benchmarks.classes import VOC
 from diffseg.experiments.generator.asked import Asked, pair_prompts, scene_of, single_prompts
 from diffseg.experiments.generator.heldout import held_out, iou
+from diffseg.experiments.generator.pretrain import trainings
 from diffseg.figures import overlay, picture_rows, save_figure
-from diffseg.files import atomic_path
+from diffseg.files import write_text
 from diffseg.generator import load_generator, locate_generator
 from diffseg.lab.provenance import provenance
+from diffseg.lab.report import markdown, percent
 from diffseg.masks import label_and_margin
 from diffseg.miniworld.oracle import (
     CLASS_IDS,
@@ -235,8 +238,40 @@ def save_sheets(judged: Judged, folder: Path) -> None:
         save_figure(picture_rows(rows, size=0.8), folder / f"mini_generator_{name}.png")
 
 
+def quality_tables(report: Mapping) -> str:
+    """Return the report of `measure_generator` as two Markdown tables: the images, and the masks by refiner."""
+    rows = []
+    for name, key in (
+        ("the prompted class is the largest object (%)", "class_present"),
+        ("the image is the word's own, not another of its class (%)", "own_picture"),
+        ("the background is the prompted one (%)", "background"),
+        ("IoU of the unrefined attention mask with the oracle's mask of that class (%)", "mask_iou"),
+        ("IoU of the unrefined attention mask with the oracle's mask of any class (%)", "mask_iou_object"),
+        ("of two prompted objects both are there (%)", "both_present"),
+    ):
+        row = {"measure": name, "all words": percent(report[key])}
+        row["class words"] = percent(report.get(f"{key}_plain_words"))
+        rows.append(row | {"scenes": percent(report["real"][key])})
+    masks = []
+    for refiner, found in {"none": report, **report["refined"]}.items():
+        key = f"mask_iou_{refiner}".removesuffix("_none")
+        scores = [found["mask_iou"], found["mask_iou_pairs"], report["scenes"][key], report["scenes_pairs"][key]]
+        titles = ("generated, one object", "generated, two", "noised scenes, one", "noised scenes, two")
+        masks.append(
+            {"mean IoU of masks (%)": f"refiner `{refiner}`"} | dict(zip(titles, map(percent, scores), strict=True))
+        )
+    parts, threads = trainings(report["training"]), report["hardware"]["threads"] or report["hardware"]["cores"]
+    note = (
+        f"{report['pictures']} images of one object and {report['pairs']} of two, {report['pictures_per_second']} a "
+        f"second (threads: {threads}). The oracle's mIoU on mini VOC: {percent(report['oracle']['miou'])} %. Training: "
+        f"{sum(part['samples_seen'] for part in parts):,} samples, {sum(part['seconds'] for part in parts) / 3600:.1f} "
+        f"hours (CPU cores: {report['training']['hardware']['cores']})."
+    )
+    return "\n\n".join([markdown(rows), markdown(masks), note]) + "\n"
+
+
 def measure_generator(options: argparse.Namespace) -> dict:
-    """Write <results>/mini_generator.json and the sheets of best and worst pictures; return the report.
+    """Write <results>/mini_generator.json, its tables and the sheets of best and worst pictures; return the report.
 
     class_present: share of single-object pictures in which the prompted class is the largest object that the oracle
     sees. mask_iou: mean IoU of the attention mask (before any refiner) with the oracle's mask of that class, 0 where it
@@ -278,8 +313,8 @@ def measure_generator(options: argparse.Namespace) -> dict:
         "training": json.loads((Path(locate_generator(options.generator)) / "training.json").read_text()),
         **provenance(),
     }
-    with atomic_path(options.results / "mini_generator.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(options.results / "mini_generator.json", json.dumps(report, indent=1) + "\n")
+    write_text(options.results / "tables" / "mini_generator.md", quality_tables(report))
     save_sheets(single, options.results / "figures")
     return report
 

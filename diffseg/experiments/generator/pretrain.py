@@ -20,6 +20,7 @@ The recipe is our choice throughout: small networks of the real diffusers and tr
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -280,6 +281,11 @@ def export(folder: Path, corpus: Path, weights: Path, changes: dict | None = Non
     with atomic_path(weights / "training.json") as path:
         path.write_text(json.dumps(note, indent=1) + "\n")
     print({key: note[key] for key in ("samples_seen", "steps", "seconds")})
+
+
+def trainings(training: Mapping) -> list[Mapping]:
+    """Return a generator's training.json after those of the trainings that it went on from, the first one first."""
+    return [*(trainings(training["initial"]) if "initial" in training else []), training]
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
