@@ -11,10 +11,10 @@ from typing import Any
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.files import atomic_path
 from diffseg.lab import processes
-from diffseg.lab.declarations import check_together
+from diffseg.lab.declarations import check, check_together
 from diffseg.lab.locks import acquire, locked, run_lock, step_lock
 from diffseg.lab.manifests import read_manifest
-from diffseg.lab.parameters import check, declared, merge, read_yaml
+from diffseg.lab.parameters import declared, read_yaml
 from diffseg.lab.runs import link, trouble, writing
 from diffseg.lab.steps import (
     STEPS,
@@ -131,7 +131,7 @@ def step_notebooks() -> dict[str, Path]:
 
 def step_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return all parameters of a notebook: those of `values` that it declares, defaults for the rest."""
-    return {name: values.get(name, parameter.default) for name, parameter in declared(notebook).items()}
+    return {name: values.get(name, default) for name, default in declared(notebook).items()}
 
 
 def resolve(name: str, changes: Mapping[str, Any], out: str = "", source: str = "--set") -> tuple[dict[str, Any], Path]:
@@ -139,9 +139,9 @@ def resolve(name: str, changes: Mapping[str, Any], out: str = "", source: str = 
 
     `source` says in an error where the changes come from.
     """
-    parameters = merge(step_notebooks().values())
+    defaults = {name: default for path in step_notebooks().values() for name, default in declared(path).items()}
     path = parameter_file(name)
-    values = check(read_yaml(path), parameters, path.name) | check(dict(changes), parameters, source)
+    values = check(read_yaml(path), defaults, path.name) | check(dict(changes), defaults, source)
     if out:
         values["out"] = str(Path(out).expanduser().absolute())
     if "run" not in values:

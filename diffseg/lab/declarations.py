@@ -1,11 +1,12 @@
 """What each parameter of the notebooks may be: its type, its range, and what it means for a step's key.
 
 A parameter is declared once, whichever notebooks have it. Its default and its meaning stand in their parameters cells.
-`violations` applies these declarations to single values, without torch. `check_together` compares parameters with one
+`check` applies these declarations to single values, without torch. `check_together` compares parameters with one
 another and with the lists of names in the method, which need torch.
 """
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import json
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, WrapValidator
 
 from diffseg.errors import DiffsegError
 
@@ -47,6 +48,18 @@ def matches(test: Callable[[Any], Any], rule: str) -> AfterValidator:
     return AfterValidator(validate)
 
 
+def number(rule: str) -> WrapValidator:
+    """Read what pydantic reads as a number, but no truth value; `rule` completes the sentence "it must ..."."""
+
+    def validate(value: Any, read: Callable[[Any], Any]) -> Any:
+        try:
+            return read(None if isinstance(value, bool) else value)
+        except ValidationError:
+            raise ValueError(rule) from None
+
+    return WrapValidator(validate)
+
+
 def is_template(text: str) -> bool:
     return text.count("{}") == 1 and not re.search(r"[{}]", text.replace("{}", "").replace("{place}", ""))
 
@@ -54,18 +67,25 @@ def is_template(text: str) -> bool:
 # Surrogates cannot be written as UTF-8; a line break would end a row or a comment.
 one_line = matches(lambda text: not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text), "be one line of Unicode text")
 
+# YAML 1.1 reads 1e-4 as a text and papermill's `-p` hands over 'true': both are understood. A number is never taken for
+# a truth value nor a truth value for a number; 3.0 is a whole number, 3.5 is not.
+Truth = Annotated[bool, BeforeValidator(lambda value: {"true": True, "false": False}.get(str(value).lower()))]
+Whole = Annotated[int, number("be a whole number")]
+Number = Annotated[float, Field(allow_inf_nan=False), number("be a finite number")]
+TYPES = {bool: Truth, int: Whole, float: Number, str: str, list: list}
+
 # Upper bounds are far beyond use. They keep a slip of the keyboard from filling the disk.
 Text = Annotated[str, Field(max_length=4000), one_line]
 Name = Annotated[str, Field(min_length=1, max_length=4000), one_line]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+Count = Annotated[Whole, Field(ge=1, le=10**9)]
+CountOrNone = Annotated[Whole, Field(ge=0, le=10**9)]
 LONGEST = 8192  # pixels
-Side = Annotated[int, Field(ge=8, le=LONGEST, multiple_of=8)]  # Stable Diffusion's VAE halves three times
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, le=1e6)]
-NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Side = Annotated[Whole, Field(multiple_of=8), Field(ge=8, le=LONGEST)]  # Stable Diffusion's VAE halves three times
+Share = Annotated[Number, Field(ge=0, le=1)]
+BelowOne = Annotated[Number, Field(ge=0, lt=1)]
+Positive = Annotated[Number, Field(gt=0, le=1e6)]
+NotNegative = Annotated[Number, Field(ge=0, le=1e6)]
 Filled = Field(min_length=1, max_length=1000)
 Captions = Annotated[list[Name], Filled]
 RunName = Annotated[
@@ -81,9 +101,7 @@ Refiner = Annotated[Text, OneOf("diffseg.refiners", "REFINERS")]
 
 
 class Parameters(BaseModel):
-    """The parameters of all notebooks. Values come here in the type of their default, so nothing is converted."""
-
-    model_config = ConfigDict(strict=True)
+    """The parameters of all notebooks."""
 
     # of every notebook
     run: Annotated[RunName, Flag.INERT]
@@ -99,9 +117,9 @@ class Parameters(BaseModel):
     generator_scheduler: Annotated[Text, OneOf("diffseg.generator", "SCHEDULERS")]
     height: Side
     width: Side
-    sampling_steps: Annotated[int, Field(ge=1, le=1000)]  # Stable Diffusion has 1,000 timesteps
+    sampling_steps: Annotated[Whole, Field(ge=1, le=1000)]  # Stable Diffusion has 1,000 timesteps
     guidance_scale: NotNegative
-    workers: Annotated[int, Field(ge=0, le=1000), Flag.INERT]
+    workers: Annotated[Whole, Field(ge=0, le=1000), Flag.INERT]
     # 00
     retrain_steps: CountOrNone
     retrain_scenes: Count
@@ -116,18 +134,18 @@ class Parameters(BaseModel):
     hyponym_depth: CountOrNone
     minimum_frequency: CountOrNone
     classes_per_prompt: Count
-    balance_classes: bool
+    balance_classes: Truth
     negative_prompt: Text
-    grid_pictures: Annotated[int, Field(ge=0, le=1000), Flag.INERT]
+    grid_pictures: Annotated[Whole, Field(ge=0, le=1000), Flag.INERT]
     # 02
     target_images: Annotated[Text, Flag.FILE]
     lora_captions: Captions
     lora_words: list[Name]
     lora_caption_dropout: BelowOne
-    lora_rank: Annotated[int, Field(ge=1, le=10_000)]
+    lora_rank: Annotated[Whole, Field(ge=1, le=10_000)]
     lora_alpha: Positive
     lora_targets: Captions
-    lora_learning_rate: Annotated[float, Field(gt=0, le=100)]
+    lora_learning_rate: Annotated[Number, Field(gt=0, le=100)]
     lora_warmup: CountOrNone
     lora_steps: Count
     lora_candidates: Count
@@ -138,44 +156,44 @@ class Parameters(BaseModel):
     lora_snr_gamma: NotNegative
     lora_ema: BelowOne
     lora_precision: Precision
-    lora_gradient_checkpointing: bool
+    lora_gradient_checkpointing: Truth
     lora_checkpoint_every: Annotated[Count, Flag.INERT]
-    lora_pictures: Annotated[int, Field(ge=2, le=10**6)]  # a distance between sets needs two
+    lora_pictures: Annotated[Whole, Field(ge=2, le=10**6)]  # a distance between sets needs two
     # 03
     generator_lora: Annotated[Text, Flag.FILE]
-    lora_scale: Annotated[float, Field(ge=0, le=100)]
-    attention_resolutions: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Filled]
+    lora_scale: Annotated[Number, Field(ge=0, le=100)]
+    attention_resolutions: Annotated[list[Annotated[Whole, Field(ge=1, le=1024)]], Filled]
     attention_steps: Name
     kept_steps: Name
-    self_attention: Annotated[int, Field(ge=0, le=1024)]
+    self_attention: Annotated[Whole, Field(ge=0, le=1024)]
     beta: BelowOne
     refiner: Refiner
     sam_checkpoint: Annotated[Text, Flag.FILE]
     sam_model: Annotated[Text, OneOf("segment_anything", "sam_model_registry")]
-    synthesis_batch: Annotated[int, Field(ge=1, le=10_000)]
-    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
+    synthesis_batch: Annotated[Whole, Field(ge=1, le=10_000)]
+    jpeg_quality: Annotated[Whole, Field(ge=1, le=100)]
     failed_share: Share
     # 04
-    train_real: bool
-    mix_real: bool
+    train_real: Truth
+    mix_real: Truth
     segmenter: Annotated[Text, OneOf("diffseg.segmenters", "SEGMENTERS")]
     encoder_weights: Annotated[Text, Flag.FILE]
     initial_network: Annotated[Text, Flag.FILE]
     training_mode: Annotated[Text, OneOf("diffseg.training", "NETWORKS")]
     iterations: Count
-    training_batch: Annotated[int, Field(ge=1, le=10_000)]
-    crop: Annotated[int, Field(ge=8, le=LONGEST)]  # networks pad to a multiple of 32 themselves
+    training_batch: Annotated[Whole, Field(ge=1, le=10_000)]
+    crop: Annotated[Whole, Field(ge=8, le=LONGEST)]  # networks pad to a multiple of 32 themselves
     scale_jitter: Annotated[
-        list[Annotated[float, Field(gt=0, le=100)]],
+        list[Annotated[Number, Field(gt=0, le=100)]],
         matches(lambda pair: len(pair) == 2 and pair[0] <= pair[1], "be two numbers, the smaller first"),
     ]
-    colour_jitter: Annotated[float, Field(ge=0, le=2)]  # a quarter of it for hue, which torchvision takes up to 0.5
+    colour_jitter: Annotated[Number, Field(ge=0, le=2)]  # a quarter of it for hue, which torchvision takes up to 0.5
     blur: Share
     optimizer: Annotated[Text, OneOf("diffseg.training", "OPTIMIZERS")]
-    learning_rate: Annotated[float, Field(gt=0, le=100)]
-    weight_decay: Annotated[float, Field(ge=0, le=100)]
+    learning_rate: Annotated[Number, Field(gt=0, le=100)]
+    weight_decay: Annotated[Number, Field(ge=0, le=100)]
     ema: BelowOne
-    reliable_share: Annotated[float, Field(gt=0, le=1)]
+    reliable_share: Annotated[Number, Field(gt=0, le=1)]
     reliable_rule: Annotated[Text, OneOf("diffseg.training", "RULES")]
     warmup: Share
     warmup_pixels: Annotated[Text, OneOf("diffseg.training", "WARMUP_PIXELS")]
@@ -189,11 +207,11 @@ class Parameters(BaseModel):
     training_precision: Annotated[Text, OneOf("diffseg.training", "PRECISIONS")]
     checkpoint_every: Annotated[Count, Flag.INERT]
     # 05
-    evaluation_batch: Annotated[int, Field(ge=1, le=10_000), Flag.INERT]
-    evaluation_scales: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Filled]
-    evaluation_flip: bool
-    evaluation_crf: bool
-    bootstrap: Annotated[int, Field(ge=1, le=10**7)]
+    evaluation_batch: Annotated[Whole, Field(ge=1, le=10_000), Flag.INERT]
+    evaluation_scales: Annotated[list[Annotated[Number, Field(gt=0, le=100)]], Filled]
+    evaluation_flip: Truth
+    evaluation_crf: Truth
+    bootstrap: Annotated[Whole, Field(ge=1, le=10**7)]
     # 07; the timing options are not inert, as the seconds are a result there
     reference_network: Annotated[Name, Flag.FILE]
     compared_resolutions: Annotated[
@@ -208,8 +226,8 @@ class Parameters(BaseModel):
     compared_steps: list[Name]
     compared_betas: Annotated[list[BelowOne], Filled]
     compared_refiners: Annotated[list[Text], Filled, OneOf("diffseg.refiners", "REFINERS")]
-    timed_pictures: Annotated[int, Field(ge=1, le=10_000)]
-    timing_repetitions: Annotated[int, Field(ge=1, le=10_000)]
+    timed_pictures: Annotated[Whole, Field(ge=1, le=10_000)]
+    timing_repetitions: Annotated[Whole, Field(ge=1, le=10_000)]
 
 
 def flagged(flag: Flag) -> frozenset[str]:
@@ -241,22 +259,41 @@ def assign(name: str, value: Any) -> str:
     return f"Set `{name}={text}`."
 
 
-def violations(values: dict[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
-    """Yield (name, value, what it must be, a value to set instead or None) of each value that breaks its declaration.
+@functools.cache
+def adapter(name: str, kind: type) -> TypeAdapter:
+    """Return what reads and checks a parameter's values: by its declaration, without one by its default's type."""
+    field = Parameters.model_fields.get(name)
+    return TypeAdapter(field.rebuild_annotation() if field else TYPES[kind])
 
-    Only the values given are looked at, and only those of declared parameters. Of a list's element the name has the
-    index, as in `urn_powers[0]`.
+
+def check(values: dict[str, Any], defaults: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return values in their declared types and ranges; raise DiffsegError for the first that is not.
+
+    defaults: of all parameters that there are. `source` says in an error where the values come from. What depends on
+    other parameters, and on names that the method lists, is `check_together`'s.
     """
-    try:
-        Parameters.model_validate(values)
-    except ValidationError as error:
-        for problem in error.errors():
-            if problem["type"] != "missing":
-                name, *indices = problem["loc"]
-                rule = re.sub(r"^(Value error, |\w+ should )| after validation.*", "", problem["msg"])
-                multiple = problem.get("ctx", {}).get("multiple_of")
-                nearest = min(max(1, round(problem["input"] / multiple)) * multiple, LONGEST) if multiple else None
-                yield f"{name}{''.join(f'[{index}]' for index in indices)}", problem["input"], rule, nearest
+    checked = {}
+    for name, value in values.items():
+        if name not in defaults:
+            close = difflib.get_close_matches(str(name)[:80], defaults, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(defaults))}."
+            raise DiffsegError(f"{source} gives the parameter {str(name)[:80]}, which no notebook declares; {hint}")
+        try:
+            checked[name] = adapter(name, type(defaults[name])).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            rule = re.sub(r"^(Value error, |\w+ should )| after validation.*", "", problem["msg"])
+            remedy = assign(name, defaults[name])
+            if isinstance(defaults[name], str) and not isinstance(value, str | None):
+                remedy = "Put it in quotes."
+            elif type(value) is type(defaults[name]) and value == defaults[name]:
+                remedy = "Correct the parameters cell."  # somebody works in the cell itself
+            elif multiple := problem.get("ctx", {}).get("multiple_of"):
+                nearest = min(max(1, round(problem["input"] / multiple)) * multiple, LONGEST)
+                remedy = assign(name, nearest)
+            where = name + "".join(f"[{index}]" for index in problem["loc"])
+            raise refusal(where, problem["input"], source, rule, remedy) from None
+    return checked
 
 
 def check_together(parameters: dict[str, Any], source: str) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST
 from diffseg.lab import processes
-from diffseg.lab.declarations import check_together
+from diffseg.lab.declarations import check, check_together
 from diffseg.lab.locks import RUNNER, acquire, run_lock, step_lock
 from diffseg.lab.manifests import LISTING, damage, read_manifest, write_manifest
-from diffseg.lab.parameters import check, declared
+from diffseg.lab.parameters import declared
 from diffseg.lab.provenance import as_json, provenance
 from diffseg.lab.steps import key_of, linked_keys, notebook_of, run_folder, step_folder, step_recipe, upstream
 
@@ -134,10 +134,10 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
     the run has not, an altered result, an unwritable folder, and while another process makes this step.
     """
     notebook = notebook_of(step_name)
-    names = declared(notebook)
-    if missing := [name for name in (*names, "run", "out") if name not in namespace]:
+    defaults = declared(notebook)
+    if missing := [name for name in (*defaults, "run", "out") if name not in namespace]:
         raise DiffsegError(f"{step_name} misses the parameter {missing[0]}; run its parameters cell first.")
-    parameters = check({name: namespace[name] for name in names}, names, notebook.name)
+    parameters = check({name: namespace[name] for name in defaults}, defaults, notebook.name)
     check_together(parameters, notebook.name)
     namespace.update(parameters)
     run, out = run_folder(namespace["run"], namespace["out"]), namespace["out"]

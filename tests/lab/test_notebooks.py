@@ -11,11 +11,13 @@ import nbformat
 import papermill
 import pytest
 
-from diffseg.lab.parameters import check, declared, is_parameters, merge, read_cells, read_yaml
+from diffseg.lab.declarations import check
+from diffseg.lab.parameters import declared, is_parameters, read_cells, read_yaml
 from diffseg.lab.steps import STEPS
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+CHAIN = {name: default for path in NOTEBOOKS[1:7] for name, default in declared(path).items()}
 PARAMETERS = sorted((FOLDER / "params").glob("*.yaml"))
 
 specification = importlib.util.spec_from_file_location("strip", FOLDER / "strip.py")
@@ -53,13 +55,13 @@ def test_notebook_has_stable_cell_ids_and_a_readable_length(path):
 @each_notebook
 def test_parameters_cell(path):
     parameters = declared(path)  # raises unless there is exactly one, of plain assignments
-    assert all(parameter.help for parameter in parameters.values())
     assert {"run", "out", "seed"} <= parameters.keys()
     [source] = [cell["source"] for cell in read_cells(path) if is_parameters(cell)]
     assert len([line for line in source.splitlines() if re.match(r"\w+ = .*  # .+", line)]) == len(parameters)
     # plain papermill must read the same names and help; a `#` in a text would garble it
     seen = papermill.inspect_notebook(path)
-    assert {name: entry["help"] for name, entry in seen.items()} == {p.name: p.help for p in parameters.values()}
+    assert list(seen) == list(parameters) and all(entry["help"] for entry in seen.values())
+    assert all(f"# {entry['help']}\n" in f"{source}\n" for entry in seen.values())
 
 
 @each_notebook
@@ -88,7 +90,7 @@ def test_parameter_file_fits_the_notebooks(path):
     if not NOTEBOOKS:
         pytest.skip("there are no notebooks yet")
     values = read_yaml(path)
-    check(values, merge(NOTEBOOKS[1:7]), path.name)
+    check(values, CHAIN, path.name)
     assert values["run"] == path.stem  # two files that share a run's folder would undo each other
     assert path.read_text(encoding="utf-8").startswith("# "), "`diffseg list` shows the first comment"
 
@@ -115,8 +117,8 @@ def test_strip_keeps_sources_ids_and_tags_only():
 def test_the_defaults_are_those_of_mini_voc():
     """So that Jupyter, plain papermill and `diffseg run mini-voc` make the same steps."""
     for path in NOTEBOOKS[1:7]:
-        values = {name: parameter.default for name, parameter in declared(path).items()}
-        given = check(read_yaml(FOLDER / "params" / "mini-voc.yaml"), merge(NOTEBOOKS[1:7]), "mini-voc.yaml")
+        values = declared(path)
+        given = check(read_yaml(FOLDER / "params" / "mini-voc.yaml"), CHAIN, "mini-voc.yaml")
         assert {n: v for n, v in given.items() if n in values and values[n] != v} == {}, path.stem
 
 

@@ -10,6 +10,7 @@ import re
 import huggingface_hub.constants
 import matplotlib
 import numpy as np
+import papermill
 import pytest
 from PIL import Image
 
@@ -47,7 +48,7 @@ def place(tmp_path, monkeypatch):
 
 def values_of(name, step, place):
     """The step's parameters with the file's values; data is looked for below `place`, where there is none."""
-    values = {n: parameter.default for n, parameter in declared(notebook_path(step)).items()}
+    values = declared(notebook_path(step))
     values |= {n: value for n, value in read_yaml(PARAMS / f"{name}.yaml").items() if n in values}
     below = {n: str(place / values[n]) for n in ("data_root", "target_images") if str(values.get(n)).startswith("data")}
     return values | below | {"out": str(place)}
@@ -167,11 +168,12 @@ def test_every_constant_of_the_method_names_its_source_in_a_comment_or_a_text():
             said[key] = said.get(key, "") + " ".join(words)
     for step in list(STEPS)[:5]:
         below = ""  # "this and all below: our choice"
-        for key, parameter in declared(notebook_path(step)).items():
-            assert len(parameter.help.split()) > 1 or key == "seed", f"{key} does not say what it is"
-            below = below or (parameter.help if "and all below" in parameter.help else "")
-            said[key] = f"{said.get(key, '')} {parameter.help} {below}"
-            constants |= {key} if parameter.default else set()
+        defaults = declared(notebook_path(step))
+        for key, parameter in papermill.inspect_notebook(notebook_path(step)).items():
+            assert len(parameter["help"].split()) > 1 or key == "seed", f"{key} does not say what it is"
+            below = below or (parameter["help"] if "and all below" in parameter["help"] else "")
+            said[key] = f"{said.get(key, '')} {parameter['help']} {below}"
+            constants |= {key} if defaults[key] else set()
         cells = [cell["source"] for cell in read_cells(notebook_path(step)) if cell["cell_type"] == "markdown"]
         texts += [text for cell in cells for text in cell.split("\n\n")]
     without = {

@@ -31,7 +31,7 @@ def keys(**changes) -> dict[str, str]:
     """The keys of all steps of a run with the notebooks' defaults but for the changes."""
     found: dict[str, str] = {}
     for step in STEPS:
-        values = {name: parameter.default for name, parameter in declared(notebook_of(step)).items()}
+        values = declared(notebook_of(step))
         values |= {name: value for name, value in changes.items() if name in values}
         found[step] = steps.key_of(step_recipe(step, values, found))
     return found
