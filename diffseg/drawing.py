@@ -12,11 +12,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.attention import AttentionRecorder, key_positions, parse_steps, token_positions
+from diffseg.attention import AttentionRecorder, key_positions, token_positions
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.generator import draw
 from diffseg.prompts import Prompt
+from diffseg.sampling_steps import parse_steps
 from diffseg.word_maps import WordMaps
 
 IMAGES, MAPS = "JPEGImages", "WordMaps"

@@ -19,7 +19,6 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
-from diffseg.attention import parse_steps
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.labels import write_picture_label
 from diffseg.drawing import IMAGES, DrawingOptions, batches_of, draw_with_maps, name_of, read_drawn
@@ -29,6 +28,7 @@ from diffseg.masks import class_scores, label_and_margin
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
 from diffseg.reliability import rank_within_class
+from diffseg.sampling_steps import parse_steps
 from diffseg.word_maps import WordMaps
 
 MASKS = ("SegmentationClass", "Reliability", "ReliabilityRank")

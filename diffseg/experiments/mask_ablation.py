@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
-from diffseg.attention import AttentionRecorder, parse_steps, token_positions
+from diffseg.attention import AttentionRecorder, token_positions
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.metrics import ConfusionMatrix, bootstrap_interval, mean_iou
 from diffseg.drawing import draw_rows
@@ -37,6 +37,7 @@ from diffseg.miniworld.oracle import ClassOracle, load_oracle
 from diffseg.paths import project_root
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
+from diffseg.sampling_steps import parse_steps
 from diffseg.segmenters import load_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
 

@@ -59,9 +59,9 @@ def run(
         if selected != ["03_synthesis"]:
             raise DiffsegError("--shard divides notebook 3 only; give --only 3, after --only 1-2 has been run.")
     needed = {step for name in selected for made in steps_of(notebooks[name]) for step in (made, *upstream(made))}
-    check_together(
-        {k: v for chosen in selected for k, v in step_parameters(notebooks[chosen], values).items()}, f"run {name}"
-    )
+    chosen = {k: v for title in selected for k, v in step_parameters(notebooks[title], values).items()}
+    defaults = {k: v for title in selected for k, v in declared(notebooks[title]).items()}
+    check_together(chosen, f"run {name}", defaults)
     from diffseg.lab.kernel import execute  # here: notebooks and `diffseg list` need not wait for papermill
 
     with working_in(folder, bool(shard)), processes.Group() as group:

@@ -11,9 +11,10 @@ import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, WrapValidator
@@ -296,17 +297,20 @@ def check(values: dict[str, Any], defaults: dict[str, Any], source: str) -> dict
     return checked
 
 
-def check_together(parameters: dict[str, Any], source: str) -> None:
+def check_together(parameters: dict[str, Any], source: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Compare parameters with one another and with the names that the method knows; raise DiffsegError for the first
     that does not fit.
 
     parameters: checked values of one or more notebooks, defaults among them. A rule is applied where all its
-    parameters are there. `source` says in an error where the values come from. Imports torch, and looks for the
-    extra package and the GPU that some values need, so it belongs on the machine that is to run.
+    parameters are there. `source` says in an error where the values come from. defaults: values that are taken for
+    known names, because to look one up loads a part of the method, which takes seconds. Looks for the extra package
+    and the GPU that some values need, so it belongs on the machine that is to run.
     """
     for name, field in Parameters.model_fields.items():
         for choice in (mark for mark in field.metadata if isinstance(mark, OneOf) and name in parameters):
             value = parameters[name]
+            if value == defaults.get(name):
+                continue
             for element in value if isinstance(value, list) else [value]:
                 if element not in (names := choice.names()):
                     [close] = difflib.get_close_matches(element[:80], names, n=1, cutoff=0)
@@ -319,8 +323,7 @@ def check_together(parameters: dict[str, Any], source: str) -> None:
 
 def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield (name, what it must be, remedy) of each parameter that does not fit the others."""
-    from diffseg.attention import parse_steps
-    from diffseg.benchmarks.classes import get_benchmark
+    from diffseg.sampling_steps import parse_steps
     from diffseg.words import load_words
 
     get = parameters.get
@@ -349,6 +352,8 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
     if given("class_list", "benchmark"):
         if own := get("class_list"):
+            from diffseg.benchmarks.classes import get_benchmark
+
             get_benchmark(get("benchmark"), own)  # raises its own sentence for an entry that is no class
             for name in ("train_real", "mix_real"):
                 if get(name):
@@ -372,8 +377,6 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield (name, what it must be, remedy) of each parameter that needs what this machine does not have."""
-    import torch
-
     if importlib.util.find_spec("pydensecrf") is None:
         install = "run pip install pydensecrf2"
         if parameters.get("refiner") == "crf":
@@ -382,5 +385,8 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if parameters.get("evaluation_crf"):
             rule = "be false here, as the dense CRF needs the package pydensecrf2"
             yield "evaluation_crf", rule, f"Set `evaluation_crf=false`, or {install}."
-    if parameters.get("target_images") and parameters.get("lora_precision") == "fp16" and not torch.cuda.is_available():
-        yield "lora_precision", "be fp32 or bf16 here, as fp16 needs a GPU", "Set `lora_precision=bf16`."
+    if parameters.get("target_images") and parameters.get("lora_precision") == "fp16":
+        import torch
+
+        if not torch.cuda.is_available():
+            yield "lora_precision", "be fp32 or bf16 here, as fp16 needs a GPU", "Set `lora_precision=bf16`."

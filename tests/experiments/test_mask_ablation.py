@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from diffseg.attention import AttentionRecorder, parse_steps, token_positions
+from diffseg.attention import AttentionRecorder, token_positions
 from diffseg.benchmarks.classes import VOC, get_benchmark
 from diffseg.drawing import draw_rows
 from diffseg.errors import DiffsegError
@@ -27,6 +27,7 @@ from diffseg.experiments.mask_ablation import (
 from diffseg.miniworld.oracle import WEIGHTS
 from diffseg.prompts import augment
 from diffseg.refiners import get_refiner
+from diffseg.sampling_steps import parse_steps
 from diffseg.segmenters import Segmenter, save_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
 
