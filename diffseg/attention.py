@@ -20,6 +20,7 @@ position of the picture reads of the others), for the refiner of that name.
 """
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -121,7 +122,7 @@ class AttentionRecorder:
         if softmax not in ("joint", "text"):
             raise DiffsegError(f'attention_softmax is {softmax!r}; write "joint" or "text"')
         self.pipeline, self.steps, self.separately, self.softmax = pipeline, steps, separately, softmax
-        self.joint = family_of(pipeline).joint
+        self.family = family_of(pipeline)
         self.resolutions = None if resolutions is None else sorted(set(resolutions))
         self.self_resolution = self_resolution
         self.words = [len(words) for words in tokens]
@@ -151,9 +152,11 @@ class AttentionRecorder:
     def __enter__(self) -> "AttentionRecorder":
         denoiser = denoiser_of(self.pipeline)
         self.hooks = [denoiser.register_forward_pre_hook(self.before_evaluation, with_kwargs=True)]
-        kinds = {"attn": ("cross", "self")} if self.joint else {"attn2": ("cross",), "attn1": ("self",)}
+        kinds = {"attn2": ("cross",), "attn1": ("self",)}
+        if self.family.joint:
+            kinds = {self.family.layers: ("cross", "self")}
         for name, module in denoiser.named_modules():
-            if found := kinds.get(name.rpartition(".")[2]):
+            for found in (kinds[layers] for layers in kinds if re.fullmatch(rf"(.*\.)?{layers}", name)):
                 begin, end = functools.partial(self.begin_layer, name, found), functools.partial(self.end_layer, name)
                 self.hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
                 # the recorder that came last leaves first, as its mode lies above the others'
@@ -210,7 +213,8 @@ class AttentionRecorder:
         """Look at what follows, if it is asked for."""
         if not self.recording:
             return
-        size = self.grid if self.joint else self.map_size((args[0] if args else kwargs["hidden_states"]).shape[1])
+        states = args[0] if args else kwargs["hidden_states"]
+        size = self.grid if self.family.joint else self.map_size(states.shape[1])
         wanted = {"cross": self.resolutions, "self": [self.self_resolution] if self.self_resolution else []}
         for kind in kinds:
             self.met[kind].add(min(size))
@@ -259,28 +263,29 @@ class AttentionRecorder:
         pictures, positions = len(self.words), size[0] * size[1]
         if len(query) < pictures:
             return  # the scheduler's step will say what is wrong
-        # with guidance the batch is [negative prompts; prompts]: the last part is ours in both cases
-        query, key = query[-pictures:], key[-pictures:]
-        # where the image and the text stand in a joint sequence
-        image, text = slice(None), slice(None)
-        if self.joint == "image":
-            image, text = slice(positions), slice(positions, None)
-        elif self.joint == "text":
-            image, text = slice(-positions, None), slice(-positions)
+        # with guidance there are two batches in one; without it the part that is ours is the whole
+        ours = slice(pictures) if self.family.prompts_first else slice(-pictures, None)
+        query, key = query[ours], key[ours]
+        # where the image and the text stand in a joint sequence, and how many keys lie before and behind the text
+        image, text, around = slice(None), slice(None), (0, 0)
+        if self.family.joint == "image":
+            filled = positions + -positions % self.family.filled
+            image, text, around = slice(positions), slice(filled, None), (filled, 0)
+        elif self.family.joint == "text":
+            image, text, around = slice(-positions, None), slice(-positions), (0, positions)
         for kind in kinds:
             keys = image if kind == "self" else text if self.softmax == "text" else slice(None)
             mask = None
             if attn_mask is not None:
-                mask = attn_mask.expand(-1, query.shape[1], -1, -1)[-pictures:, :, :, keys]
+                mask = attn_mask.expand(-1, query.shape[1], -1, -1)[ours, :, :, keys]
                 mask = mask[:, :, image] if mask.shape[2] > 1 else mask
             if kind == "self":
                 found = attend(query[:, :, image], key[:, :, keys], mask, scale)
                 found, place = found.unflatten(-1, size).unflatten(1, size), ("", -1)
             else:
                 weights = self.weights_of(key[0, 0, text].shape[0], key.device)
-                if self.joint and self.softmax == "joint":  # what is read of the picture itself counts for no word
-                    before, after = (positions, 0) if self.joint == "image" else (0, positions)
-                    weights = F.pad(weights, (0, 0, before, after))
+                if self.softmax == "joint":  # what is read of the picture itself counts for no word
+                    weights = F.pad(weights, (0, 0, *around))
                 found = attend(query[:, :, image], key[:, :, keys], mask, scale, weights)
                 found, place = found.transpose(1, 2).unflatten(-1, size), (layer, self.step if self.separately else -1)
             place = (kind, min(size), *place)

@@ -25,18 +25,26 @@ class Family:
     keys: for each tokenizer (an attribute of the pipeline), in the order of the keys, how many keys its tokens have;
         0 for the tokenizer's own longest sequence. A tokenizer that is None (T5 in SD 3) leaves its keys empty.
     joint: None for cross-attention; else which part of the joint sequence comes first, "image" or "text".
+    layers: how the names of the joint-attention layers end, a regular expression.
+    filled: in the joint sequence the image's positions are filled up to a multiple of this number.
     lower: the pipeline lowers the prompt and strips its blanks.
     chat: the prompt is a user's message in the tokenizer's chat template.
-    negative: a negative prompt acts through `guidance_scale`.
+    negative: a negative prompt acts, with guidance.
+    guidance: the argument of the call that is the strength of guidance.
+    prompts_first: with guidance the batch is [prompts; negative prompts], and not the other way round.
     patches: the denoiser's channels hold 2 x 2 of the VAE's latents, which a call takes as a "sequence" of patches
         (B x positions x channels) or as "channels" (B x channels x h x w); None where there are no such patches.
     """
 
     keys: Mapping[str, int]
     joint: str | None = None
+    layers: str = "attn"
+    filled: int = 1
     lower: bool = False
     chat: bool = False
     negative: bool = True
+    guidance: str = "guidance_scale"
+    prompts_first: bool = False
     patches: str | None = None
 
 
@@ -54,6 +62,11 @@ FAMILIES = {
     # CLIP gives Flux one vector for the whole prompt and no key
     "FluxPipeline": Family({"tokenizer_2": 512}, joint="text", negative=False, patches="sequence"),
     "Flux2KleinPipeline": Family({"tokenizer": 512}, joint="text", chat=True, negative=False, patches="channels"),
+    # refiners before these layers see the image alone or the text alone
+    "ZImagePipeline": Family(
+        {"tokenizer": 512}, joint="image", layers=r"layers\.\d+\.attention", filled=32, chat=True, prompts_first=True
+    ),
+    "QwenImagePipeline": Family({"tokenizer": 512}, joint="text", guidance="true_cfg_scale", patches="sequence"),
 }
 SCHNELL = Family(
     {"tokenizer_2": 256}, joint="text", negative=False, patches="sequence"
@@ -93,6 +106,8 @@ def before_prompt(pipeline) -> tuple[str, int]:
         # Sana tells Gemma how to enhance the prompt, and keeps the first token and the last ones of the padded sequence
         prefix = "\n".join(parameter.default)
         return prefix, len(pipeline.tokenizer.encode(prefix)) - 2
+    if template := getattr(pipeline, "prompt_template_encode", ""):  # Qwen-Image's, with an instruction for the prompt
+        return template.partition("{}")[0], pipeline.prompt_template_encode_start_idx
     if family_of(pipeline).chat:
         message = [{"role": "user", "content": "PROMPT"}]
         return pipeline.tokenizer.apply_chat_template(message, tokenize=False).partition("PROMPT")[0], 0
@@ -104,14 +119,18 @@ def image_grid(denoiser, args: tuple, kwargs: Mapping) -> tuple[int, int]:
     if "img_ids" in kwargs:  # of packed latents: index, row and column of each position
         rows, columns = kwargs["img_ids"][..., 1:3].reshape(-1, 2).amax(dim=0).tolist()
         return int(rows) + 1, int(columns) + 1
+    if "img_shapes" in kwargs:  # frames, rows and columns of each image of each picture
+        return kwargs["img_shapes"][0][0][1:]
     latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-    patch = denoiser.config.get("patch_size") or 1
-    return latents.shape[-2] // patch, latents.shape[-1] // patch
+    [patch] = denoiser.config.get("all_patch_size", [denoiser.config.get("patch_size") or 1])
+    height, width = latents[0].shape[-2:]  # of the first, as some take a list
+    return height // patch, width // patch
 
 
 def image_size(pipeline, height: int | None, width: int | None) -> tuple[int, int]:
     """Return (height, width) in pixels, the generator's usual one where None is given."""
-    side = getattr(pipeline, "default_sample_size", None) or denoiser_of(pipeline).config.sample_size
+    # Z-Image names its 1024 pixels in its code only
+    side = getattr(pipeline, "default_sample_size", None) or denoiser_of(pipeline).config.get("sample_size", 128)
     return height or side * pipeline.vae_scale_factor, width or side * pipeline.vae_scale_factor
 
 

@@ -223,17 +223,18 @@ def draw(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     height, width = image_size(pipeline, height, width)
     noise = latent_noise(pipeline, generators, height, width)
-    options = call_arguments(pipeline, sampling_steps)
+    options = call_arguments(pipeline, sampling_steps) | {family_of(pipeline).guidance: guidance_scale}
     if negative is not None:
         if not family_of(pipeline).negative:
             raise DiffsegError(f"{type(pipeline).__name__} takes no negative prompt; leave negative_prompt empty")
         options["negative_prompt"] = list(negative)
+    elif "true_cfg_scale" in options and guidance_scale > 1:  # which acts only against a negative prompt
+        options["negative_prompt"] = [" "] * len(prompts)
     pixels = pipeline(
         prompt=list(prompts),
         height=height,
         width=width,
         num_inference_steps=sampling_steps,
-        guidance_scale=guidance_scale,
         generator=generators,
         latents=noise.to(denoiser_of(pipeline).dtype),
         output_type="np",

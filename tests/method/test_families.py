@@ -23,9 +23,9 @@ from diffseg.prompts import Prompt
 
 PROMPT, OTHER = "a cat and dogs", "dogs on a plant"
 WORDS = {PROMPT: ("cat", "dogs"), OTHER: ("dogs", "plant")}
-JOINT = [name for name in BUILDERS if name.startswith(("sd3", "flux"))]
+JOINT = [name for name in BUILDERS if name.startswith(("sd3", "flux", "z-", "qwen"))]
 TRANSFORMERS = ["pixart-alpha", "pixart-sigma", "sana", "sana-1.5", "sana-sprint", "hunyuan", *JOINT]
-ONE_OF_EACH = ["sdxl", "pixart-sigma", "sana", "hunyuan", "sd3", "flux-dev"]
+ONE_OF_EACH = ["sdxl", "pixart-sigma", "sana", "hunyuan", "sd3", "flux-dev", "z-image", "qwen-image"]
 every_family = pytest.mark.parametrize("name", BUILDERS)
 
 shared = functools.cache(build)  # for tests that leave the pipeline as it is
@@ -40,8 +40,10 @@ def tokens_of(pipeline, *prompts: str) -> list[list[list[int]]]:
 
 
 def size_of(pipeline) -> tuple[int, int]:
-    """Pixels at 1:2: 8 x 16 latents, for Sana, whose sides are multiples of 32 pixels, 16 x 32."""
-    height = 32 if type(pipeline).__name__.startswith("Sana") else 8 * pipeline.vae_scale_factor
+    """Pixels at 1:2: 8 x 16 latents; 16 x 32 for Sana, whose sides are multiples of 32 pixels; 12 x 24 for Z-Image,
+    whose 72 positions are then filled up to 96."""
+    kind = type(pipeline).__name__
+    height = 32 if kind.startswith("Sana") else (12 if kind == "ZImagePipeline" else 8) * pipeline.vae_scale_factor
     return height, 2 * height
 
 
@@ -103,6 +105,8 @@ def test_the_noise_is_the_pipelines_own(name):
     }
     if name == "flux-schnell":  # the class's own number is the other Flux's
         options["max_sequence_length"] = 256
+    if name == "qwen-image":
+        options |= {"true_cfg_scale": 4.0, "negative_prompt": [" ", " "]}
     accepted = inspect.signature(pipeline.__call__).parameters
     own = pipeline(
         prompt=[PROMPT, OTHER],
@@ -137,8 +141,8 @@ class Spy(TorchFunctionMode):
             given = dict(zip(("query", "key"), args[:2], strict=False)) | (kwargs or {})
             query, key = given["query"].double(), given["key"].double()
             logits = query @ key.mT / query.shape[-1] ** 0.5
-            if given.get("attn_mask") is not None:
-                logits = logits + given["attn_mask"].double()
+            if (mask := given.get("attn_mask")) is not None:
+                logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
             self.calls.append(logits)
         return function(*args, **(kwargs or {}))
 
@@ -147,7 +151,9 @@ def calls_with_text(name: str, calls: list) -> list:
     """Of the denoiser's calls, in their order, those between image and text."""
     if name == "sd3.5":  # its first two blocks have a second attention, of the image alone
         return [calls[k] for k in (0, 2, 4)]
-    return calls if name.startswith(("sana", "sd3", "flux")) else calls[1::2]
+    if name == "z-image":  # refiners of image and text come first
+        return calls[2:]
+    return calls if name in JOINT or name.startswith("sana") else calls[1::2]
 
 
 @pytest.mark.parametrize(("name", "softmax"), [*((n, "joint") for n in BUILDERS), *((n, "text") for n in JOINT)])
@@ -164,12 +170,14 @@ def test_maps_are_those_computed_by_hand(name, softmax):
     assert len(calls) == len(layers) > 1
     for key, logits in zip(ordered, calls, strict=True):
         if name in JOINT:
-            joint = logits.shape[-1]
-            if name.startswith("sd3"):  # the text first, as in Flux
-                logits = logits.roll((-32, -32), dims=(-2, -1))
-            logits = logits[:, :, joint - 32 :]
-            logits = logits[..., : joint - 32] if softmax == "text" else logits
-        probabilities = logits.softmax(dim=-1).mean(dim=1)[-1]
+            count = layers[key][0, 0].numel()
+            first = name.startswith(("sd3", "z-"))
+            text = slice(96 if name == "z-image" else count, None) if first else slice(-count)
+            logits = logits[:, :, slice(count) if first else slice(-count, None)]
+            logits = logits[..., text] if softmax == "text" else logits
+        probabilities = logits.softmax(dim=-1).mean(dim=1)[0 if name == "z-image" else -1]  # its prompts come first
+        if name in JOINT and softmax == "joint":
+            probabilities = probabilities[:, text]
         for w, positions in enumerate(words):
             parts = [[k for k in positions if k in keys] for keys in key_ranges(pipeline).values()]
             expected = torch.stack([probabilities[:, part].mean(dim=-1) for part in parts]).mean(dim=0)
@@ -181,18 +189,19 @@ def test_a_map_shows_the_place_where_the_image_is(name):
     """One position's latents change: before any layer mixes positions, the map changes there and nowhere else."""
     pipeline = build(name)
     for key, module in denoiser_of(pipeline).named_modules():
-        if key.endswith("attn1.to_out.0"):
+        if key.endswith("attn1.to_out.0") or key.startswith("noise_refiner") and key.endswith("to_out.0"):
             module.weight.data.zero_()
     [tokens] = tokens_of(pipeline, PROMPT)
     patch = 1 if name.startswith("sana") else 2
-    y, x, grid = 1, 5, (16, 32) if patch == 1 else (4, 8)
+    y, x, grid = 1, 5, (16, 32) if patch == 1 else (6, 12) if name == "z-image" else (4, 8)
 
     def moved(denoiser, args, kwargs):
         states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if states.ndim == 3:
-            states[:, y * grid[1] + x] += 1
-        else:
-            states[..., y * patch : (y + 1) * patch, x * patch : (x + 1) * patch] += 1
+        for state in states:
+            if state.ndim == 2:
+                state[y * grid[1] + x] += 1
+            else:
+                state[..., y * patch : (y + 1) * patch, x * patch : (x + 1) * patch] += 1
 
     maps = []
     for hook in (None, moved):
@@ -200,7 +209,8 @@ def test_a_map_shows_the_place_where_the_image_is(name):
         with AttentionRecorder(pipeline, [tokens], None, [0], softmax="text") as recorder:
             images_of(pipeline)
         layers = recorder.word_maps()[0].layers
-        maps.append(layers[next(key for key in layers if key.startswith(("blocks.0", "transformer_blocks.0")))][0])
+        first = next(key for key in layers if key.startswith(("blocks.0", "transformer_blocks.0", "layers.0")))
+        maps.append(layers[first][0])
         if handle:
             handle.remove()
     before, after = maps
@@ -231,16 +241,17 @@ def test_keys_are_those_of_the_embeddings_that_the_denoiser_gets(name, prompt):
             part.register_forward_hook(answer_ids, with_kwargs=True)
     evaluations = []
     denoiser_of(pipeline).register_forward_pre_hook(
-        lambda m, args, kwargs: evaluations.append(kwargs), with_kwargs=True
+        lambda m, args, kwargs: evaluations.append((args, kwargs)), with_kwargs=True
     )
     words = WORDS.get(prompt) or ("cat-cat", "Potted  plants")
     images_of(pipeline, [prompt])
-    got = evaluations[0]
-    ids = got["encoder_hidden_states"][-1, :, 0]
+    args, got = evaluations[0]
+    ids = args[2][0][:, 0] if name == "z-image" else got["encoder_hidden_states"][-1, :, 0]
     if name == "hunyuan":
         ids = torch.cat([ids, got["encoder_hidden_states_t5"][-1, :, 0]])
     found = key_positions(pipeline, prompt, spans_of(prompt, words))
-    assert len(ids) >= max(keys.stop for keys in key_ranges(pipeline).values())
+    if name not in ("z-image", "qwen-image"):  # which give no more keys than the prompt has
+        assert len(ids) >= max(keys.stop for keys in key_ranges(pipeline).values())
     for word, positions in zip(words, found, strict=True):
         for key, keys in key_ranges(pipeline).items():
             tokens = getattr(pipeline, key).convert_ids_to_tokens([int(ids[k]) for k in positions if k in keys])
@@ -280,7 +291,7 @@ def test_maps_do_not_depend_on_the_batch(name):
         assert_close(together.maps()[k], alone.maps()[0], 1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name.startswith(("sdxl", "pix", "sana", "hun", "sd3"))])
+@pytest.mark.parametrize("name", [n for n in BUILDERS if n not in ("sd", "lcm") and not n.startswith("flux")])
 def test_with_guidance_the_maps_are_the_prompts(name):
     """At the first step the latents are the same with and without guidance, and with any negative prompt."""
     pipeline = shared(name)
@@ -410,7 +421,7 @@ def test_memory_does_not_grow_with_the_steps(name):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "hunyuan", "sd3", "flux-dev"])
+@pytest.mark.parametrize("name", ["pixart-sigma", "hunyuan", "sd3", "flux-dev", "qwen-image"])
 def test_self_attention_sums_to_one(name):
     recorder = record(shared(name), self_resolution=4)
     (attention,) = recorder.self_attention()
@@ -428,7 +439,11 @@ def test_a_layer_that_shows_nothing_raises():
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_after_an_exception_in_a_layer_all_is_as_before(name):
     pipeline = build(name)
-    layer = next(m for key, m in denoiser_of(pipeline).named_modules() if key.endswith(("attn2.to_k", "attn.to_k")))
+    layer = next(
+        m
+        for key, m in denoiser_of(pipeline).named_modules()
+        if key.endswith(("attn2.to_k", "attn.to_k", "attention.to_k"))
+    )
 
     def fail(*arguments):
         raise KeyboardInterrupt
@@ -461,7 +476,7 @@ def test_what_a_family_has_not_is_one_sentence():
     assert {type(shared(name)).__name__ for name in BUILDERS} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["sd", "pixart-sigma", "sd3", "flux-dev"])
+@pytest.mark.parametrize("name", ["sd", "pixart-sigma", "sd3", "flux-dev", "qwen-image"])
 def test_with_the_denoiser_offloaded_by_groups(name):
     whole, pipeline = record(shared(name)), build(name)
     options = {"offload_type": "leaf_level", "offload_device": torch.device("cpu")}

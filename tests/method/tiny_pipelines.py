@@ -103,8 +103,8 @@ def bert() -> tuple[T.BertTokenizer, T.BertModel]:
     return tokenizer, T.BertModel(config).eval()
 
 
-def qwen() -> tuple[T.Qwen2Tokenizer, T.Qwen3ForCausalLM]:
-    """Qwen's bytes with a few merges and its chat template; FLUX.2 reads the layers 9, 18 and 27."""
+def qwen_tokenizer() -> T.Qwen2Tokenizer:
+    """Qwen's bytes with a few merges and its chat template."""
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     merges = [("c", "a"), ("ca", "t"), ("Ġ", "cat"), ("d", "o"), ("do", "g")]
     symbols = [*sorted(ByteLevel.alphabet()), *("".join(merge) for merge in merges), *marks]
@@ -114,16 +114,38 @@ def qwen() -> tuple[T.Qwen2Tokenizer, T.Qwen3ForCausalLM]:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    return tokenizer
+
+
+def qwen(layers: int) -> tuple[T.Qwen2Tokenizer, T.Qwen3ForCausalLM]:
+    tokenizer = qwen_tokenizer()
     config = T.Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=28,
+        num_hidden_layers=layers,
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=16,
     )
     return tokenizer, T.Qwen3ForCausalLM(config).eval()
+
+
+def qwen_vl() -> tuple[T.Qwen2Tokenizer, T.Qwen2_5_VLForConditionalGeneration]:
+    """Qwen's model of pictures and text, of which Qwen-Image reads the text alone."""
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 16}
+    config = T.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return tokenizer, T.Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 # ------------------------------------------------------------------------------------------ autoencoders
@@ -360,7 +382,7 @@ def flux(guidance: bool):
 
 
 def flux2_klein():
-    tokenizer, encoder = qwen()
+    tokenizer, encoder = qwen(layers=28)  # the layers 9, 18 and 27 are read
     transformer = D.Flux2Transformer2DModel(
         in_channels=16,
         num_layers=2,
@@ -387,6 +409,56 @@ def flux2_klein():
     )
 
 
+def z_image():
+    tokenizer, encoder = qwen(layers=2)
+    transformer = D.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+    )
+    return D.ZImagePipeline(
+        scheduler=D.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=shifted_kl(),
+        text_encoder=encoder.model,
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
+def qwen_image():
+    tokenizer, encoder = qwen_vl()
+    transformer = D.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = D.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return D.QwenImagePipeline(
+        scheduler=D.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
 NORMED = {"qk_norm": "rms_norm_across_heads"}
 BUILDERS = {
     "sd": sd,
@@ -405,6 +477,8 @@ BUILDERS = {
     "flux-dev": lambda: flux(True),
     "flux-schnell": lambda: flux(False),
     "flux2-klein": flux2_klein,
+    "z-image": z_image,
+    "qwen-image": qwen_image,
 }
 
 
