@@ -29,6 +29,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from diffseg.errors import DiffsegError
+from diffseg.families import denoiser_name
 from diffseg.paths import locate
 from diffseg.weight_files import PICKLES, check_file
 
@@ -48,7 +49,7 @@ def load_adapter(pipeline, place: str | Path, scale: float = 1.0, name: str = "g
     leaves the pipeline as it was, when the file is missing or damaged, or not every tensor in it fits the pipeline.
     """
     path = find_lora(str(place))
-    weights, settings, from_peft = read_lora(path, denoiser_of(pipeline))
+    weights, settings, from_peft = read_lora(path, denoiser_name(pipeline))
     named = with_components(pipeline, weights)
     has_loader = hasattr(pipeline, "load_lora_weights")
     # as the file is, diffusers obeys the alphas in its metadata only, and those beside the tensors in some families
@@ -145,10 +146,6 @@ def read_lora(path: Path, denoiser: str) -> tuple[Weights, dict, bool]:
 # --------------------------------------------------------------------------------------------------- names
 
 
-def denoiser_of(pipeline) -> str:
-    return "unet" if hasattr(pipeline, "unet") else "transformer"
-
-
 def modules_of(pipeline) -> Iterator[tuple[str, torch.nn.Module]]:
     return ((name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module))
 
@@ -169,7 +166,7 @@ def layer_names(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
 def with_components(pipeline, weights: Weights) -> Weights:
     """Name the component (the denoiser) where a file leaves it out, as PEFT does, and resolve kohya's underscores where
     diffusers has no loader that does."""
-    denoiser = denoiser_of(pipeline)
+    denoiser = denoiser_name(pipeline)
     layers = layer_names(getattr(pipeline, denoiser))
     names = {name: name for name in layers}
     if not hasattr(pipeline, "load_lora_weights"):

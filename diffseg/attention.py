@@ -20,7 +20,6 @@ position of the picture reads of the others), for the refiner of that name.
 """
 
 import functools
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -31,9 +30,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from diffseg.errors import DiffsegError
-from diffseg.families import before_prompt, denoiser_of, family_of, image_grid, key_ranges
+from diffseg.families import before_prompt, denoiser_of, family_of, image_grid, key_ranges, layer_names
 from diffseg.word_maps import WordMaps, average
 
+SOFTMAXES = ("joint", "text")
 AT_ONCE = 2**24  # probabilities that are computed at once, 64 MB in float32
 
 
@@ -119,7 +119,7 @@ class AttentionRecorder:
         separately: bool = False,
         softmax: str = "joint",
     ):
-        if softmax not in ("joint", "text"):
+        if softmax not in SOFTMAXES:
             raise DiffsegError(f'attention_softmax is {softmax!r}; write "joint" or "text"')
         self.pipeline, self.steps, self.separately, self.softmax = pipeline, steps, separately, softmax
         self.family = family_of(pipeline)
@@ -152,12 +152,10 @@ class AttentionRecorder:
     def __enter__(self) -> "AttentionRecorder":
         denoiser = denoiser_of(self.pipeline)
         self.hooks = [denoiser.register_forward_pre_hook(self.before_evaluation, with_kwargs=True)]
-        kinds = {"attn2": ("cross",), "attn1": ("self",)}
-        if self.family.joint:
-            kinds = {self.family.layers: ("cross", "self")}
+        words = dict.fromkeys(layer_names(self.pipeline), ("cross", "self") if self.family.joint else ("cross",))
         for name, module in denoiser.named_modules():
-            for found in (kinds[layers] for layers in kinds if re.fullmatch(rf"(.*\.)?{layers}", name)):
-                begin, end = functools.partial(self.begin_layer, name, found), functools.partial(self.end_layer, name)
+            if kinds := words.get(name, ("self",) if name.endswith("attn1") else ()):
+                begin, end = functools.partial(self.begin_layer, name, kinds), functools.partial(self.end_layer, name)
                 self.hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
                 # the recorder that came last leaves first, as its mode lies above the others'
                 self.hooks.append(module.register_forward_hook(end, with_kwargs=True, prepend=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.attention import AttentionRecorder, key_positions, token_positions
+from diffseg.attention import AttentionRecorder, key_positions
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.generator import draw
@@ -33,15 +33,16 @@ class DrawingOptions:
     guidance_scale: float
     kept_steps: str = field(default="each", kw_only=True)
     self_attention: int = field(default=0, kw_only=True)
+    attention_softmax: str = field(default="joint", kw_only=True)
     jpeg_quality: int = field(default=95, kw_only=True)
 
 
-def check_prompts(tokenizer, rows: Sequence[Prompt]) -> None:
-    """Raise a DiffsegError when a prompt has a word that the generator cannot read, before anything is drawn."""
+def check_prompts(pipeline, rows: Sequence[Prompt]) -> None:
+    """Raise a DiffsegError when a prompt has a word that a text encoder cannot read, before anything is drawn."""
     wrong = []
     for row in rows:
         try:
-            token_positions(tokenizer, row.prompt, row.spans)
+            key_positions(pipeline, row.prompt, row.spans)
         except DiffsegError as error:
             wrong.append(f"prompt {row.index}: {error}")
     if wrong:
@@ -69,7 +70,9 @@ def draw_with_maps(
     tokens = [key_positions(pipeline, row.prompt, row.spans) for row in rows]
     separately = options.kept_steps == "each"
     steps = parse_steps("all" if separately else options.kept_steps, options.sampling_steps)
-    with AttentionRecorder(pipeline, tokens, resolutions, steps, options.self_attention, separately) as recorder:
+    with AttentionRecorder(
+        pipeline, tokens, resolutions, steps, options.self_attention, separately, options.attention_softmax
+    ) as recorder:
         images = draw_rows(pipeline, rows, options)
     return images, recorder.word_maps()
 

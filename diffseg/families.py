@@ -8,7 +8,9 @@ Read from diffusers 0.42.1, and checked on small pipelines of the real classes (
 2.x, XL, Turbo and LCM differ in nothing that matters here but the class.
 """
 
+import dataclasses
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +27,7 @@ class Family:
     keys: for each tokenizer (an attribute of the pipeline), in the order of the keys, how many keys its tokens have;
         0 for the tokenizer's own longest sequence. A tokenizer that is None (T5 in SD 3) leaves its keys empty.
     joint: None for cross-attention; else which part of the joint sequence comes first, "image" or "text".
-    layers: how the names of the joint-attention layers end, a regular expression.
+    layers: how the names of the layers end in which the image reads the prompt, a regular expression.
     filled: in the joint sequence the image's positions are filled up to a multiple of this number.
     lower: the pipeline lowers the prompt and strips its blanks.
     chat: the prompt is a user's message in the tokenizer's chat template.
@@ -38,7 +40,7 @@ class Family:
 
     keys: Mapping[str, int]
     joint: str | None = None
-    layers: str = "attn"
+    layers: str = "attn2"
     filled: int = 1
     lower: bool = False
     chat: bool = False
@@ -58,19 +60,21 @@ FAMILIES = {
     "SanaPipeline": Family({"tokenizer": 300}, lower=True),
     "SanaSprintPipeline": Family({"tokenizer": 300}, lower=True, negative=False),
     "HunyuanDiTPipeline": Family({"tokenizer": 77, "tokenizer_2": 256}),
-    "StableDiffusion3Pipeline": Family({"tokenizer": 0, "tokenizer_3": 256}, joint="image"),
+    "StableDiffusion3Pipeline": Family({"tokenizer": 0, "tokenizer_3": 256}, joint="image", layers="attn"),
     # CLIP gives Flux one vector for the whole prompt and no key
-    "FluxPipeline": Family({"tokenizer_2": 512}, joint="text", negative=False, patches="sequence"),
-    "Flux2KleinPipeline": Family({"tokenizer": 512}, joint="text", chat=True, negative=False, patches="channels"),
+    "FluxPipeline": Family({"tokenizer_2": 512}, joint="text", layers="attn", negative=False, patches="sequence"),
+    "Flux2KleinPipeline": Family(
+        {"tokenizer": 512}, joint="text", layers="attn", chat=True, negative=False, patches="channels"
+    ),
     # refiners before these layers see the image alone or the text alone
     "ZImagePipeline": Family(
         {"tokenizer": 512}, joint="image", layers=r"layers\.\d+\.attention", filled=32, chat=True, prompts_first=True
     ),
-    "QwenImagePipeline": Family({"tokenizer": 512}, joint="text", guidance="true_cfg_scale", patches="sequence"),
+    "QwenImagePipeline": Family(
+        {"tokenizer": 512}, joint="text", layers="attn", guidance="true_cfg_scale", patches="sequence"
+    ),
 }
-SCHNELL = Family(
-    {"tokenizer_2": 256}, joint="text", negative=False, patches="sequence"
-)  # the same class, trained on 256
+SCHNELL = dataclasses.replace(FAMILIES["FluxPipeline"], keys={"tokenizer_2": 256})  # the same class, trained on 256
 
 
 def family_of(pipeline) -> Family:
@@ -83,9 +87,19 @@ def family_of(pipeline) -> Family:
     return FAMILIES[name]
 
 
+def denoiser_name(pipeline) -> str:
+    """Return which component runs once a step, "unet" or "transformer"."""
+    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+
+
 def denoiser_of(pipeline) -> torch.nn.Module:
-    """Return the network that runs once a step: a UNet or a transformer."""
-    return pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
+    return getattr(pipeline, denoiser_name(pipeline))
+
+
+def layer_names(pipeline) -> list[str]:
+    """Return the names of the layers in which the image reads the prompt, as the denoiser lists them."""
+    ending = rf"(.*\.)?{family_of(pipeline).layers}"
+    return [name for name, _ in denoiser_of(pipeline).named_modules() if re.fullmatch(ending, name)]
 
 
 def key_ranges(pipeline) -> dict[str, range]:

@@ -45,6 +45,7 @@ class SynthesisOptions(DrawingOptions):
     refiner: str
     sam_checkpoint: str = ""
     sam_model: str = "vit_b"
+    attention_layers: tuple[str, ...] = ()
 
     def refine(self, device: str | torch.device) -> Callable:
         return get_refiner(self.refiner, self.sam_checkpoint, self.sam_model, device)
@@ -68,7 +69,8 @@ def cut(
     if low == high:
         raise DiffsegError("the image has one colour only, as when its pixels are no numbers; use float32 or bf16")
     class_ids = [benchmark.classes.index(name) for name in row.classes]
-    mean = maps.mean(options.attention_resolutions, parse_steps(options.attention_steps, options.sampling_steps))
+    steps = parse_steps(options.attention_steps, options.sampling_steps)
+    mean = maps.mean(options.attention_resolutions, steps, options.attention_layers)
     ids, scores = class_scores(mean, class_ids, image.size[::-1])
     pixels = to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True)
     return Cut(ids, scores, *label_and_margin(ids, refine(pixels, scores, options.beta, maps.attention)))

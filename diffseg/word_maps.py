@@ -5,8 +5,9 @@ or of the sum over some steps: a few kB a word. Which layers and steps are avera
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -33,12 +34,13 @@ class WordMaps:
     steps: list[list[int]]
     attention: torch.Tensor | None = None
 
-    def mean(self, resolutions: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+    def mean(self, resolutions: Sequence[int], steps: Sequence[int], layers: Sequence[str] = ()) -> torch.Tensor:
         """Return the mean over the layers of some map sizes and some steps, float32 W x h x w of the largest size.
 
-        resolutions: shorter sides in positions, each with the same weight, however many layers it has. Raises a
-        DiffsegError for a resolution or step that is not kept.
+        resolutions: shorter sides in positions, each with the same weight, however many layers it has. layers: the
+        only ones that count (`choose_layers`). Raises a DiffsegError for what is not kept.
         """
+        kept_layers = [self.layers[name] for name in choose_layers(self.layers, layers)]
         chosen = [k for k, kept in enumerate(self.steps) if set(kept) <= set(steps)]
         if sorted(step for k in chosen for step in self.steps[k]) != sorted(steps):
             kept = ", ".join(f"{some[0]}-{some[-1]}" if len(some) > 1 else str(some[0]) for some in self.steps)
@@ -48,12 +50,12 @@ class WordMaps:
             )
         means = []
         for resolution in sorted(set(resolutions)):
-            found = [maps[chosen].mean(dim=0) for maps in self.layers.values() if min(maps.shape[-2:]) == resolution]
+            found = [maps[chosen].mean(dim=0) for maps in kept_layers if min(maps.shape[-2:]) == resolution]
             if not found:
-                there = sorted({min(maps.shape[-2:]) for maps in self.layers.values()})
+                there = sorted({min(maps.shape[-2:]) for maps in kept_layers})
                 raise DiffsegError(
-                    f"no cross-attention is kept at resolution {resolution}: at this picture size there is {there}; "
-                    "choose attention_resolutions among them"
+                    f"no cross-attention is kept at resolution {resolution}: at this picture size there is {there}"
+                    f"{' in attention_layers' if layers else ''}; choose attention_resolutions among them"
                 )
             means.append(torch.stack(found).mean(dim=0)[None])
         return average(means)[0]
@@ -84,6 +86,20 @@ class WordMaps:
                 f"the word maps {path} cannot be read ({error}); remove the file to draw it anew"
             ) from None
         return cls(layers, steps, attention)
+
+
+def choose_layers(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the names that match one of some patterns, such as "up_blocks.1.*" or "*blocks.9.attn"; no pattern: all.
+
+    Raises a DiffsegError for a pattern that matches none.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise DiffsegError(
+                f"attention_layers has {pattern!r}, which is no layer of the generator; choose among {', '.join(names)}"
+            )
+    return [name for name in names if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def average(means: Sequence[torch.Tensor]) -> torch.Tensor:

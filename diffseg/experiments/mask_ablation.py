@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
-from diffseg.attention import AttentionRecorder, token_positions
+from diffseg.attention import AttentionRecorder, key_positions
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.metrics import ConfusionMatrix, bootstrap_interval, mean_iou
 from diffseg.drawing import draw_rows
@@ -109,7 +109,7 @@ def draw_variants(
     Of `options`, picture size, sampling and checkpoint count; what a variant has of its own is the variant's.
     A picture is the same, bit for bit, and has the same scores as `draw_with_masks` gives with that variant alone.
     """
-    tokens = [token_positions(pipeline.tokenizer, row.prompt, row.spans) for row in rows]
+    tokens = [key_positions(pipeline, row.prompt, row.spans) for row in rows]
     with ExitStack() as stack:
         recorders: dict[tuple[str, int | None], AttentionRecorder] = {}
         for variant in variants:

@@ -63,6 +63,8 @@ def edit_cell(notebook: Path, cell_id: str, old: str, new: str) -> None:
         ({"refiner": "none"}, "03_synthesis"),
         ({"attention_steps": "all"}, "03_synthesis"),
         ({"attention_resolutions": [8]}, "03_synthesis"),
+        ({"attention_layers": ["up_blocks.*"]}, "03_synthesis"),
+        ({"attention_softmax": "text"}, "03_drawing"),
         ({"iterations": 7}, "04_robust_training"),
         ({"bootstrap": 7}, "05_evaluation"),
         ({"workers": 3}, ""),

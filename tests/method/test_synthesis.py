@@ -14,8 +14,9 @@ from PIL import Image
 from diffseg.attention import AttentionRecorder, token_positions
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import pictures_set
-from diffseg.drawing import DrawingOptions, check_prompts, draw_rows, draw_set, name_of, read_drawn
+from diffseg.drawing import DrawingOptions, check_prompts, draw_rows, draw_set, draw_with_maps, name_of, read_drawn
 from diffseg.errors import DiffsegError, Incomplete
+from diffseg.families import layer_names
 from diffseg.files import read_rows, sha256_file
 from diffseg.generator import draw, load_generator, load_tokenizer, locate_generator
 from diffseg.prompts import augment
@@ -119,6 +120,26 @@ def test_kept_maps_choose_layers_and_steps_as_recorders_do(pipeline, rows, tmp_p
         only.mean((16,), [1])
 
 
+def test_layers_are_chosen_after_drawing(pipeline, rows):
+    names = layer_names(pipeline)
+    images, (maps,) = draw_with_maps(pipeline, rows[:1], OPTIONS)
+    assert sorted(names) == sorted(maps.layers) and len(names) > 2
+    of_16 = [name for name in names if maps.layers[name].shape[-1] == 16]
+    up = [name for name in of_16 if name.startswith("up_blocks.")]
+    expected = torch.stack([maps.layers[name][1] for name in up]).mean(dim=0)
+    assert len(of_16) > len(up) > 0
+    torch.testing.assert_close(maps.mean((16,), [1], ["up_blocks.*"]), expected)
+    torch.testing.assert_close(maps.mean((16,), [1], of_16), maps.mean((16,), [1]))
+    chosen = replace(OPTIONS, attention_layers=("up_blocks.*",))
+    refine = OPTIONS.refine("cpu")
+    some, every = (cut(images[0], maps, rows[0], VOC, options, refine).scores for options in (chosen, OPTIONS))
+    assert not torch.equal(some, every)
+    with pytest.raises(DiffsegError, match=r"attention_layers has '\*.attn3', which is no .*; choose among .*attn2"):
+        maps.mean((16,), [1], ["up_blocks.*", "*.attn3"])
+    with pytest.raises(DiffsegError, match=r"at this picture size there is \[4\] in attention_layers"):
+        maps.mean((16,), [1], ["mid_block.*"])
+
+
 def test_faint_maps_survive_half_precision(tmp_path):
     faint = torch.rand(1, 2, 4, 4) * torch.tensor([1e-9, 1.0]).view(1, 2, 1, 1)
     faint[0, 1] = 0
@@ -165,11 +186,11 @@ def test_pixels_that_are_no_numbers_come_out_black(mini_pipeline, monkeypatch):
 
 
 def test_all_prompts_are_checked_before_the_first_is_drawn(pipeline, rows):
-    check_prompts(pipeline.tokenizer, rows)
+    check_prompts(pipeline, rows)
     bad = [*rows, replace(rows[0], index=10, prompt="a photo of a zyzzyva", spans=((13, 20),))]
     bad.append(replace(rows[0], index=11, prompt="a cat " * 30 + "a dog", spans=((182, 185),)))
     with pytest.raises(DiffsegError, match="2 of 12 prompts cannot be drawn; prompt 10: .*does not know the word"):
-        check_prompts(pipeline.tokenizer, bad)
+        check_prompts(pipeline, bad)
 
 
 def test_a_refiner_and_wide_images(pipeline, rows):

@@ -27,7 +27,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffseg.attention import AttentionRecorder, token_positions
+from diffseg.attention import AttentionRecorder, key_positions
 from diffseg.benchmarks.classes import VOC
 from diffseg.drawing import draw_rows
 from diffseg.experiments.speed import time_in_turn
@@ -107,7 +107,7 @@ def options_for(pipeline, steps: int) -> SynthesisOptions:
 
 def capture(pipeline, rows: Sequence[Prompt], options: SynthesisOptions, **how) -> AttentionRecorder:
     """Draw the rows with a recorder and read its maps; `how` goes to the recorder."""
-    tokens = [token_positions(pipeline.tokenizer, row.prompt, row.spans) for row in rows]
+    tokens = [key_positions(pipeline, row.prompt, row.spans) for row in rows]
     with AttentionRecorder(pipeline, tokens, **how) as recorder:
         draw_rows(pipeline, rows, options)
     recorder.maps()
