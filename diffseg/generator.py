@@ -112,7 +112,11 @@ def offload_pipeline(pipeline: DiffusionPipeline, device: str | torch.device, of
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        pipeline.enable_group_offload(torch.device(device), offload_type="leaf_level")
+        try:
+            pipeline.enable_group_offload(torch.device(device), offload_type="leaf_level")
+        except ValueError as error:
+            name = type(pipeline).__name__
+            raise DiffsegError(f"{name} cannot be offloaded by groups; set generator_offload=model") from error
     else:
         pipeline.enable_sequential_cpu_offload(device=device)
 

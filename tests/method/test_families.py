@@ -1,5 +1,6 @@
 """The recorder and `draw` on every family: small pipelines of the real classes with random weights."""
 
+import dataclasses
 import functools
 import inspect
 from types import SimpleNamespace
@@ -7,7 +8,8 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading
+from accelerate import cpu_offload
+from diffusers.models.embeddings import ImageProjection
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from tiny_pipelines import BUILDERS, build
@@ -15,10 +17,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 
 from diffseg.attention import AttentionRecorder, key_positions
-from diffseg.drawing import DrawingOptions, draw_rows, draw_with_maps
+from diffseg.drawing import DrawingOptions, check_prompts, draw_rows, draw_with_maps
 from diffseg.errors import DiffsegError
-from diffseg.families import FAMILIES, denoiser_of, family_of, key_ranges
-from diffseg.generator import draw
+from diffseg.families import FAMILIES, denoiser_of, family_of, key_ranges, latent_noise, layer_names
+from diffseg.generator import draw, offload_pipeline
 from diffseg.prompts import Prompt
 
 PROMPT, OTHER = "a cat and dogs", "dogs on a plant"
@@ -91,7 +93,18 @@ def test_images_are_bit_identical_with_and_without_maps(name):
             layer.shape[:2] == (2, 2) and layer.shape[-1] == 2 * layer.shape[-2] for layer in one.layers.values()
         )
         assert all(layer.std() > 1e-4 * layer.mean() for layer in one.layers.values())
+        assert set(one.layers) == set(layer_names(pipeline))
     assert is_as_before(pipeline)
+
+
+def test_the_softmax_of_joint_attention_is_chosen_when_drawing():
+    pipeline = shared("sd3")
+    row = Prompt(0, PROMPT, WORDS[PROMPT], WORDS[PROMPT], spans_of(PROMPT), ("plain",) * 2, (0, 0), "", seed=0)
+    options = DrawingOptions(*size_of(pipeline), 2, 4.0, kept_steps="all")
+    _, (joint,) = draw_with_maps(pipeline, [row], options)
+    _, (text,) = draw_with_maps(pipeline, [row], dataclasses.replace(options, attention_softmax="text"))
+    for layer in joint.layers:  # the same, over fewer keys
+        assert (text.layers[layer] > joint.layers[layer]).all()
 
 
 @every_family
@@ -261,6 +274,9 @@ def test_keys_are_those_of_the_embeddings_that_the_denoiser_gets(name, prompt):
 
 def test_a_word_that_one_encoder_does_not_read_raises():
     pipeline = shared("hunyuan")
+    rows = [Prompt(0, "a ß", ("dog",), ("ß",), ((2, 3),), ("plain",), (0,), "", seed=0)]
+    with pytest.raises(DiffsegError, match="1 of 1 prompts cannot be drawn; prompt 0: .* does not know the word 'ß'"):
+        check_prompts(pipeline, rows)
     with pytest.raises(DiffsegError, match="does not know the word 'ß'"):
         key_positions(pipeline, "a ß", [(2, 3)])
     with pytest.raises(DiffsegError, match="'cat' is cut off: the generator reads 77 tokens"):
@@ -476,9 +492,56 @@ def test_what_a_family_has_not_is_one_sentence():
     assert {type(shared(name)).__name__ for name in BUILDERS} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["sd", "pixart-sigma", "sd3", "flux-dev", "qwen-image"])
-def test_with_the_denoiser_offloaded_by_groups(name):
+@pytest.mark.parametrize(
+    ("name", "offload"),
+    [
+        *((name, "model") for name in ("sd", "sd3", "z-image")),
+        *((name, "group") for name in ("sd", "pixart-sigma", "sd3", "flux-dev", "qwen-image")),
+        *((name, "sequential") for name in ("sd", "pixart-sigma", "sd3", "flux-dev", "z-image")),
+    ],
+)
+def test_maps_under_offload(name, offload):
+    """Without a GPU: diffusers' hooks then move weights from the CPU to the CPU."""
     whole, pipeline = record(shared(name)), build(name)
-    options = {"offload_type": "leaf_level", "offload_device": torch.device("cpu")}
-    apply_group_offloading(denoiser_of(pipeline), torch.device("cpu"), **options)
+    if offload == "sequential":  # on a CPU accelerate fails to do it with a text encoder
+        cpu_offload(denoiser_of(pipeline), torch.device("cpu"))
+    else:
+        offload_pipeline(pipeline, "cpu", offload)
     assert_close(record(pipeline).maps()[0], whole.maps()[0], 1e-4)
+
+
+def test_a_family_that_cannot_be_offloaded_by_groups():
+    with pytest.raises(DiffsegError, match="HunyuanDiTPipeline cannot .* by groups; .* generator_offload=model"):
+        offload_pipeline(build("hunyuan"), "cpu", "group")
+
+
+def test_with_an_ip_adapter():
+    """Its attention to a picture comes second in each layer: only that to the words is recorded."""
+    pipeline, without = build("sd"), record(shared("sd"), steps=[0])
+    unet = pipeline.unet
+    weights, k = {}, 1
+    for name in unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            width = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+            for half in ("to_k_ip", "to_v_ip"):
+                weights[f"{k}.{half}.weight"] = torch.randn(width, 16, generator=torch.Generator().manual_seed(k))
+            k += 2
+    projection = ImageProjection(image_embed_dim=16, cross_attention_dim=16, num_image_text_embeds=4).state_dict()
+    projection = {key.replace("image_embeds", "proj"): weight for key, weight in projection.items()}
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
+    embeds = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
+
+    def adapted(pipeline, prompts, seeds):
+        noise = latent_noise(pipeline, [torch.Generator().manual_seed(0)], *size_of(pipeline))
+        height, width = size_of(pipeline)
+        size = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "np"}
+        return pipeline(list(prompts), latents=noise, ip_adapter_image_embeds=[embeds], **size).images
+
+    plain, captured = adapted(pipeline, [PROMPT], None), []
+    recorder = record(pipeline, draws=lambda *args: captured.append(adapted(*args)), steps=[0])
+    assert (plain == captured[0]).all()
+    before, after = without.word_maps()[0].layers, recorder.word_maps()[0].layers
+    first, *_, last = layer_names(pipeline)
+    assert_close(after[first], before[first], 1e-5)
+    assert (after[last] - before[last]).abs().max() > 1e-3 * before[last].max()
+    assert is_as_before(pipeline)
