@@ -5,7 +5,9 @@ Drawing is expensive and knows nothing of masks. It writes the images (JPEGImage
 and the work is divided by the numbers of the images, so that a process needs to know nothing of the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,23 +86,40 @@ def draw_set(
     options: DrawingOptions,
     batch_size: int = 8,
     share: tuple[int, int] = (0, 1),
+    beside: AbstractContextManager[Callable[[Prompt], None]] | None = None,
 ) -> int:
     """Draw the images of `rows` that are not in `folder` yet, with their word maps; return how many were drawn.
 
-    An interrupted or divided run computes exactly what one process would have, as its batches are the same.
+    An interrupted or divided run computes exactly what one process would have, as its batches are the same. The files
+    of a batch are written while the next one is drawn. `beside` is entered for that time, and what it gives is called
+    with each row whose files are there (`diffseg.synthesis.cut_beside`).
     """
-    batches = batches_of(rows, batch_size, share)
-    todo = [batch for batch in batches if not all(is_drawn(folder, row) for row in batch)]
+    batches, drawn, written = batches_of(rows, batch_size, share), 0, None
     bar = tqdm(total=sum(map(len, batches)), desc="drawing images", unit="image", smoothing=0.1)
-    bar.update(bar.total - sum(map(len, todo)))
-    for batch in todo:
-        for row, image, maps in zip(batch, *draw_with_maps(pipeline, batch, options), strict=True):
+
+    def write(batch: Sequence[Prompt], images: Sequence[Image.Image], recorded: Sequence[WordMaps]) -> None:
+        for row, image, maps in zip(batch, images, recorded, strict=True):
             maps.save(folder / MAPS / f"{name_of(row)}.safetensors")
             with atomic_path(folder / IMAGES / f"{name_of(row)}.jpg") as path:
                 image.save(path, quality=options.jpeg_quality, subsampling=0)
+            take(row)
         bar.update(len(batch))
-    bar.close()
-    return sum(map(len, todo))
+
+    with bar, beside or nullcontext(lambda row: None) as take, ThreadPoolExecutor(1) as writer:
+        for batch in batches:
+            if all(is_drawn(folder, row) for row in batch):
+                for row in batch:
+                    take(row)
+                bar.update(len(batch))
+                continue
+            made = draw_with_maps(pipeline, batch, options)
+            if written:
+                written.result()  # so that two batches at most are in memory, and a full disk ends the drawing
+            written = writer.submit(write, batch, *made)
+            drawn += len(batch)
+        if written:
+            written.result()
+    return drawn
 
 
 def batches_of(rows: Sequence[Prompt], batch_size: int, share: tuple[int, int] = (0, 1)) -> list[Sequence[Prompt]]:

@@ -42,7 +42,7 @@ def pamr(
     it keeps differences of less than 0.01, a generator's noise, from being taken for edges.
     """
 
-    def neighbours(x: torch.Tensor) -> torch.Tensor:  # B x C x H x W -> B x C x 8 D x H x W
+    def neighbours(x: torch.Tensor) -> list[torch.Tensor]:  # 8 D of them, each of the size of x
         height, width = x.shape[-2:]
         around = []
         for d in dilations:
@@ -53,14 +53,17 @@ def pamr(
                 for j in range(3)
                 if (i, j) != (1, 1)
             ]
-        return torch.stack(around, dim=2)
+        return around
 
     around = neighbours(images)
-    deviation = torch.cat([around, images[:, :, None]], dim=2).std(dim=2, keepdim=True)
-    difference = (around - images[:, :, None]).abs() / (0.1 * (deviation + 0.1))
-    weights = (-difference.mean(dim=1, keepdim=True)).softmax(dim=2)
+    window = [images, *around]
+    mean = sum(window) / len(window)
+    deviation = (sum((x - mean) ** 2 for x in window) / (len(window) - 1)).sqrt()
+    scale = 0.1 * (deviation + 0.1)
+    differences = [((x - images).abs() / scale).mean(dim=1, keepdim=True) for x in around]
+    weights = (-torch.stack(differences)).softmax(dim=0)
     for _ in range(iterations):
-        scores = (weights * neighbours(scores)).sum(dim=2)
+        scores = sum(weight * x for weight, x in zip(weights, neighbours(scores), strict=True))
     return scores
 
 

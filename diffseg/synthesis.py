@@ -9,13 +9,20 @@ and index.csv (prompt, words, classes, seed of every image).
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
@@ -76,6 +83,45 @@ def cut(
     return Cut(ids, scores, *label_and_margin(ids, refine(pixels, scores, options.beta, maps.attention)))
 
 
+@dataclass
+class Cutter(Dataset):
+    """Cuts the mask of any row of prompts from files to files, in this process or in workers of a DataLoader."""
+
+    drawn: Path
+    folder: Path
+    benchmark: Benchmark
+    options: SynthesisOptions
+    device: str | torch.device
+
+    @cached_property
+    def refine(self) -> Callable:
+        return self.options.refine(self.device)
+
+    def __getitem__(self, row: Prompt) -> None:
+        name = name_of(row)
+        try:
+            made = cut(*read_drawn(self.drawn, row), row, self.benchmark, self.options, self.refine)
+        except DiffsegError as error:
+            with atomic_path(self.folder / FAILED / f"{name}.txt") as path:
+                path.write_text(f"{error}\n", encoding="utf-8")
+            return
+        rank = rank_within_class(made.label, made.margin)
+        for place, pixels in (("ReliabilityRank", rank), ("Reliability", made.margin)):
+            with atomic_path(self.folder / place / f"{name}.png") as path:
+                Image.fromarray(pixels.cpu().numpy()).save(path)
+        write_picture_label(self.folder / "SegmentationClass" / f"{name}.png", made.label.cpu().numpy(), self.benchmark)
+
+    def loader(self, rows: Iterable[Prompt], workers: int) -> DataLoader:
+        """Return what cuts the masks of `rows` as it is iterated, by that many processes; 0: by this one."""
+        if self.options.refiner == "sam" and torch.device(self.device).type != "cpu":
+            workers = min(workers, 1)  # each would hold a network on the GPU
+        context = None
+        if workers:
+            context = get_context("forkserver")  # processes that know nothing of the generator's threads and GPU
+            context.set_forkserver_preload([__name__])
+        return DataLoader(self, batch_size=None, sampler=rows, num_workers=workers, multiprocessing_context=context)
+
+
 def cut_set(
     rows: Sequence[Prompt],
     drawn: Path,
@@ -85,31 +131,59 @@ def cut_set(
     device: str | torch.device = "cpu",
     batch_size: int = 8,
     share: tuple[int, int] = (0, 1),
+    workers: int = 0,
 ) -> None:
     """Cut the masks of the images in `drawn` that are not in `folder` yet; JPEGImages there is a link to the images.
 
     An image from which no mask can be cut is left out with its reason (`write_lists`); the others go on. batch_size and
-    share are those of `draw_set`, so that a process cuts what it has drawn.
+    share are those of `draw_set`, so that a process cuts what it has drawn. workers: processes that cut, on one core
+    each; 0: this one. Masks are cut on the CPU (only `sam` uses `device`) and by one thread each, so that they depend
+    neither on the number of workers nor on the GPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / IMAGES).exists():
         (folder / IMAGES).symlink_to(os.path.relpath(drawn / IMAGES, folder), target_is_directory=True)
     mine = [row for batch in batches_of(rows, batch_size, share) for row in batch]
     todo = [row for row in mine if not is_cut(folder, row)]
-    refine = options.refine(device) if todo else None
-    for row in tqdm(todo, "cutting masks", unit="image", smoothing=0.1):
-        name = name_of(row)
-        try:
-            made = cut(*read_drawn(drawn, row), row, benchmark, options, refine)
-        except DiffsegError as error:
-            with atomic_path(folder / FAILED / f"{name}.txt") as path:
-                path.write_text(f"{error}\n", encoding="utf-8")
-            continue
-        rank = rank_within_class(made.label, made.margin)
-        for place, pixels in (("ReliabilityRank", rank), ("Reliability", made.margin)):
-            with atomic_path(folder / place / f"{name}.png") as path:
-                Image.fromarray(pixels.cpu().numpy()).save(path)
-        write_picture_label(folder / "SegmentationClass" / f"{name}.png", made.label.cpu().numpy(), benchmark)
+    if not todo:
+        return  # a loader would start its workers
+    loader = Cutter(drawn, folder, benchmark, options, device).loader(todo, workers)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as workers have
+    try:
+        for _ in tqdm(loader, "cutting masks", len(todo), unit="image", smoothing=0.1):
+            pass
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def cut_beside(
+    drawn: Path,
+    folder: Path,
+    benchmark: Benchmark,
+    options: SynthesisOptions,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+) -> Iterator[Callable[[Prompt], None]]:
+    """Cut masks by `workers` processes while images are drawn: the `beside` of `draw_set`.
+
+    What it gives takes a row whose image is drawn. On leaving, the masks of all rows that were given are cut. Without
+    workers it cuts nothing; that, and what an error leaves uncut, is left to `cut_set`.
+    """
+    if not workers:
+        yield lambda row: None
+        return
+    rows: SimpleQueue[Prompt | None] = SimpleQueue()
+    todo = (row for row in iter(rows.get, None) if not is_cut(folder, row))
+    loader = Cutter(drawn, folder, benchmark, options, device).loader(todo, workers)
+    thread = Thread(target=deque, args=(loader, 0), daemon=True)  # iterates and keeps nothing
+    thread.start()
+    try:
+        yield rows.put
+    finally:
+        rows.put(None)
+    thread.join()  # not where the drawing failed
 
 
 def is_cut(folder: Path, row: Prompt) -> bool:

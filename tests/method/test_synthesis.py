@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +15,23 @@ from PIL import Image
 from diffseg.attention import AttentionRecorder, token_positions
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import pictures_set
-from diffseg.drawing import DrawingOptions, check_prompts, draw_rows, draw_set, draw_with_maps, name_of, read_drawn
+from diffseg.drawing import (
+    DrawingOptions,
+    check_prompts,
+    draw_rows,
+    draw_set,
+    draw_with_maps,
+    is_drawn,
+    name_of,
+    read_drawn,
+)
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.families import layer_names
 from diffseg.files import read_rows, sha256_file
 from diffseg.generator import draw, load_generator, load_tokenizer, locate_generator
 from diffseg.prompts import augment
 from diffseg.reliability import rank_within_class
-from diffseg.synthesis import SynthesisOptions, cut, cut_set, draw_with_masks, write_lists
+from diffseg.synthesis import SynthesisOptions, cut, cut_beside, cut_set, draw_with_masks, is_cut, write_lists
 from diffseg.word_maps import WordMaps
 
 OPTIONS = SynthesisOptions(64, 64, 3, 4.0, (16,), "all", 0.2, "none")
@@ -71,6 +81,52 @@ def test_an_interrupted_or_divided_synthesis_makes_the_same_files(pipeline, rows
                 write_lists(rows, shares / "cut")
     write_lists(rows, shares / "cut")
     assert hashes(shares) == hashes(root)
+
+
+def test_each_image_is_handed_on_when_its_files_are_there(pipeline, rows, whole, tmp_path):
+    shutil.copytree(whole[0] / "drawn", tmp_path / "drawn")
+    (tmp_path / "drawn" / "JPEGImages" / "000005.jpg").unlink()
+    taken, left = [], []
+
+    @contextmanager
+    def beside():
+        try:
+            yield lambda row: taken.append((row, is_drawn(tmp_path / "drawn", row)))
+        finally:
+            left.append(True)
+
+    assert draw_set(pipeline, rows, tmp_path / "drawn", OPTIONS, 4, beside=beside()) == 4
+    assert sorted(row.index for row, _ in taken) == list(range(10)) and all(there for _, there in taken) and left
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "WordMaps").write_text("a file where a folder belongs")
+    with pytest.raises(OSError):
+        draw_set(pipeline, rows, tmp_path / "full", OPTIONS, 4, beside=beside())
+    assert len(taken) == 10 and len(left) == 2
+
+
+@pytest.mark.slow  # worker processes import the package
+def test_masks_do_not_depend_on_workers(pipeline, rows, tmp_path):
+    """Cut beside the drawing by two workers, and afterwards by this process with two threads: the same files."""
+    options = replace(OPTIONS, refiner="pamr")
+    beside, after = tmp_path / "beside", tmp_path / "after"
+    draw_set(pipeline, rows[:4], tmp_path / "drawn", options, 4)
+    Image.new("RGB", (64, 64)).save(tmp_path / "drawn" / "JPEGImages" / "000001.jpg")
+    workers = cut_beside(tmp_path / "drawn", beside, VOC, options, workers=2)
+    assert draw_set(pipeline, rows, tmp_path / "drawn", options, 4, beside=workers) == 6
+    assert all(is_cut(beside, row) for row in rows)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cut_set(rows, tmp_path / "drawn", after, VOC, options)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    found = hashes(after)
+    assert len(found) == 9 * 3 + 1 and "Failed/000001.txt" in found
+    assert hashes(beside) == found
+    (beside / "Reliability" / "000004.png").unlink()
+    cut_set(rows, tmp_path / "drawn", beside, VOC, options, workers=1)
+    assert hashes(beside) == found
 
 
 def test_the_set_is_vocs_layout(rows, whole):
