@@ -211,13 +211,15 @@ def study_scores(scores: pd.DataFrame, changes: Mapping[str, Mapping]) -> Figure
     return figure
 
 
-def study_predictions(folders: Mapping[str, Path], benchmark: Benchmark, data_root: str, columns: int = 8) -> Figure:
-    """Draw images evenly spaced over the validation split, their ground truth, and the predictions in each folder.
+def study_predictions(
+    folders: Mapping[str, Path], benchmark: Benchmark, data_root: str, split: str, columns: int = 8
+) -> Figure:
+    """Draw images evenly spaced over the evaluated split, their ground truth, and the predictions in each folder.
 
     folders: name of a row -> folder of label maps, as evaluation writes them. Of wide images a row has half as many.
     Raises a DiffsegError for predictions that are not whole.
     """
-    validation = open_split(benchmark, data_folder(data_root), benchmark.evaluation_split)
+    validation = open_split(benchmark, data_folder(data_root), split)
     _, height, width = validation[0][1].shape
     size = 2.0 if width > 1.5 * height else 1.0
     count = min(round(columns / size), len(validation))

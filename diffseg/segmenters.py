@@ -12,11 +12,14 @@ from torch import nn
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.paths import base_folder
+from diffseg.paths import base_folder, is_short_name, locate
 from diffseg.seeds import derive_seed
 
 # Name -> (architecture, encoder, options) of segmentation-models-pytorch.
 SMP_SEGMENTERS = {
+    # a residual network of one block a stage without its last stage, whose answer would come from 2 x 2 positions of 64
+    # pixels, and a narrow decoder up to every pixel: the mini world's, made for a CPU (results/tables/networks.csv)
+    "unet-resnet10t": ("unet", "tu-resnet10t", {"encoder_depth": 4, "decoder_channels": (128, 64, 32, 16)}),
     # half the usual decoder: a third of the computation at 64 pixels, where a CPU trains it in minutes
     "unet-resnet18": ("unet", "resnet18", {"decoder_channels": (128, 64, 32, 32, 16)}),
     "fpn-resnet18": ("fpn", "resnet18", {}),
@@ -53,6 +56,7 @@ ARCHITECTURES = {
 }
 SEGMENTERS = (*SMP_SEGMENTERS, *TRANSFORMERS_SEGMENTERS)
 WEIGHTS = "model.safetensors"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures (R, G, B), as all encoders expect
 
 
 class FromTransformers(nn.Module):
@@ -93,8 +97,9 @@ class Segmenter(nn.Module):
     """A network from pictures (float B x 3 x H x W, 0..1) to logits (B x classes x H x W).
 
     Normalisation and padding to a multiple of 32 happen inside, so a saved network needs no further knowledge.
-    encoder_weights: "imagenet" for a pretrained encoder of segmentation-models-pytorch; for the networks of
-    transformers the hub id or local folder of a whole pretrained network; None: from scratch.
+    encoder_weights: for the networks of segmentation-models-pytorch "imagenet", or "mini" or a folder with the weights
+    of the encoder alone (`load_encoder`); for those of transformers the hub id or local folder of a whole pretrained
+    network; None: from scratch.
     config: a saved network's configuration, where transformers has one. Raises a DiffsegError for an unknown name
     and for weights that cannot be had.
     """
@@ -111,13 +116,17 @@ class Segmenter(nn.Module):
                 self.network = FromTransformers(name, len(self.classes), encoder_weights, config)
             else:
                 architecture, encoder, options = SMP_SEGMENTERS[name]
+                folder = encoder_folder(encoder_weights)
+                named = None if folder else encoder_weights
                 self.network = smp.create_model(
-                    architecture, encoder, encoder_weights=encoder_weights, classes=len(self.classes), **options
+                    architecture, encoder, encoder_weights=named, classes=len(self.classes), **options
                 )
+                if folder:
+                    load_encoder(self.network.encoder, folder, name)
         except (OSError, KeyError, ValueError, ImportError) as error:
             raise DiffsegError(f"{name} cannot be made with encoder_weights {encoder_weights!r}: {error}") from error
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     @property
     def config(self) -> dict | None:
@@ -129,6 +138,29 @@ class Segmenter(nn.Module):
         image = (image - self.mean) / self.std
         padded = nn.functional.pad(image, (0, -width % 32, 0, -height % 32), mode="replicate")
         return self.network(padded)[..., :height, :width]
+
+
+def encoder_folder(encoder_weights: str | None) -> Path | None:
+    """Return the folder that encoder_weights names (a registered name such as "mini", or a path), else None."""
+    if not encoder_weights:
+        return None
+    folder = locate("encoder_weights", encoder_weights)
+    return folder if is_short_name("encoder_weights", encoder_weights) or folder.is_dir() else None
+
+
+def load_encoder(encoder: nn.Module, folder: Path, name: str) -> None:
+    """Load the weights of an encoder alone (WEIGHTS in `folder`, any floating precision) into that of segmenter `name`.
+
+    Raises a DiffsegError where the file is missing or damaged, or is another encoder's.
+    """
+    try:
+        encoder.load_state_dict(load_file(folder / WEIGHTS))
+    except Exception as error:  # missing, truncated and foreign files come as many kinds of exception
+        line = str(error).splitlines()[0]
+        raise DiffsegError(
+            f"{folder} holds no encoder of {name} ({line}); set encoder_weights to a folder made for it, or leave it "
+            "empty to train from scratch"
+        ) from error
 
 
 class Ensemble(nn.Module):

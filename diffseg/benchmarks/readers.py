@@ -3,13 +3,14 @@
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from diffseg.benchmarks.classes import Benchmark
+from diffseg.benchmarks.classes import DEVELOPMENT, Benchmark
 from diffseg.benchmarks.labels import picture_coding, read_label, read_pixels
 from diffseg.errors import DiffsegError
 from diffseg.paths import locate
@@ -66,6 +67,7 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
       or "train-semi". Names are "<tag>/<name>".
     - Cityscapes: `leftImg8bit/<split>/<city>/` and `gtFine/<split>/<city>/..._gtFine_labelIds.png`. Names are
       "<city>_<sequence>_<frame>".
+    - "dev" of each, in the same layout: pictures on which parameters are chosen. The mini benchmarks have it.
 
     Raises a DiffsegError for an unknown split, for missing or wrong folders with the official source and tree, and
     for a picture or mask of ImageNet-S without the other.
@@ -76,9 +78,11 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
         )
     if split not in benchmark.splits:
         raise DiffsegError(f"{benchmark.name} has no split {split!r}; it has {', '.join(benchmark.splits)}.")
-    base = Path(root) / benchmark.folder
+    base, sought = Path(root) / benchmark.folder, benchmark
+    if split == DEVELOPMENT:  # a missing file must not be sought in the official archives
+        sought = replace(benchmark, source=f"{benchmark.source}, hold back a part of its training pictures as {split}")
     list_items = {"voc": _voc_items, "imagenet-s": _imagenet_s_items, "cityscapes": _cityscapes_items}
-    items = list_items[benchmark.protocol](benchmark, base, split)
+    items = list_items[benchmark.protocol](sought, base, split)
     if not items:
         raise DiffsegError(f"The split {split} of {benchmark.name} below {base} is empty; unpack the data again.")
     return LabelledPictures(benchmark, items)

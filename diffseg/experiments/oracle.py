@@ -39,10 +39,10 @@ from diffseg.seeds import derive_seed
 HELD_OUT = 1920  # scenes on which an exported oracle is measured
 
 
-def free_scene(seed: int, name: str, index: int) -> Scene:
+def free_scene(seed: int, name: str, index: int, pair_share: float = 0.35) -> Scene:
     """Draw a scene that no benchmark holds: `name` enters its seed, and every picture comes equally often."""
     rng = np.random.default_rng(derive_seed(seed, name, index))
-    count = 2 if rng.random() < 0.35 else 1
+    count = 2 if rng.random() < pair_share else 1
     pictures = [PICTURES[k] for k in rng.integers(len(PICTURES), size=count)]
     words = [picture.word for picture in pictures]
     return draw_scene(rng, pictures, words, list(PLACES)[rng.integers(len(PLACES))])
@@ -146,9 +146,11 @@ def export_oracle(folder: Path, weights: Path) -> dict:
 
 
 def save_half(network: nn.Module, weights: Path, config: dict) -> None:
-    """Write model.safetensors in half precision and config.json."""
+    """Write model.safetensors in half precision (counters as they are) and config.json."""
+    state = network.state_dict()
+    state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     with atomic_path(weights / "model.safetensors") as path:
-        save_file({key: value.half().contiguous() for key, value in network.state_dict().items()}, path)
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
     with atomic_path(weights / "config.json") as path:
         path.write_text(json.dumps(config, indent=1) + "\n")
 

@@ -210,6 +210,7 @@ class Parameters(BaseModel):
     training_precision: Annotated[Text, OneOf("diffseg.training", "PRECISIONS")]
     checkpoint_every: Annotated[Count, Flag.INERT]
     # 05
+    evaluation_split: Text
     evaluation_batch: Annotated[Whole, Field(ge=1, le=10_000), Flag.INERT]
     evaluation_scales: Annotated[list[Annotated[Number, Field(gt=0, le=100)]], Filled]
     evaluation_flip: Truth
@@ -360,6 +361,11 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             for name in ("train_real", "mix_real"):
                 if get(name):
                     yield name, "be false, as one's own classes have no labelled images", f"Set `{name}=false`."
+    if given("evaluation_split", "benchmark") and get("evaluation_split"):
+        splits = get_benchmark(get("benchmark"), get("class_list", [])).splits
+        if get("evaluation_split") not in splits:
+            rule = f"be empty, or one of {get('benchmark')}'s splits {', '.join(splits)}"
+            yield "evaluation_split", rule, "Set `evaluation_split=dev` to choose parameters."
     if given("classes_per_prompt", "benchmark") and not get("caption_file"):  # a caption has the classes it names
         own = get("class_list")
         classes = len(own) if own else len({word.class_name for word in load_words(get("benchmark"))})

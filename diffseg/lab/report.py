@@ -13,7 +13,7 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
     """Return the run's summary from the manifests of notebooks 1 to 5 (step name -> manifest).
 
     Keys: miou and miou_real (0..1; the latter None without a real network), ratio, their 95 % intervals, images,
-    seconds per step, seed, benchmark, segmenter, hardware. Where the benchmark merges classes, groups holds each
+    seconds per step, seed, benchmark, split, segmenter, hardware. Where the benchmark merges classes, groups holds each
     network's IoU of them (0..1).
     """
     scores = manifests["05_evaluation"]["metrics"]
@@ -38,6 +38,7 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
         "images": manifests["03_synthesis"]["metrics"]["images"],
         "images_real": training["metrics"]["images_real"],
         "validation_images": synthetic["images"],
+        "split": manifests["05_evaluation"]["parameters"].get("evaluation_split") or "validation",
         "segmenter": training["parameters"]["segmenter"],
         "generator": manifests["03_synthesis"]["parameters"]["generator"],
         "seed": training["parameters"]["seed"],
@@ -70,7 +71,7 @@ def table_text(summary: Mapping) -> str:
     if summary["ratio"] is not None:
         rows.append({"trained on": "ratio", "mIoU (%)": f"{summary['ratio']:.2f}"})
     title = (
-        f"{summary['benchmark']}, {summary['validation_images']} validation images, {summary['segmenter']}, "
+        f"{summary['benchmark']}, {summary['validation_images']} {summary['split']} images, {summary['segmenter']}, "
         f"seed {summary['seed']}, {summary['inference']}"
     )
     return f"{title}\n{markdown(rows, 'simple')}\n"
@@ -83,7 +84,7 @@ def caption(summary: Mapping) -> str:
         trained += f" or {summary['images_real']} real"
     return (
         f"{summary['segmenter']} trained on {trained} images, seed {summary['seed']}; "
-        f"{summary['validation_images']} {summary['benchmark']} validation images; {summary['hardware']}."
+        f"{summary['validation_images']} {summary['benchmark']} {summary['split']} images; {summary['hardware']}."
     )
 
 

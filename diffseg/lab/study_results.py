@@ -43,7 +43,8 @@ def write_results(study: Study) -> None:
             values = step_parameters(notebook_of("05_evaluation"), study.runs[0].values)
             benchmark = get_benchmark(values["benchmark"], values["class_list"])
             shown = f"Validation images, ground truth, predictions (seed {study.seeds[0]})"
-            figures[f"{name}_predictions"] = study_predictions(folders, benchmark, values["data_root"]), shown
+            split = values["evaluation_split"] or benchmark.evaluation_split
+            figures[f"{name}_predictions"] = study_predictions(folders, benchmark, values["data_root"], split), shown
         for stem, (figure, shown) in figures.items():
             save_figure(figure, results / "figures" / f"{stem}.png")
             texts[results / "figures" / f"{stem}.txt"] = caption(record, shown) + "\n"

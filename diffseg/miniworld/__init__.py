@@ -18,6 +18,7 @@ def _data() -> Path:
 _MADE_OF = [HERE / "art", *(HERE / f"{name}.py" for name in ("scenes", "disk", "imagenet_s", "cityscapes"))]
 
 register("generator", "mini", lambda: WEIGHTS / "generator")
+register("encoder_weights", "mini", lambda: WEIGHTS / "encoder")
 register("sam_checkpoint", "mini", lambda: WEIGHTS / "sam")
 register("reference_network", "mini", lambda: WEIGHTS / "oracle")
 register("data_root", "mini", _data, _MADE_OF)

@@ -20,7 +20,11 @@ from diffseg.seeds import derive_seed
 
 HEIGHT, WIDTH = 64, 128  # Cityscapes' 1024 x 2048, sixteen times smaller
 FINE = 2  # drawn at twice the size and halved, for smooth edges
-CITIES = {"train": ("ampelburg", "brezelheim", "dachstadt", "eschenau"), "val": ("gleisdorf", "hafenried")}
+CITIES = {
+    "train": ("ampelburg", "brezelheim", "dachstadt", "eschenau"),
+    "val": ("gleisdorf", "hafenried"),
+    "dev": ("inselstadt", "jochberg"),
+}
 
 # The official labelIds (cityscapesScripts, labels.py); 0 to 6, 9, 10, 14 to 16 and 18 are not evaluated.
 LABEL_IDS = {
@@ -238,7 +242,7 @@ def cut_out(word: str) -> tuple[Image.Image, Image.Image]:
 def write_cityscapes(folder: Path, sizes: dict[str, int], seed: int) -> None:
     """Write mini Cityscapes below `folder` as the official archives unpack: leftImg8bit and gtFine.
 
-    sizes: pictures per split ("train", "val"); seed: of all scenes. Files are
+    sizes: pictures per split ("train", "val", "dev"); seed: of all scenes. Files are
     `leftImg8bit/<split>/<city>/<city>_<sequence>_<frame>_leftImg8bit.png` (RGB, 64 x 128) and
     `gtFine/<split>/<city>/..._gtFine_labelIds.png` (mode L, official labelIds). The same arguments give the same
     pictures; a scene follows from the seed, its split and its number alone. Raises a KeyError for another split.

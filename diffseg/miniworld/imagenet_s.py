@@ -41,7 +41,7 @@ def imagenet_s_scene(seed: int, split: str, index: int) -> tuple[str, Scene]:
 def write_imagenet_s(folder: Path, sizes: dict[str, int], seed: int) -> None:
     """Write `<split>/<tag>/<split>_<index>.JPEG` and `<split>-segmentation/<tag>/<split>_<index>.png`.
 
-    sizes: pictures of each split, "train-semi" and "validation". Masks are coded R + 256 * G, 0 for the
+    sizes: pictures of each split, "train-semi", "validation" and "dev". Masks are coded R + 256 * G, 0 for the
     background; no pixel is ignored, as every mask is exact.
     """
     benchmark = get_benchmark(NAME)

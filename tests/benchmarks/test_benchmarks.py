@@ -358,6 +358,8 @@ def test_a_missing_tree_names_what_is_missing_where_it_is_had_and_the_tree(tmp_p
     message = str(caught.value)
     assert benchmark.source in message and str(tmp_path / "nothing" / benchmark.folder) in message
     assert message.count("\n") == 0
+    with pytest.raises(DiffsegError, match="hold back a part of its training pictures as dev"):
+        open_split(benchmark, tmp_path / "nothing", "dev")
     with pytest.raises(DiffsegError, match="has no split 'best'; it has"):
         open_split(benchmark, tmp_path, "best")
 

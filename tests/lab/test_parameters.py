@@ -289,12 +289,13 @@ TOGETHER = [
     ({"class_list": ["fox", "Fox"], "train_real": False}, "'fox' of the class list is there twice"),
     ({"class_list": ["fox"]}, "`train_real` is true .* Set `train_real=false`"),
     ({"class_list": ["fox"], "train_real": False, "mix_real": True}, "`mix_real` is true"),
+    ({"evaluation_split": "validation"}, "`evaluation_split` is \"validation\" .* splits train, val"),
     ({"classes_per_prompt": 21}, "`classes_per_prompt` is 21 .* at most 20, the number of classes"),
     ({"benchmark": "cityscapes", "classes_per_prompt": 9}, "`classes_per_prompt` .* at most 8"),
     ({"class_list": ["fox"], "train_real": False, "classes_per_prompt": 2}, "`classes_per_prompt` .* at most 1"),
     ({"lora_candidates": 301}, "`lora_candidates` .* at most lora_steps, 300"),
     ({"lora_words": []}, "`lora_words` .* hold a word"),
-    ({"training_batch": 1}, "`training_batch` .* Set `training_batch=2`"),
+    ({"segmenter": "deeplabv3plus-resnet18", "training_batch": 1}, "`training_batch` .* Set `training_batch=2`"),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers import TINY_GENERATOR as TINY
 from PIL import Image
 
-from diffseg.benchmarks.classes import VOC
+from diffseg.benchmarks.classes import CITYSCAPES, DEVELOPMENT, MINI_IMAGENET_S, VOC
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.errors import DiffsegError
 from diffseg.experiments.generator import networks, pretrain
@@ -118,6 +118,19 @@ def test_mini_voc_is_read_by_the_voc_reader_and_repeats_byte_for_byte(tmp_path):
         error = np.abs(image.permute(1, 2, 0).numpy().astype(int) - scene.image).mean()
         assert error < 4, "JPEG at quality 95 changes a picture by a few levels only"
     assert json.loads((tmp_path / "a" / "world.json").read_text()) == sizes
+
+
+def test_the_development_split_is_read_as_the_others_and_shares_no_scene_with_them(tmp_path):
+    """As many scenes as the validation split, drawn alike, and none of them is in the other splits."""
+    for name, benchmark in (("voc", VOC), ("imagenet-s", MINI_IMAGENET_S), ("cityscapes", CITYSCAPES)):
+        others = {benchmark.training_split, benchmark.evaluation_split}
+        assert disk.MINI_BENCHMARKS[name].keys() == others | {DEVELOPMENT}
+        assert disk.MINI_BENCHMARKS[name][DEVELOPMENT] == disk.MINI_BENCHMARKS[name][benchmark.evaluation_split]
+        sizes = dict.fromkeys(disk.MINI_BENCHMARKS[name], 12)
+        disk.write_benchmarks(tmp_path / name, {"version": 1, "seed": 0, name: sizes})
+        splits = {split: open_split(benchmark, tmp_path / name, split) for split in sizes}
+        images = [image.numpy().tobytes() for split in splits.values() for _, image, _ in split]
+        assert [len(split) for split in splits.values()] == [12, 12, 12] and len(set(images)) == 36
 
 
 def test_a_data_root_that_is_not_there_is_named(tmp_path):
