@@ -29,7 +29,8 @@ SMP_SEGMENTERS = {
     "segformer-b0": ("segformer", "mit_b0", {}),
     "segformer-b2": ("segformer", "mit_b2", {}),
 }
-# Name -> (architecture, Swin backbone, options) of transformers; "tiny" is the published size, "mini" a CPU's.
+# Name -> (architecture, Swin backbone or None, options) of transformers; "tiny" is the published size, "mini" a CPU's.
+# With encoder_weights, the folder or hub id of a whole network, that network's size counts in place of the name's.
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SWIN_MINI = {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
 SWIN_TINY = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
@@ -44,13 +45,21 @@ MASK2FORMER_MINI = {
     "num_attention_heads": 4,
     "num_queries": 40,
 }
+SEGFORMER_MINI = {
+    "hidden_sizes": [16, 32, 48, 64],
+    "depths": [1, 1, 1, 1],
+    "num_attention_heads": [1, 2, 3, 4],
+    "decoder_hidden_size": 64,
+}
 TRANSFORMERS_SEGMENTERS = {
+    "segformer-mini": ("Segformer", None, SEGFORMER_MINI),
     "upernet-swin-mini": ("UperNet", SWIN_MINI, {"hidden_size": 64}),
     "upernet-swin-tiny": ("UperNet", SWIN_TINY, {"hidden_size": 512}),
     "mask2former-swin-mini": ("Mask2Former", SWIN_MINI, MASK2FORMER_MINI),
     "mask2former-swin-tiny": ("Mask2Former", SWIN_TINY, {}),
 }
 ARCHITECTURES = {
+    "Segformer": (transformers.SegformerConfig, transformers.SegformerForSemanticSegmentation),
     "UperNet": (transformers.UperNetConfig, transformers.UperNetForSemanticSegmentation),
     "Mask2Former": (transformers.Mask2FormerConfig, transformers.Mask2FormerForUniversalSegmentation),
 }
@@ -60,7 +69,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictur
 
 
 class FromTransformers(nn.Module):
-    """UperNet or Mask2Former as a map from normalised pictures to logits at the picture's size.
+    """SegFormer, UperNet or Mask2Former as a map from normalised pictures to logits at the picture's size.
 
     Mask2Former gives a class distribution and a mask for each query, and its own loss matches queries to segments.
     A per-pixel label with holes and weights fits no such matching, so its output becomes per-class scores by the
@@ -73,10 +82,12 @@ class FromTransformers(nn.Module):
         architecture, swin, options = TRANSFORMERS_SEGMENTERS[name]
         config_class, model_class = ARCHITECTURES[architecture]
         if weights:  # a hub id or a local folder; its backbone may have any size, its classes give way to ours
-            self.model = model_class.from_pretrained(weights, num_labels=classes, ignore_mismatched_sizes=True)
+            self.model = model_class.from_pretrained(
+                weights, num_labels=classes, ignore_mismatched_sizes=True, use_safetensors=True
+            )
         else:
-            backbone = transformers.SwinConfig(**swin, out_features=STAGES)
-            own = config_class(backbone_config=backbone, num_labels=classes, **options)
+            backbone = {"backbone_config": transformers.SwinConfig(**swin, out_features=STAGES)} if swin else {}
+            own = config_class(**backbone, num_labels=classes, **options)
             self.model = model_class(config_class.from_dict(config) if config else own)
         if architecture == "UperNet":
             self.model.auxiliary_head = None  # a second loss that no other network here has
@@ -85,8 +96,8 @@ class FromTransformers(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         output = self.model(pixel_values=image)
-        if not self.is_mask2former:
-            return output.logits
+        if not self.is_mask2former:  # SegFormer answers at a quarter of the size
+            return nn.functional.interpolate(output.logits, image.shape[-2:], mode="bilinear")
         shares = output.class_queries_logits.float().softmax(dim=-1)[..., :-1]  # the last is "no object"
         masks = output.masks_queries_logits.float().sigmoid()
         scores = torch.einsum("bqc,bqhw->bchw", shares, masks)

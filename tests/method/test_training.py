@@ -3,15 +3,19 @@
 import dataclasses
 import os
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from diffseg import training
 from diffseg.errors import DiffsegError
-from diffseg.paths import project_root
+from diffseg.paths import locate, project_root
 from diffseg.reliability import rank_within_class, trusted_pixels
 from diffseg.segmenters import (
     SEGMENTERS,
+    STAGES,
     Ensemble,
     FromTransformers,
     Segmenter,
@@ -309,7 +313,7 @@ def test_every_segmenter_maps_odd_sizes_to_logits_of_the_same_size(name):
         assert network(torch.rand(2, 3, 40, 75)).shape == (2, 3, 40, 75)
 
 
-@pytest.mark.parametrize("name", ("unet-resnet18", "upernet-swin-mini", "mask2former-swin-mini"))
+@pytest.mark.parametrize("name", ("unet-resnet10t", "segformer-mini", "upernet-swin-mini", "mask2former-swin-mini"))
 def test_a_saved_segmenter_predicts_the_same(tmp_path, name):
     network = Segmenter(name, CLASSES).eval()
     save_segmenter(network, tmp_path)
@@ -347,6 +351,53 @@ def test_mask2former_is_trained_by_pixels_and_argmax_is_semantic_inference():
     scores = (shares[:, :, None, None] * output.masks_queries_logits[0].sigmoid()[:, None]).sum(0)
     small = torch.nn.functional.interpolate(network(image), scores.shape[-2:], mode="bilinear", antialias=True)
     assert (small[0].argmax(0) == scores.argmax(0)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ("segformer-mini", "mask2former-swin-mini"))
+def test_a_folder_of_a_whole_network_trains_and_predicts(tmp_path, name):
+    """The folder's network has another size than the name's and other classes, as one from the hub would have."""
+    torch.manual_seed(0)
+    if name == "segformer-mini":
+        config = transformers.SegformerConfig(
+            hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4, num_labels=5
+        )
+        pretrained = transformers.SegformerForSemanticSegmentation(config)
+    else:
+        swin = transformers.SwinConfig(
+            embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=STAGES
+        )
+        small = {size: 32 for size in ("feature_size", "mask_feature_size", "hidden_dim", "dim_feedforward")}
+        config = transformers.Mask2FormerConfig(
+            backbone_config=swin, num_labels=5, num_queries=6, num_attention_heads=2, encoder_layers=1,
+            encoder_feedforward_dim=16, decoder_layers=2, **small
+        )  # fmt: skip
+        pretrained = transformers.Mask2FormerForUniversalSegmentation(config)
+    pretrained.save_pretrained(tmp_path / "hub")
+    network = new_networks(1, name, CLASSES, 0, encoder_weights=str(tmp_path / "hub"))
+    ours, theirs = network.network.model.state_dict(), pretrained.state_dict()
+    alike = [torch.equal(value, theirs[key]) for key, value in ours.items() if value.shape == theirs[key].shape]
+    assert all(alike) and len(alike) > 0.9 * len(theirs)
+    history = train(network, halves(), 255, changed(iterations=20, learning_rate=5e-3), 0)
+    assert np.mean(history["loss"][-5:]) < 0.8 * np.mean(history["loss"][:3])
+    save_segmenter(network, tmp_path / "trained")
+    image = torch.rand(2, 3, 40, 48)
+    assert torch.equal(load_segmenter(tmp_path / "trained")(image), network(image))
+
+
+def test_the_pretrained_encoder_is_loaded_into_every_network_and_only_there(tmp_path):
+    first, second = new_networks(2, "unet-resnet10t", CLASSES, 0, encoder_weights="mini").networks
+    scratch = new_networks(2, "unet-resnet10t", CLASSES, 0).networks[0]
+    shipped = load_file(locate("encoder_weights", "mini") / "model.safetensors")
+    for network in (first, second):
+        for key, value in network.network.encoder.state_dict().items():
+            assert torch.equal(value, shipped[key].to(value.dtype)), key
+    assert same(first.network.decoder, scratch.network.decoder)
+    assert not same(first.network.decoder, second.network.decoder)
+    assert not same(first.network.encoder, scratch.network.encoder)
+    with pytest.raises(DiffsegError, match="holds no encoder of unet-resnet18"):
+        Segmenter("unet-resnet18", CLASSES, "mini")
+    with pytest.raises(DiffsegError, match="holds no encoder of unet-resnet10t"):
+        Segmenter("unet-resnet10t", CLASSES, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ("fpn-resnet18", "upernet-swin-mini", "mask2former-swin-mini"))
