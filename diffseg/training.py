@@ -291,7 +291,8 @@ def train(
     background = network.classes.index("background") if "background" in network.classes else None
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("workers", "checkpoint_every")}
     recipe = json.dumps([kept, seed, len(dataset), network.name, network.classes])
-    learner = Learner(network.to(device).train(), options, device)
+    network.to(device, memory_format=torch.channels_last)  # faster on a CPU (results/tables/networks.csv)
+    learner = Learner(network.train(), options, device)
     if checkpoint and checkpoint.is_file():
         learner.resume(checkpoint, recipe, device)
     parallel = data_parallel(networks, state)

@@ -1,0 +1,182 @@
+"""Where are the points lost between real and synthetic images? One network and one recipe on four training sets.
+
+python -m diffseg.experiments.ladder mini-voc --without mini-voc-without  results/tables/ladder.csv (means over seeds),
+                             ladder_seeds.csv (a row a training), ladder.json, results/figures/ladder.png and .pdf
+
+The rungs are real images with ground-truth masks; a run's synthetic images with the masks that the mini world's oracle
+sees in them (what is lost to real is the images' fault); the same images with the run's masks (what is lost further is
+the masks'); a run with none of the techniques. Both sets hold as many images. Seeds are of the training: initial
+decoder, order and augmentation; all of them train on the same images.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib.pyplot as plt
+import torch
+from accelerate import PartialState
+from matplotlib.figure import Figure
+from torch.utils.data import Dataset, Subset
+
+from diffseg.benchmarks.classes import Benchmark, get_benchmark
+from diffseg.benchmarks.evaluation import evaluate
+from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
+from diffseg.experiments.mask_ablation import load_reference
+from diffseg.figures import save_figure
+from diffseg.files import atomic_path, read_rows, sha256_text, write_rows
+from diffseg.lab.batch import resolve, step_parameters
+from diffseg.lab.manifests import read_manifest
+from diffseg.lab.provenance import provenance
+from diffseg.lab.steps import named_files, notebook_of
+from diffseg.paths import project_root
+from diffseg.segmenters import load_segmenter, new_networks
+from diffseg.training import NETWORKS, TrainingOptions, train_once
+
+REAL, ORACLE, OURS, WITHOUT = (
+    "real images, ground-truth masks",
+    "synthetic images, the oracle's masks",
+    "synthetic images, attention masks",
+    "none of the techniques",
+)
+RUNGS = {"real": REAL, "oracle": ORACLE, "ours": OURS, "without": WITHOUT}
+
+
+class Relabelled(Dataset):
+    """Images of a synthetic set under the masks that a network sees in them; items (name, image, label)."""
+
+    def __init__(self, pictures: Dataset, network: Callable[[torch.Tensor], torch.Tensor]):
+        self.pictures, self.labels = pictures, []
+        with torch.inference_mode():
+            for k in range(len(pictures)):
+                self.labels.append(network(pictures[k][1][None].float() / 255)[0].argmax(dim=0))
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
+        name, image = self.pictures[index][:2]
+        return name, image, self.labels[index]
+
+
+def options_of(parameters: dict, mode: str) -> TrainingOptions:
+    """Return the training of step 4 under its parameters, in another mode."""
+    known = {field.name for field in fields(TrainingOptions)} & parameters.keys()
+    values = {name: tuple(v) if isinstance(v := parameters[name], list) else v for name in known}
+    return TrainingOptions(**values | {"precision": parameters["training_precision"], "training_mode": mode})
+
+
+def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Dataset:
+    """Return a rung's images with their labels; `run` is the run that made the synthetic ones."""
+    synthetic = pictures_set(run / "03_synthesis", benchmark)
+    if rung == "oracle":
+        return Relabelled(synthetic, load_reference("mini", benchmark).eval())
+    if rung != "real":
+        return synthetic
+    real = open_split(benchmark, root, benchmark.training_split)
+    count = min(len(synthetic), len(real))  # spread over the list, as in step 4
+    return Subset(real, [k * len(real) // count for k in range(count)])
+
+
+def climb(chosen: argparse.Namespace) -> list[dict]:
+    """Train and score every rung and seed that is not there yet, and return a row each, mIoU in %."""
+    device, rows = PartialState().device, []
+    values, run = resolve(chosen.run, {})
+    other = run.with_name(chosen.without) if chosen.without else run
+    benchmark, root = get_benchmark(values["benchmark"], values["class_list"]), data_folder(values["data_root"])
+    split = chosen.split or benchmark.evaluation_split
+    parameters = step_parameters(notebook_of("04_robust_training"), values)
+    start = {"segmenter": parameters["segmenter"], "encoder_weights": parameters["encoder_weights"]}
+    for rung in chosen.rungs:
+        dataset = training_set(rung, benchmark, other if rung == "without" else run, root)
+        # ground truth and the oracle's masks need no robustness, and the last rung has none by its name
+        mode = values.get("training_mode", "baseline") if rung == "ours" else "baseline"
+        options = options_of(parameters, mode)
+        source = (read_manifest((other if rung == "without" else run) / "03_synthesis") or {}).get("key")
+        recipe = json.dumps([source, start, named_files(start), asdict(options)])
+        for seed in range(chosen.seeds):
+            # a network of another recipe lies elsewhere, so what is there is what this call would train
+            folder = chosen.folder / values["run"] / sha256_text(recipe)[:12] / f"{rung}-{seed}"
+            weights = start["encoder_weights"] or None
+            untrained = partial(new_networks, NETWORKS[mode], start["segmenter"], benchmark.classes, seed, weights)
+            train_once(folder, untrained, dataset, benchmark.ignore, options, seed, device, f"{rung}, seed {seed}")
+            network = load_segmenter(folder).to(device)
+            miou = evaluate(
+                network, open_split(benchmark, root, split), benchmark, batch_size=32, device=device, bootstrap=2
+            ).miou
+            row = {"benchmark": values["run"], "split": split, "rung": RUNGS[rung], "images": len(dataset)}
+            rows.append(row | {"mode": mode, "seed": seed, "miou": f"{100 * miou:.1f}"})
+            print(*rows[-1].values(), sep=", ", flush=True)
+    return rows
+
+
+def means(rows: Sequence[dict]) -> list[dict]:
+    """Return a row for each benchmark, split and rung: mean and standard deviation over seeds, and share of real."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["benchmark"], row["split"], row["rung"]), []).append(row)
+    score = {key: mean(float(row["miou"]) for row in some) for key, some in groups.items()}
+    found = []
+    for key, some in groups.items():
+        values = [float(row["miou"]) for row in some]
+        real = score.get((*key[:2], REAL))
+        row = dict(zip(("benchmark", "split", "rung"), key, strict=True))
+        row |= {"images": some[0]["images"], "mode": some[0]["mode"], "seeds": len(some), "miou": f"{score[key]:.1f}"}
+        row |= {"miou_spread": f"{stdev(values):.1f}" if len(values) > 1 else ""}
+        found.append(row | {"ratio": f"{score[key] / real:.2f}" if real else ""})
+    return found
+
+
+def ladder_figure(rows: Sequence[dict]) -> Figure:
+    """Draw the mean of each rung as a bar and each seed as a point, a panel a benchmark."""
+    names = list(dict.fromkeys(row["benchmark"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.2), squeeze=False, sharey=True)
+    rungs = [rung for rung in RUNGS.values() if any(row["rung"] == rung for row in rows)]
+    for axis, name in zip(axes[0], names, strict=True):
+        for place, rung in enumerate(rungs):
+            scores = [float(row["miou"]) for row in rows if row["benchmark"] == name and row["rung"] == rung]
+            if scores:
+                axis.barh(place, mean(scores), color="0.75")
+                axis.plot(scores, [place] * len(scores), "k.", markersize=4)
+                axis.text(1, place, f"{mean(scores):.1f}", va="center", fontsize=8)
+        axis.set(title=name, xlabel="mIoU (%)", xlim=(0, 100))
+        axis.set_yticks(range(len(rungs)), rungs)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="name of a parameter file whose run has step 3")
+    parser.add_argument("--without", default="", help="name of the run with none of the techniques")
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
+    parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
+    parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
+    parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "ladder")
+    parser.add_argument("--out", type=Path, default=project_root() / "results")
+    chosen = parser.parse_args(arguments)
+    rows, table = climb(chosen), chosen.out / "tables" / "ladder_seeds.csv"
+    made = {(row["benchmark"], row["split"], row["rung"]) for row in rows}
+    kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
+    rows = [row for row in kept if (row["benchmark"], row["split"], row["rung"]) not in made] + rows
+    write_rows(table, rows)
+    write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
+    _, run = resolve(chosen.run, {})
+    images = {
+        place.name: (read_manifest(place / "03_synthesis") or {}).get("key")
+        for place in [run, *([run.with_name(chosen.without)] if chosen.without else [])]
+    }
+    with atomic_path(chosen.out / "tables" / "ladder.json") as path:
+        path.write_text(json.dumps({"images": images, "seeds": chosen.seeds, **provenance()}, indent=1))
+    figure = ladder_figure(rows)
+    save_figure(figure, chosen.out / "figures" / "ladder.png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
