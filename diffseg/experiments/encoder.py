@@ -31,7 +31,7 @@ from diffseg.experiments.trainer import Trainer, mixed_precision, training_note
 from diffseg.miniworld.scenes import load_pictures
 from diffseg.segmenters import MEAN, STD, Segmenter, load_encoder
 
-SEGMENTER = "unet-resnet10t"  # whose encoder it is
+SEGMENTER = "resunet-resnet10t"  # whose encoder it is
 NAMES = tuple(picture.word for picture in load_pictures())
 PAIR_SHARE = 0.5  # of the scenes; two objects are smaller, and the network must tell them apart
 SIDES = (32, 48, 64, 64)  # a batch's side in pixels is one of these: objects of every size, and less to compute
@@ -122,18 +122,18 @@ def export_encoder(folder: Path, weights: Path) -> dict:
 
 CARD = """# The pretrained encoder
 
-The encoder of the segmenter `unet-resnet10t` (a ResNet-10-T of timm without its last stage), {parameters:,}
-parameters, {size:.1f} MB in half precision. It stands for the ImageNet backbone from which networks for PASCAL VOC
-begin: `encoder_weights: mini` loads it into the synthetic network and into the real one; empty trains from scratch.
+The encoder of the segmenter `resunet-resnet10t` (timm's ResNet-10-T without its last stage), {parameters:,} parameters,
+{size:.1f} MB in half precision. It stands for the ImageNet backbone from which networks for PASCAL VOC begin:
+`encoder_weights: mini` loads it into the synthetic network and into the real one; empty trains from scratch.
 
 - **Data**: scenes drawn on the fly from emoji art (`diffseg/experiments/encoder.py`), half of them with two objects,
   softened, tinted and scaled. Their seeds are no benchmark's. It sees words of whole scenes, never a mask.
-- **Recipe**: `{recipe}`, from scratch: which of the mini world's pictures a scene shows, largest logit over all
-  positions, binary cross-entropy; {samples_seen:,} scenes, {steps:,} steps of {batch}, {seconds:,.0f} s; the loss curve
-  is in `training.json`.
+- **Recipe**: `{recipe}`, from scratch: which of the mini world's
+  pictures a scene shows, largest logit over all positions, binary cross-entropy; {samples_seen:,} scenes, {steps:,}
+  steps of {batch}, {seconds:,.0f} s of one thread beside other work; the loss curve is in `training.json`.
 - **Quality**: on {held_out[scenes]:,} held-out scenes the best name is right in {held_out[one]:.1%} of those with one
   picture, the best two in {held_out[two]:.1%} of those with two.
-- **Known failures**: it knows drawn scenes; very small things (below eight pixels) it never saw.
+- **Known failures**: it knows drawn scenes; things below eight pixels it never saw.
 - **Licence**: MIT; the art is Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0.
 """
 

@@ -313,7 +313,7 @@ def test_every_segmenter_maps_odd_sizes_to_logits_of_the_same_size(name):
         assert network(torch.rand(2, 3, 40, 75)).shape == (2, 3, 40, 75)
 
 
-@pytest.mark.parametrize("name", ("unet-resnet10t", "segformer-mini", "upernet-swin-mini", "mask2former-swin-mini"))
+@pytest.mark.parametrize("name", ("resunet-resnet10t", "segformer-mini", "upernet-swin-mini", "mask2former-swin-mini"))
 def test_a_saved_segmenter_predicts_the_same(tmp_path, name):
     network = Segmenter(name, CLASSES).eval()
     save_segmenter(network, tmp_path)
@@ -385,8 +385,8 @@ def test_a_folder_of_a_whole_network_trains_and_predicts(tmp_path, name):
 
 
 def test_the_pretrained_encoder_is_loaded_into_every_network_and_only_there(tmp_path):
-    first, second = new_networks(2, "unet-resnet10t", CLASSES, 0, encoder_weights="mini").networks
-    scratch = new_networks(2, "unet-resnet10t", CLASSES, 0).networks[0]
+    first, second = new_networks(2, "resunet-resnet10t", CLASSES, 0, encoder_weights="mini").networks
+    scratch = new_networks(2, "resunet-resnet10t", CLASSES, 0).networks[0]
     shipped = load_file(locate("encoder_weights", "mini") / "model.safetensors")
     for network in (first, second):
         for key, value in network.network.encoder.state_dict().items():
@@ -396,8 +396,8 @@ def test_the_pretrained_encoder_is_loaded_into_every_network_and_only_there(tmp_
     assert not same(first.network.encoder, scratch.network.encoder)
     with pytest.raises(DiffsegError, match="holds no encoder of unet-resnet18"):
         Segmenter("unet-resnet18", CLASSES, "mini")
-    with pytest.raises(DiffsegError, match="holds no encoder of unet-resnet10t"):
-        Segmenter("unet-resnet10t", CLASSES, str(tmp_path))
+    with pytest.raises(DiffsegError, match="holds no encoder of resunet-resnet10t"):
+        Segmenter("resunet-resnet10t", CLASSES, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ("fpn-resnet18", "upernet-swin-mini", "mask2former-swin-mini"))
