@@ -296,9 +296,10 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     for step in STEPS:
         (run / step).mkdir(parents=True)
         for name in ("summary.json", "table.txt", "figures.txt"):
-            (run / step / name).write_text(name)
+            (run / step / name).write_text(json.dumps(summarise(manifests())))
         names = ["summary.json", "table.txt", "figures.txt"]
-        write_manifest(run / step, names, {"step": step, "key": "k", "parameters": {}})
+        made = {"step": step, "key": "k", "parameters": {}, "versions": {"diffseg": "0.0.1"}}
+        write_manifest(run / step, names, made | manifests().get(step, {}))
     for path in notebooks:
         write_executed(path)
         write_executed(run / "notebooks" / path.name)
@@ -316,3 +317,4 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     assert sorted(path.stem for path in (target / "manifests").iterdir()) == sorted(STEPS)
     assert {path.name for path in target.iterdir()} == {"figures", "manifests", *names}
     assert [path.name for path in (target / "figures").iterdir()] == ["06_overview.png"]
+    assert "| tiny " in (tmp_path / "results" / "tables" / "benchmarks.md").read_text()
