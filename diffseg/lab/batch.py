@@ -12,7 +12,7 @@ from diffseg.errors import DiffsegError, Incomplete
 from diffseg.files import atomic_path
 from diffseg.lab import processes
 from diffseg.lab.declarations import check, check_together
-from diffseg.lab.locks import acquire, locked, run_lock, step_lock
+from diffseg.lab.locks import acquire, run_lock, step_lock
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import declared, read_yaml
 from diffseg.lab.runs import link, trouble, writing
@@ -80,7 +80,7 @@ def run(
             waiting = f"{title}, waits for another run that makes the same"
             with contextlib.ExitStack() as claims:
                 for step in steps:  # two runs at the same time do not make a step twice
-                    claims.enter_context(locked(*step_lock(folders[step]), bool(shard), waiting))
+                    claims.enter_context(acquire(*step_lock(folders[step]), bool(shard), waiting))
                 problem = next(filter(None, (trouble(path, verify) for path in folders.values())), "")
                 if not problem and not (force and name in selected):
                     was = [(folder / step).resolve() == path for step, path in folders.items()]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from diffseg.errors import DiffsegError
-from diffseg.lab.locks import locked, step_lock
+from diffseg.lab.locks import acquire, step_lock
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.steps import results_folder
 
@@ -32,7 +32,7 @@ def clean(out: str = "", agreed: bool = False) -> list[Path]:
             print("nothing was removed")
             return []
     for folder in unused:
-        with locked(*step_lock(folder)):
+        with acquire(*step_lock(folder)):
             shutil.rmtree(folder)
     return unused
 

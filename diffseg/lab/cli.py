@@ -1,8 +1,9 @@
-"""The command `diffseg`: run the notebooks of a parameter file or a whole study, list what there is, and clean up."""
+"""The command `diffseg`: run the notebooks of a parameter file or a whole study, list, publish, and clean up."""
 
 import argparse
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from diffseg.errors import DiffsegError
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     cleaner = commands.add_parser("clean", help="list the steps that no run refers to, and remove them when you agree")
     cleaner.add_argument("--yes", action="store_true", help="remove them without asking")
     cleaner.add_argument("--out", metavar="DIR", default="", help="folder of steps and runs (default: results)")
+    publisher = commands.add_parser("publish", help="copy a run's numbers and notebooks to results/, fill the README")
+    publisher.add_argument("run", nargs="?", type=Path, help="such as results/runs/mini-voc; without, the README only")
     arguments = parser.parse_args(argv)
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
@@ -60,6 +63,12 @@ def main(argv: list[str] | None = None) -> int:
                 arguments.verify)  # fmt: skip
         elif arguments.command == "clean":
             clean(arguments.out, arguments.yes)
+        elif arguments.command == "publish":
+            from diffseg.lab.publishing import fill_readme, publish  # here: others need not wait for pandas
+
+            if arguments.run:
+                publish(arguments.run)
+            fill_readme()
         elif arguments.name:
             from diffseg.lab.study_results import write_results  # here: others need not wait for matplotlib
 

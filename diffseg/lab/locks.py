@@ -1,8 +1,6 @@
 """Locks on files, which end with the process that holds them, also when it is killed."""
 
-import contextlib
 import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -12,7 +10,7 @@ RUNNER = "DIFFSEG_RUNNER"  # set in the kernels of `diffseg run`, which holds th
 
 
 def acquire(path: Path, busy: str, shared: bool = False, waiting: str = "") -> TextIO:
-    """Return the open file that holds the lock; closing it gives the lock back.
+    """Return the open file that holds the lock; closing it, or leaving its `with` block, gives the lock back.
 
     Where another process holds it, `waiting` is printed and the lock waited for; without `waiting` DiffsegError says
     `busy`. Holders of a shared lock keep out those who want it alone, not each other.
@@ -29,12 +27,6 @@ def acquire(path: Path, busy: str, shared: bool = False, waiting: str = "") -> T
         print(waiting, flush=True)
         fcntl.flock(file, kind)
     return file
-
-
-@contextlib.contextmanager
-def locked(path: Path, busy: str, shared: bool = False, waiting: str = "") -> Iterator[None]:
-    with acquire(path, busy, shared, waiting):
-        yield
 
 
 def run_lock(run: Path) -> tuple[Path, str]:

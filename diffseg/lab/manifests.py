@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffseg.errors import DiffsegError
-from diffseg.files import MANIFEST, atomic_path, sha256_file, sha256_text
+from diffseg.files import MANIFEST, atomic_path, sha256_file, sha256_text, write_text
 
 LISTING = "outputs.csv"
 
@@ -51,8 +51,7 @@ def write_manifest(folder: Path, names: Iterable[str], content: dict[str, Any]) 
         writer.writerow(("name", "bytes", "modified_ns", "sha256"))
         writer.writerows(rows)
     manifest = content | {"outputs": {"count": len(rows), "sha256": fingerprint((row[0], row[3]) for row in rows)}}
-    with atomic_path(folder / MANIFEST, durable=True) as path:
-        path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", durable=True)
     return manifest
 
 

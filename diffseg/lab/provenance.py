@@ -1,7 +1,6 @@
 """By which code, machine and packages a result was made."""
 
 import importlib.metadata
-import math
 import os
 import platform
 import re
@@ -9,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 import diffseg
 from diffseg.lab import processes
@@ -80,12 +81,6 @@ def hardware() -> dict[str, Any]:
 
 def as_json(value: Any) -> Any:
     """Return `value` as JSON can hold it: arrays and tensors as lists, NaN and infinities as None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(name): as_json(element) for name, element in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(element) for element in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    return to_jsonable_python(
+        value, inf_nan_mode="null", fallback=lambda other: other.tolist() if hasattr(other, "tolist") else str(other)
+    )

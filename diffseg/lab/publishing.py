@@ -1,13 +1,8 @@
-"""Put a run's numbers into results/ and into the README, so that both tell what was measured.
-
-python -m diffseg.lab.publishing results/runs/mini-voc   # copies the run's numbers, and its notebooks as pages
-python -m diffseg.lab.publishing                          # fills the README's tables only, as after a study
-"""
+"""Put a run's numbers into results/ and into the README, so that both tell what was measured."""
 
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +49,7 @@ def readme_with_tables(readme: str, root: Path) -> str:
 
 
 def publish(run: Path) -> None:
-    """Copy a finished run's summary, table, figures and manifests to results/, and fill the README's tables.
+    """Copy a finished run's summary, table, figures and manifests to results/, and write the table of all such runs.
 
     Its executed notebooks become pages, results/notebooks/<run>/<step>.html, for readers without Python. Raises a
     DiffsegError when a step of the run is not finished, and for a study, which writes its results itself.
@@ -81,28 +76,9 @@ def publish(run: Path) -> None:
     for name, html in pages.items():
         write_text(results / "notebooks" / run.name / f"{name}.html", html)
     write_text(results / "tables" / "benchmarks.md", benchmarks_table(sorted(results.glob("*/summary.json"))))
-    fill_readme()
 
 
 def fill_readme() -> None:
+    """Put the tables as they are now into the README, as after a study or a run that was published."""
     readme = project_root() / "README.md"
     write_text(readme, readme_with_tables(readme.read_text(encoding="utf-8"), project_root()))
-
-
-def main(arguments: list[str]) -> int:
-    """Return the exit code: 0 done, 1 one sentence on stderr says why not."""
-    try:
-        if len(arguments) > 1:
-            raise DiffsegError("name one run: python -m diffseg.lab.publishing results/runs/mini-voc")
-        if arguments:
-            publish(Path(arguments[0]))
-        else:
-            fill_readme()
-    except DiffsegError as error:
-        print(f"diffseg: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ is overwritten.
 import ast
 import difflib
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,8 +40,8 @@ STEPS = {
         "05_evaluation",
     ],
 }
-# Notebook 03 makes two steps: its cells tagged `drawing` decide the images and their word maps, the others what is cut
-# from them, so another beta or refiner draws nothing anew.
+# Notebook 03 makes two steps: its cells tagged `drawing` decide the images and their word maps, the others the masks
+# made of these, so another beta or refiner draws nothing anew.
 NOTEBOOKS = {"03_drawing": "03_synthesis"}
 PACKAGE = Path(diffseg.__file__).parent
 KEY_LENGTH = 20  # hex digits of the sha256: short paths, and no two steps of one name meet
@@ -71,8 +72,6 @@ def results_folder(out: str = "") -> Path:
 
 def run_folder(run: str, out: str = "") -> Path:
     """Return a run's folder of links; a name may have one slash, as a study's runs have (STUDY/RUN)."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", run):
-        raise DiffsegError(f"run is {run!r}; it must be made of letters, digits, '.', '_' and '-', such as my-run.")
     return results_folder(out) / "runs" / run
 
 
@@ -95,11 +94,7 @@ def step_key(step: str, parameters: Mapping[str, Any], keys: Mapping[str, str]) 
 
 def key_of(recipe: Mapping[str, Any]) -> str:
     """Return the digest of a recipe, whatever the order of its entries."""
-    return sha256_text(repr(_sorted(recipe)))[:KEY_LENGTH]
-
-
-def _sorted(value: Any) -> Any:
-    return sorted((name, _sorted(entry)) for name, entry in value.items()) if isinstance(value, Mapping) else value
+    return sha256_text(json.dumps(recipe, sort_keys=True))[:KEY_LENGTH]
 
 
 def step_recipe(step: str, parameters: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:

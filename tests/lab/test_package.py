@@ -97,7 +97,7 @@ def test_every_number_of_the_readme_comes_from_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = re.findall(r"<!-- table: (\S+) -->", readme)
     assert {"results/tables/benchmarks.md", "results/tables/mini_generator.md"} <= set(tables)
-    assert readme_with_tables(readme, ROOT) == readme, "run python -m diffseg.lab.publishing"
+    assert readme_with_tables(readme, ROOT) == readme, "run diffseg publish"
     results = ROOT / "results"
     made = {
         "benchmarks": benchmarks_table(sorted(results.glob("*/summary.json"))),

@@ -19,10 +19,10 @@ from diffseg.experiments.generator.measure import quality_tables
 from diffseg.experiments.generator.versions import version_rows
 from diffseg.figures import first_of_each, story
 from diffseg.files import read_rows, write_text
+from diffseg.lab.cli import main
 from diffseg.lab.manifests import write_manifest
 from diffseg.lab.pages import page, with_formulas
 from diffseg.lab.publishing import benchmarks_table, readme_with_tables
-from diffseg.lab.publishing import main as publish
 from diffseg.lab.report import beside_published, caption, published_numbers, summarise, table_text
 from diffseg.lab.steps import STEPS, notebook_of
 from diffseg.paths import project_root
@@ -305,11 +305,11 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
         write_executed(run / "notebooks" / path.name)
     write_text(run / "figures" / "06_overview.png", "a figure")
     (run / "notebooks" / "04_robust_training.ipynb").unlink()
-    assert publish([str(run)]) == 1
+    assert main(["publish", str(run)]) == 1
     sentence = "the run tiny has no executed notebook of 04_robust_training; run `diffseg run tiny --force`"
     assert sentence in capsys.readouterr().err and not (tmp_path / "results" / "tiny").exists()
     write_executed(run / "notebooks" / "04_robust_training.ipynb")
-    assert publish([str(run)]) == 0
+    assert main(["publish", str(run)]) == 0
     pages = sorted((tmp_path / "results" / "notebooks" / "tiny").iterdir())
     assert [path.name for path in pages] == [f"{path.stem}.html" for path in notebooks]
     assert all(path.stat().st_size < 600e3 for path in pages)

@@ -545,7 +545,7 @@ def test_clean_lists_what_no_run_refers_to_and_removes_it_when_told(project, cap
     said = capsys.readouterr()
     assert f"MB  steps/03_synthesis/{old['03_synthesis']}" in said.out and said.out.count("MB") == 1
     assert "give --yes" in said.err
-    with locks.locked(*locks.step_lock(unused)), pytest.raises(DiffsegError, match="another process is making"):
+    with locks.acquire(*locks.step_lock(unused)), pytest.raises(DiffsegError, match="another process is making"):
         cleaning.clean(agreed=True)
     assert main(["clean", "--yes"]) == 0 and not unused.exists()
     assert (project / "03_synthesis").exists() and len(images_in(project)) == 20

@@ -21,7 +21,6 @@ from diffseg.figures import as_array, study_predictions
 from diffseg.files import sha256_file
 from diffseg.lab import runs, studies, study_results
 from diffseg.lab.cli import main
-from diffseg.lab.publishing import main as publish
 from diffseg.lab.studies import load_study, study_files
 from diffseg.lab.study_results import caption, class_table, study_record, study_table, write_results
 
@@ -248,7 +247,7 @@ def test_tables_record_and_figure_by_hand(root, capsys):
     assert words.startswith("does it help? Means over seeds 0, 1, 2, one point a seed; 600 voc images;")
     assert "20 synthetic images" in words and re.search(r"\d cores? of", words)
     (root / "README.md").write_text("<!-- table: results/tables/robust.md -->\n<!-- /table -->\n")
-    assert publish([]) == 0
+    assert main(["publish"]) == 0
     lines = (root / "README.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[1] == ["configuration", "seeds", "images", "mIoU (%)", "Pet (%)", "seconds"]
@@ -303,12 +302,11 @@ def test_an_incomplete_study_says_so(root, capsys):
 
 def test_publish_is_one_sentence_for_studies_and_unfinished_runs(root, capsys):
     make_runs_in_process(slice(0, 1))
-    for arguments, sentence in [
-        (["results/runs/none"], "there is no run results/runs/none"),
-        ([str(root / "results" / "runs" / "robust")], "is a study; diffseg study robust has written its results"),
-        ([str(root / "results" / "runs" / "robust" / "baseline-0")], "cannot be published: it is not finished"),
-        (["a", "b"], "name one run"),
+    for argument, sentence in [
+        ("results/runs/none", "there is no run results/runs/none"),
+        (str(root / "results" / "runs" / "robust"), "is a study; diffseg study robust has written its results"),
+        (str(root / "results" / "runs" / "robust" / "baseline-0"), "cannot be published: it is not finished"),
     ]:
-        assert publish(arguments) == 1
+        assert main(["publish", argument]) == 1
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1

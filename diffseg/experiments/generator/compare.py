@@ -27,12 +27,12 @@ from diffseg.experiments.generator import pretrain
 from diffseg.experiments.generator.asked import Asked, class_words, pair_prompts, single_prompts
 from diffseg.experiments.generator.heldout import held_out
 from diffseg.experiments.generator.measure import draw_and_judge, summarise
+from diffseg.experiments.generator.pretrain import trainings
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import atomic_path, read_rows, sha256_file, write_rows
 from diffseg.generator import load_generator, locate_generator
 from diffseg.lab.manifests import read_json
 from diffseg.lab.provenance import as_json, provenance
-from diffseg.lab.publishing import trainings
 from diffseg.miniworld.oracle import WEIGHTS, load_oracle
 from diffseg.paths import project_root
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
