@@ -11,7 +11,7 @@ from typing import Any
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.files import atomic_path
 from diffseg.lab import processes
-from diffseg.lab.declarations import check, check_together
+from diffseg.lab.declarations import check, check_together, hint
 from diffseg.lab.locks import acquire, run_lock, step_lock
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import declared, read_yaml
@@ -20,7 +20,6 @@ from diffseg.lab.steps import (
     STEPS,
     difference,
     key_of,
-    known,
     notebook_of,
     run_folder,
     step_folder,
@@ -153,8 +152,15 @@ def parameter_file(name: str) -> Path:
     """Return the YAML file of a name in notebooks/params, or the path itself when it is one."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    folder = project_root() / "notebooks" / "params"
-    known(name, (path.stem for path in folder.glob("*.yaml")), f"parameter file in {folder}")
+    return named_file("params", name, "parameter file")
+
+
+def named_file(room: str, name: str, what: str) -> Path:
+    """Return notebooks/<room>/<name>.yaml; raise DiffsegError, with the nearest name, when there is none."""
+    folder = project_root() / "notebooks" / room
+    names = [path.stem for path in folder.glob("*.yaml")]
+    if name not in names:
+        raise DiffsegError(f"there is no {what} in {folder} named {name}; {hint(name, names)}")
     return folder / f"{name}.yaml"
 
 

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -263,6 +263,12 @@ def assign(name: str, value: Any) -> str:
     return f"Set `{name}={text}`."
 
 
+def hint(name: Any, names: Iterable[str]) -> str:
+    """Return the end of a sentence about a name that is none of `names`: the nearest one, else all of them."""
+    close = difflib.get_close_matches(str(name)[:80], names, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(names)) or 'none'}."
+
+
 @functools.cache
 def adapter(name: str, kind: type) -> TypeAdapter:
     """Return what reads and checks a parameter's values: by its declaration, without one by its default's type."""
@@ -279,9 +285,8 @@ def check(values: dict[str, Any], defaults: dict[str, Any], source: str) -> dict
     checked = {}
     for name, value in values.items():
         if name not in defaults:
-            close = difflib.get_close_matches(str(name)[:80], defaults, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(defaults))}."
-            raise DiffsegError(f"{source} gives the parameter {str(name)[:80]}, which no notebook declares; {hint}")
+            problem = f"{source} gives the parameter {str(name)[:80]}, which no notebook declares"
+            raise DiffsegError(f"{problem}; {hint(name, defaults)}")
         try:
             checked[name] = adapter(name, type(defaults[name])).validate_python(value)
         except ValidationError as error:

@@ -95,8 +95,6 @@ def parse_yaml(text: str, source: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the flat mapping of a parameter file; raise DiffsegError when it is not one."""
     try:
-        if path.exists() and not path.is_file():
-            raise DiffsegError(f"{path} is not a file; give a parameter file, with lines `name: value`.")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise DiffsegError(f"{path} is not a text in UTF-8; give a parameter file, with lines `name: value`.") from None

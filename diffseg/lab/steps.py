@@ -7,7 +7,6 @@ is overwritten.
 """
 
 import ast
-import difflib
 import functools
 import json
 import re
@@ -230,12 +229,3 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     names += ["its notebook's cells"] if old.get("cells") != new.get("cells") else []
     names += [n for n, key in new["upstream"].items() if old.get("upstream", {}).get(n) != key]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") + " changed"
-
-
-def known(name: str, names: Iterable[str], what: str) -> None:
-    """Raise DiffsegError, with the nearest of `names`, when `name` is none of them."""
-    names = sorted(names)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}."
-        raise DiffsegError(f"there is no {what} named {name}; {hint}")

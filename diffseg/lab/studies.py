@@ -18,12 +18,12 @@ from typing import Any
 
 import diffseg
 from diffseg.errors import DiffsegError
-from diffseg.lab.batch import resolve, select, step_notebooks, step_parameters, working_in
+from diffseg.lab.batch import named_file, resolve, select, step_notebooks, step_parameters, working_in
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import read_yaml
 from diffseg.lab.provenance import hardware
 from diffseg.lab.runs import writing
-from diffseg.lab.steps import STEPS, known, notebook_of, run_folder, step_folder, step_key, steps_of, upstream
+from diffseg.lab.steps import STEPS, notebook_of, run_folder, step_folder, step_key, steps_of, upstream
 from diffseg.paths import project_root
 
 ENTRIES = ("base", "only", "seeds", "configurations")
@@ -67,8 +67,7 @@ def load_study(name: str) -> Study:
 
     Raises DiffsegError for an unknown study, entry, base, step or parameter and for a value of the wrong type.
     """
-    known(name, (path.stem for path in study_files()), "study in notebooks/studies")
-    path = project_root() / "notebooks" / "studies" / f"{name}.yaml"
+    path = named_file("studies", name, "study")
     entries = read_yaml(path)
     first = path.read_text(encoding="utf-8").partition("\n")[0]
 

@@ -377,7 +377,7 @@ def test_bad_yaml_is_one_sentence_with_the_file(tmp_path, text):
 def test_what_is_no_text_file_is_one_sentence(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     for path, sentence in [
-        (tmp_path, "is not a file; give a parameter file"),
+        (tmp_path, "cannot read the parameter file .*Is a directory"),
         (tmp_path / "binary.yaml", "is not a text in UTF-8"),
         (tmp_path / "absent.yaml", "cannot read the parameter file .*No such file"),
         (Path("a\0.yaml"), "cannot read the parameter file"),

@@ -123,7 +123,7 @@ def test_a_wrong_study_is_one_sentence_before_anything_runs(root, capsys, old, n
 
 def test_unknown_studies_jobs_and_a_run_of_the_same_name(root, capsys):
     assert main(["study", "robst"]) == 1
-    assert "no study in notebooks/studies named robst; did you mean robust?" in capsys.readouterr().err
+    assert "notebooks/studies named robst; did you mean robust?" in capsys.readouterr().err
     assert main(["study", "robust", "--jobs", "0"]) == 1
     assert "--jobs must be 1 or more" in capsys.readouterr().err
     (root / "notebooks" / "params" / "robust.yaml").write_text("run: robust")
