@@ -1,4 +1,4 @@
-"""A run's executed notebooks as small HTML pages: pictures and formulas inside, no script, nothing is fetched.
+"""A run's executed notebooks as small HTML pages: images and formulas inside, no script, nothing is fetched.
 
 nbconvert's HTMLExporter makes them with a template of ours, `page.html.j2`, because its own templates load MathJax from
 the network and are mostly style sheet. Formulas are drawn by matplotlib: MathML was tried, and what a browser makes of
@@ -78,7 +78,7 @@ def webp(png: str) -> str:
 
 
 def with_formulas(markdown: str) -> str:
-    """Return Markdown whose `$...$` and `$$...$$` are pictures that hold their TeX as text; code stays as it is.
+    """Return Markdown whose `$...$` and `$$...$$` are images that hold their TeX as text; code stays as it is.
 
     A formula that matplotlib's mathtext cannot read stays TeX.
     """
