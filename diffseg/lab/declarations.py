@@ -334,6 +334,9 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     from diffseg.sampling_steps import parse_steps
     from diffseg.words import load_words
 
+    if parameters.get("class_list") or parameters.get("evaluation_split"):
+        from diffseg.benchmarks.classes import get_benchmark  # loads torch, which the usual run need not wait for
+
     get = parameters.get
 
     def given(*names: str) -> bool:
@@ -360,8 +363,6 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
     if given("class_list", "benchmark"):
         if own := get("class_list"):
-            from diffseg.benchmarks.classes import get_benchmark
-
             get_benchmark(get("benchmark"), own)  # raises its own sentence for an entry that is no class
             for name in ("train_real", "mix_real"):
                 if get(name):

@@ -1,0 +1,123 @@
+"""Does reliability-aware co-training gain more than two networks do? One drawn set, paired seeds of the training.
+
+python -m diffseg.experiments.robust RUN... [--split dev] [--seeds 5]     results/tables/robust_arms.csv (means, paired
+                               differences, their intervals), robust_arms_seeds.csv (a row a training), robust_arms.json
+
+RUN is the name of a run whose steps 1 to 4 are finished. Its masks and the training of its step 4 are what all arms
+share, but for what ARMS changes. A baseline costs nothing of its own: it is the first network of the ensemble.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from accelerate import PartialState
+from scipy.stats import t as student
+
+from diffseg.benchmarks.classes import get_benchmark
+from diffseg.benchmarks.evaluation import evaluate
+from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
+from diffseg.errors import DiffsegError
+from diffseg.experiments.ladder import options_of
+from diffseg.files import atomic_path, sha256_text
+from diffseg.lab.manifests import read_manifest
+from diffseg.lab.provenance import provenance
+from diffseg.lab.steps import run_folder
+from diffseg.paths import project_root
+from diffseg.segmenters import load_segmenter, new_networks
+from diffseg.training import NETWORKS, train_once
+
+ARMS = {
+    "ensemble": {"training_mode": "ensemble"},
+    "BECO": {"training_mode": "cotrain"},
+    # Doubt few pixels, late, among the image's classes: our choice, made before this experiment with another network.
+    "restricted": {
+        "training_mode": "cotrain",
+        "reliable_share": 0.8,
+        "warmup": 0.5,
+        "warmup_pixels": "all",
+        "peer_classes": "image",
+        "mixing": 0.0,
+    },
+}
+
+
+def scores_of(run: Path, seeds: int, split: str, folder: Path) -> list[dict]:
+    """Train every arm and seed that is not in `folder` yet; return a row for each network and pair, mIoU in %."""
+    manifest = read_manifest(run / "04_robust_training") if run.is_dir() else None
+    if manifest is None:
+        raise DiffsegError(f"{run} has no finished step 4; run `diffseg run {run.name} --only 1-4`.")
+    parameters, device, rows = manifest["parameters"], PartialState().device, []
+    benchmark = get_benchmark(parameters["benchmark"], parameters["class_list"])
+    dataset, split = pictures_set(run / "03_synthesis", benchmark), split or benchmark.evaluation_split
+    scored = open_split(benchmark, data_folder(parameters["data_root"]), split)
+    start, weights = (parameters["segmenter"], benchmark.classes), parameters["encoder_weights"] or None
+    for arm, changes in ARMS.items():
+        options = replace(options_of(parameters, changes["training_mode"]), **changes)
+        # a network of another recipe lies elsewhere, so what is there is what this call would train
+        place = (
+            folder / run.name / sha256_text(json.dumps([manifest["recipe"]["upstream"], start, asdict(options)]))[:12]
+        )
+        for seed in range(seeds):
+            untrained = partial(new_networks, NETWORKS[options.training_mode], *start, seed, weights)
+            title = f"{arm}, seed {seed}"
+            train_once(place / str(seed), untrained, dataset, benchmark.ignore, options, seed, device, title)
+            pair = load_segmenter(place / str(seed)).to(device)
+            for name, network in ((arm, pair), (f"{arm}, first network", pair.networks[0])):
+                miou = evaluate(network, scored, benchmark, batch_size=32, device=device, bootstrap=2).miou
+                row = {"run": run.name, "split": split, "arm": name, "seed": seed, "miou": round(100 * miou, 2)}
+                rows.append(row)
+                print(*row.values(), sep=", ", flush=True)
+    return rows
+
+
+def means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each run, split and arm: mean and standard deviation over seeds, and the paired differences to
+    the ensemble and to the baseline (its first network), with a 95 % interval of Student's t."""
+    found = []
+    for (run, split), group in rows.groupby(["run", "split"], sort=False):
+        scores = group.pivot(index="seed", columns="arm", values="miou")
+        for arm in group.arm.unique():
+            row = {"run": run, "split": split, "arm": arm, "seeds": len(scores)}
+            row |= {"miou": scores[arm].mean(), "miou_spread": scores[arm].std()}
+            for name, other in (("ensemble", "ensemble"), ("baseline", "ensemble, first network")):
+                difference = scores[arm] - scores[other]
+                half = (
+                    student.ppf(0.975, len(difference) - 1) * difference.sem() if len(difference) > 1 else float("nan")
+                )
+                row |= {
+                    f"over_{name}": difference.mean(),
+                    f"over_{name}_low": difference.mean() - half,
+                    f"over_{name}_high": difference.mean() + half,
+                }
+            found.append(row)
+    return pd.DataFrame(found).round(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="names of runs")
+    parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
+    parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
+    parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "robust-arms")
+    parser.add_argument("--out", type=Path, default=project_root() / "results")
+    chosen = parser.parse_args(arguments)
+    rows = []
+    for name in chosen.runs:
+        rows += scores_of(run_folder(name), chosen.seeds, chosen.split, chosen.folder)
+    tables = chosen.out / "tables"
+    tables.mkdir(parents=True, exist_ok=True)
+    frame = pd.DataFrame(rows)
+    for name, table in (("robust_arms", means(frame)), ("robust_arms_seeds", frame)):
+        with atomic_path(tables / f"{name}.csv") as path:
+            table.to_csv(path, index=False)
+    with atomic_path(tables / "robust_arms.json") as path:
+        path.write_text(json.dumps({"arms": ARMS, "runs": chosen.runs, **provenance()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
