@@ -399,8 +399,11 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if parameters.get("evaluation_crf"):
             rule = "be false here, as the dense CRF needs the package pydensecrf2"
             yield "evaluation_crf", rule, f"Set `evaluation_crf=false`, or {install}."
-    if parameters.get("target_images") and parameters.get("lora_precision") == "fp16":
-        import torch
+    trained = ["training_precision"] + (["lora_precision"] if parameters.get("target_images") else [])
+    for name in trained:
+        if parameters.get(name, "fp32") != "fp32":
+            import torch
 
-        if not torch.cuda.is_available():
-            yield "lora_precision", "be fp32 or bf16 here, as fp16 needs a GPU", "Set `lora_precision=bf16`."
+            if not torch.accelerator.is_available():
+                rule = "be fp32 here, as there is no GPU and a CPU is many times slower in half precision"
+                yield name, rule, f"Set `{name}=fp32`."

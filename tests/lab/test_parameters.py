@@ -337,9 +337,19 @@ def test_what_this_machine_lacks_is_said_before_anything_runs(monkeypatch):
     ]:
         with pytest.raises(DiffsegError, match=sentence):
             check_together(CHAIN | changes, "x.yaml")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(DiffsegError, match="fp16 needs a GPU. Set `lora_precision=bf16`"):
-        check_together(CHAIN | {"lora_precision": "fp16", "target_images": "mini"}, "x.yaml")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    for changes in (
+        {"lora_precision": "fp16", "target_images": "mini"},
+        {"lora_precision": "bf16", "target_images": "mini"},
+        {"training_precision": "bf16"},
+    ):
+        [(name, value), *_] = changes.items()
+        sentence = rf'`{name}` is "{value}" \(x.yaml\); it must be fp32 here, as there is no GPU.* Set `{name}=fp32`.'
+        with pytest.raises(DiffsegError, match=sentence):
+            check_together(CHAIN | changes, "x.yaml")
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+        check_together(CHAIN | changes, "x.yaml")
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     check_together(CHAIN | {"lora_precision": "fp16", "target_images": ""}, "x.yaml")
 
 
