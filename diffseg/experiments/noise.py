@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=720)
     parser.add_argument("--share", type=float, default=0.5, help="of the pixels that co-training trusts")
-    parser.add_argument("--segmenter", default="deeplabv3plus-resnet18")
+    parser.add_argument("--segmenter", default="resunet-resnet10t")
     parser.add_argument("--initial-network", default=START, help="folder of a saved network; '': from scratch")
     chosen = parser.parse_args(arguments)
     study(chosen.out, chosen)

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, WrapValidator
 
 from diffseg.errors import DiffsegError
+from diffseg.paths import is_short_name, locate
 
 
 class Flag(Enum):
@@ -387,6 +388,12 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if get("segmenter", "").startswith(("deeplabv3plus", "upernet")) and get("training_batch") == 1:
         rule = "be at least 2, as this segmenter normalises each image's average over the batch"
         yield "training_batch", rule, "Set `training_batch=2`."
+    if given("segmenter", "encoder_weights") and is_short_name("encoder_weights", get("encoder_weights")):
+        folder = locate("encoder_weights", get("encoder_weights"))
+        segmenter = json.loads((folder / "config.json").read_text("utf-8"))["segmenter"]
+        if get("segmenter") != segmenter:
+            rule = f"be empty or another encoder's, as these weights are made for {segmenter}"
+            yield "encoder_weights", rule, f'Set `encoder_weights=""` or `segmenter={segmenter}`.'
 
 
 def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -295,6 +295,7 @@ TOGETHER = [
     ({"class_list": ["fox"], "train_real": False, "classes_per_prompt": 2}, "`classes_per_prompt` .* at most 1"),
     ({"lora_candidates": 301}, "`lora_candidates` .* at most lora_steps, 300"),
     ({"lora_words": []}, "`lora_words` .* hold a word"),
+    ({"segmenter": "fpn-resnet18"}, "`encoder_weights` .* made for resunet-resnet10t. Set `encoder_weights=\"\"`"),
     ({"segmenter": "deeplabv3plus-resnet18", "training_batch": 1}, "`training_batch` .* Set `training_batch=2`"),
 ]  # fmt: skip
 
@@ -313,7 +314,7 @@ def test_what_does_not_fit_together_is_refused(changes, sentence, capable):
         {"attention_steps": "0"},
         {"attention_steps": "middle", "kept_steps": "middle"},
         {"caption_file": "captions.txt", "classes_per_prompt": 30},
-        {"segmenter": "segformer-b0", "training_batch": 1},
+        {"segmenter": "segformer-b0", "encoder_weights": "", "training_batch": 1},
         {"refiner": "sam", "sam_checkpoint": "mini"},
         {"kept_steps": "each"},
     ],

@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=8, help="of each mode in a repetition")
-    parser.add_argument("--segmenter", default="deeplabv3plus-resnet18")
+    parser.add_argument("--segmenter", default="resunet-resnet10t")
     arguments = parser.parse_args()
     options = TrainingOptions(arguments.iterations, 16, 64, (0.9, 1.1), 0.1, 2e-3, 1e-4, "fp32", 0)
     rows = measure(options, arguments.segmenter, 64, arguments.repetitions)
