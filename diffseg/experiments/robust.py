@@ -1,10 +1,11 @@
 """Does reliability-aware co-training gain more than two networks do? One drawn set, paired seeds of the training.
 
-python -m diffseg.experiments.robust RUN... [--split dev] [--seeds 5]     results/tables/robust_arms.csv (means, paired
-                               differences, their intervals), robust_arms_seeds.csv (a row a training), robust_arms.json
+python -m diffseg.experiments.robust mini-voc --runs mini-voc mini-voc-unrefined [--split dev] [--seeds 5]
+    results/tables/robust_arms.csv (means, paired differences, their intervals), robust_arms_seeds.csv (a row a
+    training), robust_arms.json
 
-RUN is the name of a run whose steps 1 to 4 are finished. Its masks and the training of its step 4 are what all arms
-share, but for what ARMS changes. A baseline costs nothing of its own: it is the first network of the ensemble.
+All arms train on the images and masks of a run's step 3, as the parameter file says, but for what ARMS changes. A
+baseline costs nothing of its own: it is the first network of the ensemble of the same seed.
 """
 
 import argparse
@@ -24,9 +25,10 @@ from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.errors import DiffsegError
 from diffseg.experiments.ladder import options_of
 from diffseg.files import atomic_path, sha256_text
+from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
-from diffseg.lab.steps import run_folder
+from diffseg.lab.steps import notebook_of, run_folder
 from diffseg.paths import project_root
 from diffseg.segmenters import load_segmenter, new_networks
 from diffseg.training import NETWORKS, train_once
@@ -46,12 +48,15 @@ ARMS = {
 }
 
 
-def scores_of(run: Path, seeds: int, split: str, folder: Path) -> list[dict]:
-    """Train every arm and seed that is not in `folder` yet; return a row for each network and pair, mIoU in %."""
-    manifest = read_manifest(run / "04_robust_training") if run.is_dir() else None
-    if manifest is None:
-        raise DiffsegError(f"{run} has no finished step 4; run `diffseg run {run.name} --only 1-4`.")
-    parameters, device, rows = manifest["parameters"], PartialState().device, []
+def scores_of(parameters: dict, run: Path, seeds: int, split: str, folder: Path) -> list[dict]:
+    """Train every arm and seed that is not in `folder` yet; return a row for each network and pair, mIoU in %.
+
+    parameters: those of steps 4 and 5. run: the folder of the run whose images and masks are trained on.
+    """
+    images = read_manifest(run / "03_synthesis") if run.is_dir() else None
+    if images is None:
+        raise DiffsegError(f"{run} has no finished step 3; run `diffseg run ... --only 1-3 --set run={run.name}`.")
+    device, rows = PartialState().device, []
     benchmark = get_benchmark(parameters["benchmark"], parameters["class_list"])
     dataset, split = pictures_set(run / "03_synthesis", benchmark), split or benchmark.evaluation_split
     scored = open_split(benchmark, data_folder(parameters["data_root"]), split)
@@ -59,9 +64,7 @@ def scores_of(run: Path, seeds: int, split: str, folder: Path) -> list[dict]:
     for arm, changes in ARMS.items():
         options = replace(options_of(parameters, changes["training_mode"]), **changes)
         # a network of another recipe lies elsewhere, so what is there is what this call would train
-        place = (
-            folder / run.name / sha256_text(json.dumps([manifest["recipe"]["upstream"], start, asdict(options)]))[:12]
-        )
+        place = folder / run.name / sha256_text(json.dumps([images["key"], start, weights, asdict(options)]))[:12]
         for seed in range(seeds):
             untrained = partial(new_networks, NETWORKS[options.training_mode], *start, seed, weights)
             title = f"{arm}, seed {seed}"
@@ -100,15 +103,17 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="names of runs")
+    parser.add_argument("parameters", help="name of a parameter file, whose training all arms share")
+    parser.add_argument("--runs", nargs="+", required=True, help="names of runs whose images and masks are trained on")
     parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "robust-arms")
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
-    rows = []
+    values, _ = resolve(chosen.parameters, {})
+    parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
     for name in chosen.runs:
-        rows += scores_of(run_folder(name), chosen.seeds, chosen.split, chosen.folder)
+        rows += scores_of(parameters, run_folder(name), chosen.seeds, chosen.split, chosen.folder)
     tables = chosen.out / "tables"
     tables.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(rows)
@@ -116,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with atomic_path(tables / f"{name}.csv") as path:
             table.to_csv(path, index=False)
     with atomic_path(tables / "robust_arms.json") as path:
-        path.write_text(json.dumps({"arms": ARMS, "runs": chosen.runs, **provenance()}, indent=1))
+        path.write_text(
+            json.dumps({"arms": ARMS, "parameters": parameters, "runs": chosen.runs, **provenance()}, indent=1)
+        )
 
 
 if __name__ == "__main__":

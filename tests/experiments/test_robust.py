@@ -1,0 +1,40 @@
+"""The arms of robust training: what is compared with what, and the interval of a paired difference."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from diffseg.errors import DiffsegError
+from diffseg.experiments.robust import ARMS, means, scores_of
+from diffseg.lab.parameters import declared
+from diffseg.lab.steps import notebook_of
+from diffseg.training import NETWORKS
+
+
+def test_a_paired_difference_has_students_interval():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), and t(0.975, 2 degrees of freedom) = 4.3027."""
+    scores = {"ensemble": [50, 60, 40], "ensemble, first network": [48, 57, 36], "restricted": [51, 62, 43]}
+    rows = [
+        {"run": "r", "split": "dev", "arm": arm, "seed": seed, "miou": value}
+        for arm, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    table = means(pd.DataFrame(rows)).set_index("arm")
+    row = table.loc["restricted"]
+    half = 4.3027 / math.sqrt(3)
+    assert row.seeds == 3 and row.miou == 52 and row.miou_spread == pytest.approx(9.54, abs=0.01)
+    assert row.over_ensemble == 2 and row.over_baseline == 5
+    assert (row.over_ensemble_low, row.over_ensemble_high) == pytest.approx((2 - half, 2 + half), abs=0.01)
+    assert table.loc["ensemble"].over_ensemble == 0
+
+
+def test_every_arm_changes_parameters_of_notebook_4_and_has_two_networks():
+    known = declared(notebook_of("04_robust_training"))
+    for changes in ARMS.values():
+        assert changes.keys() <= known.keys() and NETWORKS[changes["training_mode"]] == 2
+
+
+def test_a_run_without_images_is_one_sentence(tmp_path):
+    with pytest.raises(DiffsegError, match="no finished step 3"):
+        scores_of({}, tmp_path / "nothing", 1, "dev", tmp_path)
