@@ -1,6 +1,7 @@
 """The batch runner: the notebooks of a parameter file in order over papermill; what is finished is found, not made."""
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffseg.errors import DiffsegError, Incomplete
-from diffseg.files import atomic_path
+from diffseg.files import write_text
 from diffseg.lab import processes
 from diffseg.lab.declarations import check, check_together, hint
 from diffseg.lab.locks import acquire, run_lock, step_lock
@@ -107,8 +108,6 @@ def run(
                         raise DiffsegError(f"{name} ended but {problem} in {path}; it must end with step.finish.")
                 print(f"{title}, done in {time.monotonic() - start:.0f} s", flush=True)
     if "06_report" in selected:
-        with atomic_path(folder / "summary.json") as path:
-            shutil.copyfile(folder / "06_report" / "summary.json", path)
         print_results(folder)
     return folder
 
@@ -197,10 +196,14 @@ def working_in(folder: Path, shared: bool = False) -> Iterator[None]:
 
 
 def print_results(folder: Path) -> None:
-    """Print the table of a run's report and where its figures and summary lie."""
-    table = folder / "06_report" / "table.txt"
-    if table.is_file():
-        print("\n" + table.read_text(encoding="utf-8").rstrip() + "\n")
+    """Write the run's summary.json, and print its table, whether it reproduces the published run, and its figures."""
+    from diffseg.lab.report import reproduction, reproduction_text  # here: pandas takes a second to load
+
+    summary = json.loads((folder / "06_report" / "summary.json").read_text(encoding="utf-8"))
+    compared = reproduction(folder)
+    write_text(folder / "summary.json", json.dumps(summary | {"reproduction": compared}, indent=1) + "\n")
+    print("\n" + (folder / "06_report" / "table.txt").read_text(encoding="utf-8").rstrip() + "\n")
+    if compared:
+        print(reproduction_text(compared) + "\n")
     for path in [*sorted((folder / "figures").glob("06_*.png")), folder / "summary.json"]:
-        if path.is_file():
-            print(path)
+        print(path)

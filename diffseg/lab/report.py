@@ -1,12 +1,19 @@
 """The numbers of a run, from its manifests alone, and the published ones that stand beside them."""
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import stdev
 
 import pandas as pd
 
 from diffseg.files import read_rows
+from diffseg.lab.declarations import INERT
+from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import machine_name
 from diffseg.paths import project_root
+
+OURS = "synthetic images, attention masks"  # the rung of `diffseg.experiments.ladder` that trains as a run does
 
 
 def summarise(manifests: Mapping[str, Mapping]) -> dict:
@@ -45,6 +52,54 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
         "seconds": {name: manifest["seconds"] for name, manifest in manifests.items()},
         "hardware": machine_name(manifests["03_synthesis"]["hardware"]),
     }
+
+
+def reproduction(run: Path) -> dict | None:
+    """Compare the finished run in a folder with the published one of its name, results/<name>.
+
+    Returns published and measured (mIoU, 0..1), spread (standard deviation of published trainings over seeds),
+    tolerance and reproduced; None where no such run is published, where it had other parameters (seed aside), or
+    where fewer than two seeds are. The tolerance is our choice: 2.8 spreads, which two trainings of different seeds
+    exceed in one case of twenty. Another CPU rounds differently, and training amplifies that as it amplifies another
+    seed.
+    """
+    published, results = project_root() / "results" / run.name, project_root() / "results"
+    trainings = results / "tables" / "ladder_seeds.csv"
+    if not (published / "summary.json").is_file() or not trainings.is_file():
+        return None
+    for path in (published / "manifests").glob("0[1-5]_*.json"):
+        both = json.loads(path.read_text(encoding="utf-8")), read_manifest(run / path.stem) or {}
+        ours, theirs = (
+            {k: v for k, v in each.get("parameters", {}).items() if k not in INERT | {"seed"}} for each in both
+        )
+        if ours != theirs:
+            return None
+    summary = json.loads((published / "summary.json").read_text(encoding="utf-8"))
+    scores = [
+        float(row["miou"]) / 100
+        for row in read_rows(trainings)
+        if row["benchmark"] == run.name and row["split"] == summary["split"] and row["rung"] == OURS
+    ]
+    if len(scores) < 2:
+        return None
+    measured = json.loads((run / "06_report" / "summary.json").read_text(encoding="utf-8"))["miou"]
+    tolerance = 2.8 * stdev(scores)
+    return {
+        "published": summary["miou"],
+        "measured": measured,
+        "spread": stdev(scores),
+        "tolerance": tolerance,
+        "reproduced": abs(measured - summary["miou"]) <= tolerance,
+    }
+
+
+def reproduction_text(found: Mapping) -> str:
+    """Return what `reproduction` found as one sentence."""
+    return (
+        f"published: {percent(found['published'])} % mIoU; this run: {percent(found['measured'])} %; "
+        f"{'reproduced' if found['reproduced'] else 'NOT reproduced'} within {percent(found['tolerance'])} "
+        f"(2.8 standard deviations over seeds)."
+    )
 
 
 def percent(value: float | None) -> str:

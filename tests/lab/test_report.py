@@ -23,7 +23,16 @@ from diffseg.lab.cli import main
 from diffseg.lab.manifests import write_manifest
 from diffseg.lab.pages import page, with_formulas
 from diffseg.lab.publishing import benchmarks_table, readme_with_tables
-from diffseg.lab.report import beside_published, caption, published_numbers, summarise, table_text
+from diffseg.lab.report import (
+    OURS,
+    beside_published,
+    caption,
+    published_numbers,
+    reproduction,
+    reproduction_text,
+    summarise,
+    table_text,
+)
 from diffseg.lab.steps import STEPS, notebook_of
 from diffseg.paths import project_root
 
@@ -318,3 +327,35 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     assert {path.name for path in target.iterdir()} == {"figures", "manifests", *names}
     assert [path.name for path in (target / "figures").iterdir()] == ["06_overview.png"]
     assert "| tiny " in (tmp_path / "results" / "tables" / "benchmarks.md").read_text()
+
+
+def test_a_run_says_whether_it_reproduces_the_published_one(tmp_path, monkeypatch):
+    """Seeds 0.50, 0.52 and 0.54: deviation 0.02, tolerance 0.056. Inert parameters and the seed may differ."""
+    monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
+    (tmp_path / "notebooks").mkdir()
+    published, run, steps = tmp_path / "results" / "tiny", tmp_path / "results" / "runs" / "tiny", list(STEPS)[:6]
+    rows = "".join(f'tiny,val,"{OURS}",8,baseline,{k},{50 + 2 * k}\n' for k in range(3))
+    write_text(
+        tmp_path / "results" / "tables" / "ladder_seeds.csv", f"benchmark,split,rung,images,mode,seed,miou\n{rows}"
+    )
+
+    def lay_out(measured: float, **parameters) -> None:
+        for step in steps:
+            content = {"step": step, "key": "k", "parameters": {"beta": 0.4, "seed": 1, "workers": 2} | parameters}
+            write_text(run / step / "one.txt", "x")
+            (run / step / "manifest.json").unlink(missing_ok=True)
+            write_manifest(run / step, ["one.txt"], content)
+        write_text(run / "06_report" / "summary.json", json.dumps({"miou": measured}))
+
+    lay_out(0.47)
+    assert reproduction(run) is None  # nothing is published
+    write_text(published / "summary.json", json.dumps({"miou": 0.52, "split": "val"}))
+    for step in steps:
+        write_text(published / "manifests" / f"{step}.json", json.dumps({"parameters": {"beta": 0.4, "seed": 0}}))
+    found = reproduction(run)
+    assert found["reproduced"] and found["tolerance"] == pytest.approx(0.056) and found["published"] == 0.52
+    assert "47.0 %; reproduced within 5.6" in reproduction_text(found)
+    lay_out(0.46)
+    assert "NOT reproduced" in reproduction_text(reproduction(run))
+    lay_out(0.52, beta=0.3)
+    assert reproduction(run) is None

@@ -179,7 +179,7 @@ def execute_cells(notebook: Path, **changes) -> None:
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 120  # so that a defect fails instead of hanging
+    deadline = time.monotonic() + 400  # so that a defect fails instead of hanging
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
