@@ -2,7 +2,7 @@
 
 import warnings
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Progress bars are plain text here, so that Papermill can show them; tqdm.auto would ask for widgets at every import.
 warnings.filterwarnings("ignore", message="IProgress not found")

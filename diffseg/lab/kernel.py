@@ -16,12 +16,20 @@ import diffseg
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.lab.locks import RUNNER
 
+# glibc gives the memory of every large tensor back to the system and asks for it anew; kept, a CPU trains and draws 1.1
+# to 1.5 times as fast. Other C libraries ignore the variable.
+MALLOC = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in (("trim_threshold", 2**32), ("mmap_threshold", 2**32), ("mmap_max", 0), ("top_pad", 2**26))
+)
+
 
 def environment() -> dict[str, str]:
     """Return what a kernel gets besides this process's environment variables."""
     here = str(Path(diffseg.__file__).parents[1])  # the kernel imports this very package
     return {
         RUNNER: "1",  # the runner holds the locks
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger's warning at every start
         "TQDM_NCOLS": str(shutil.get_terminal_size().columns),
