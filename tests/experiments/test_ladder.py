@@ -1,0 +1,80 @@
+"""The ladder from real images to none of the techniques: its training sets, its recipe, its means."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffseg.benchmarks.classes import VOC
+from diffseg.benchmarks.labels import write_picture_label
+from diffseg.benchmarks.readers import data_folder
+from diffseg.experiments import ladder
+from diffseg.experiments.mask_ablation import load_reference
+from diffseg.lab.batch import step_parameters
+from diffseg.lab.steps import notebook_of
+from diffseg.miniworld.disk import voc_scene
+from diffseg.training import TrainingOptions
+
+COUNT = 4
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose step 3 holds four scenes of mini VOC with empty masks: only a network can know what is there."""
+    folder = tmp_path / "run" / "03_synthesis"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    names = [f"{k:06d}" for k in range(COUNT)]
+    for k, name in enumerate(names):
+        Image.fromarray(voc_scene(0, "ladder", k).image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
+        write_picture_label(folder / "SegmentationClass" / f"{name}.png", np.zeros((64, 64), np.int64), VOC)
+    (folder / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(names) + "\n")
+    return tmp_path / "run"
+
+
+def test_the_rungs_differ_in_images_or_masks_alone(run):
+    real, oracle, ours = (
+        ladder.training_set(rung, VOC, run, data_folder("mini")) for rung in ("real", "oracle", "ours")
+    )
+    assert len(real) == len(oracle) == len(ours) == COUNT
+    class_ids = {name: k for k, name in enumerate(VOC.classes)}
+    for k in range(COUNT):
+        assert torch.equal(oracle[k][1], ours[k][1]) and not ours[k][2].any()
+        truth = torch.from_numpy(voc_scene(0, "ladder", k).label(class_ids)).long()
+        assert (oracle[k][2] == truth).float().mean() > 0.9
+        seen = load_reference("mini", VOC).eval()(oracle[k][1][None].float() / 255)[0].argmax(dim=0)
+        assert torch.equal(oracle[k][2], seen)
+    assert [name for name, *_ in real] == [f"train_{k * 500:06d}" for k in range(COUNT)]  # spread over 2,000
+
+
+def test_the_recipe_is_that_of_step_4():
+    parameters = step_parameters(notebook_of("04_robust_training"), {"iterations": 7, "training_precision": "bf16"})
+    options = ladder.options_of(parameters, "ensemble")
+    assert isinstance(options, TrainingOptions) and options.training_mode == "ensemble"
+    assert (options.iterations, options.precision) == (7, "bf16")
+    same = {field.name for field in dataclasses.fields(options)} & parameters.keys() - {"training_mode", "iterations"}
+    assert "crop" in same and "learning_rate" in same
+    for name in same:
+        value = parameters[name]
+        assert getattr(options, name) == (tuple(value) if isinstance(value, list) else value), name
+
+
+def test_means_and_ratios_are_those_of_each_benchmark_and_split():
+    def row(rung, seed, miou, split="val"):
+        return {
+            "benchmark": "b",
+            "split": split,
+            "rung": rung,
+            "images": 9,
+            "mode": "baseline",
+            "seed": seed,
+            "miou": miou,
+        }
+
+    rows = [row(ladder.REAL, 0, "70.0"), row(ladder.REAL, 1, "90.0"), row(ladder.OURS, 0, "60.0")]
+    real, ours, alone = ladder.means([*rows, row(ladder.OURS, 0, "50.0", "dev")])
+    assert (real["miou"], real["miou_spread"], real["seeds"], real["ratio"]) == ("80.0", "14.1", 2, "1.00")
+    assert (ours["miou"], ours["miou_spread"], ours["ratio"]) == ("60.0", "", "0.75")
+    assert alone["ratio"] == ""  # its split has no real network
