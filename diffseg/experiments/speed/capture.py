@@ -11,11 +11,13 @@ in the machine's load meets plain and captured pictures alike. Pipelines (random
   The convolutions shrink sixteenfold and the attention maps fourfold: the ratio is harder to hold than at full size;
 - sd15: the full-size UNet, one denoising step on a CPU (2 text layers and the quarter's VAE, which capture never sees).
 
+Where the package attention-map-diffusers (1.0, MIT) is installed, it is timed on the same layers and steps.
 On a GPU, if there is one: sd15 in fp16 at batch 1, 4 and 8. No GPU was at hand when this was written.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -114,11 +116,20 @@ def capture(pipeline, rows: Sequence[Prompt], options: SynthesisOptions, **how) 
     return recorder
 
 
+def capture_by_peer(pipeline, rows: Sequence[Prompt], options: SynthesisOptions) -> None:
+    """Draw the rows while the package attention-map-diffusers records every layer and step, and compute its maps."""
+    from attention_map_diffusers import AttentionCapture
+
+    with AttentionCapture(pipeline, timesteps="all") as recorder:
+        draw_rows(pipeline, rows, options)
+    recorder.compute()
+
+
 def variants(pipeline, rows, options: SynthesisOptions, sam_checkpoint: str, sam_model: str) -> dict[str, Callable]:
     """Return the calls that are compared, by name, "plain" first.
 
     All captured ones record every denoising step, which is the dearest choice. A refiner that is not at hand is
-    left out.
+    left out, and so is the package attention-map-diffusers.
     """
     levels = len(pipeline.unet.config.block_out_channels) - (pipeline.unet.config.sample_size == 16)
     every = [pipeline.unet.config.sample_size >> k for k in range(levels)]
@@ -130,6 +141,9 @@ def variants(pipeline, rows, options: SynthesisOptions, sam_checkpoint: str, sam
     for refiner in refiners_at_hand(list(REFINERS), sam_checkpoint):
         own = dataclasses.replace(options, refiner=refiner, sam_checkpoint=sam_checkpoint, sam_model=sam_model)
         calls[f"capture 16, {refiner}"] = lambda own=own: draw_with_masks(pipeline, rows, VOC, own)
+    if importlib.util.find_spec("attention_map_diffusers"):
+        calls["capture of all layers"] = lambda: capture(pipeline, rows, options, resolutions=None)
+        calls["attention-map-diffusers"] = lambda: capture_by_peer(pipeline, rows, options)
     return calls
 
 
