@@ -30,69 +30,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from diffseg.errors import DiffsegError
-from diffseg.families import before_prompt, denoiser_of, family_of, image_grid, key_ranges, layer_names
+from diffseg.families import denoiser_of, family_of, image_grid, key_ranges, layer_names
 from diffseg.word_maps import WordMaps, average
 
 SOFTMAXES = ("joint", "text")
 AT_ONCE = 2**24  # probabilities that are computed at once, 64 MB in float32
 
 
-def token_positions(
-    tokenizer, prompt: str, spans: Sequence[tuple[int, int]], longest: int | None = None, prefix: str = ""
-) -> list[list[int]]:
-    """Return, for each character span of `prompt`, the positions of its tokens in the padded sequence.
-
-    A compound ("potted plant") or a word that is split has several positions; of a word that occurs twice,
-    the span says which. longest: tokens that the text encoder reads, start and end marks among them (None: the
-    tokenizer's own number). prefix: what is written before the prompt. Raises a DiffsegError when a span holds no
-    word, or a word is unknown to the tokenizer, or reaches beyond the longest sequence.
-    """
-    encoded = tokenizer(prefix + prompt, return_offsets_mapping=True, verbose=False)
-    offsets, ids, longest = encoded["offset_mapping"], encoded["input_ids"], longest or tokenizer.model_max_length
-    positions = []
-    for start, stop in spans:
-        word, first, last = prompt[start:stop], start + len(prefix), stop + len(prefix)
-        overlaps = [(max(left, first), min(right, last)) for left, right in offsets]
-        # a blank inside a compound may have a token of its own, which says nothing
-        found = [k for k, (left, right) in enumerate(overlaps) if (prefix + prompt)[left:right].strip()]
-        if not found:
-            raise DiffsegError(f"the span {start}:{stop} holds no word of {prompt!r}; correct the span")
-        if found[-1] > longest - 2:  # the last position is the end mark's
-            raise DiffsegError(
-                f"the word {word!r} is cut off: the generator reads {longest} tokens of a prompt, start "
-                f"and end marks among them; shorten {prompt!r}"
-            )
-        # CLIP uses one token for the end and for the unknown; inside a word it can only mean the latter
-        if any(ids[k] == tokenizer.unk_token_id for k in found):
-            raise DiffsegError(
-                f"the generator's tokenizer does not know the word {word!r}; use another word or generator"
-            )
-        positions.append(found)
-    return positions
-
-
-def key_positions(pipeline, prompt: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Return, for each character span of `prompt`, the keys of its tokens in all text encoders of the generator.
-
-    Raises a DiffsegError where `token_positions` does, for any of the encoders.
-    """
-    prefix, dropped = before_prompt(pipeline)
-    if family_of(pipeline).lower:
-        blanks = len(prompt) - len(prompt.lstrip())
-        prompt, spans = prompt.lower().strip(), [(start - blanks, stop - blanks) for start, stop in spans]
-    words: list[list[int]] = [[] for _ in spans]
-    for name, keys in key_ranges(pipeline).items():
-        found = token_positions(getattr(pipeline, name), prompt, spans, len(keys) + dropped, prefix)
-        for word, positions in zip(words, found, strict=True):
-            word += [keys[k - dropped] for k in positions]
-    return words
-
-
 class AttentionRecorder:
     """Record the attention of chosen words in one text-to-image call of a pipeline that `diffseg.families` knows.
 
     pipeline: the pipeline; it is as before on leaving, also after an exception.
-    tokens: for each picture of the call, for each of its words, the keys of the word's tokens (`key_positions`); a
+    tokens: for each picture of the call, for each of its words, the keys of the word's tokens (`diffseg.tokens`); a
         word's map is the mean over its tokens in each text encoder, then over the encoders.
     resolutions: map sizes to record, each the shorter side in positions; 16 is 16 x 16, or 16 x 32 at 1:2.
         None for all that the generator has.

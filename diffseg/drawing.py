@@ -14,12 +14,13 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from diffseg.attention import AttentionRecorder, key_positions
+from diffseg.attention import AttentionRecorder
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.generator import draw
 from diffseg.prompts import Prompt
 from diffseg.sampling_steps import parse_steps
+from diffseg.tokens import key_positions
 from diffseg.word_maps import WordMaps
 
 IMAGES, MAPS = "JPEGImages", "WordMaps"

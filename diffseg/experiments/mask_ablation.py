@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from tqdm import tqdm
 
-from diffseg.attention import AttentionRecorder, key_positions
+from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.metrics import ConfusionMatrix, bootstrap_interval, mean_iou
 from diffseg.drawing import draw_rows
@@ -40,6 +40,7 @@ from diffseg.refiners import get_refiner
 from diffseg.sampling_steps import parse_steps
 from diffseg.segmenters import load_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
+from diffseg.tokens import key_positions
 
 SMALLEST_OBJECT = 0.01  # share of the picture below which a class counts as not seen; our choice
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from diffseg.attention import AttentionRecorder, token_positions
+from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC, get_benchmark
 from diffseg.drawing import draw_rows
 from diffseg.errors import DiffsegError
@@ -30,6 +30,7 @@ from diffseg.refiners import get_refiner
 from diffseg.sampling_steps import parse_steps
 from diffseg.segmenters import Segmenter, save_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
+from diffseg.tokens import token_positions
 
 OPTIONS = SynthesisOptions(64, 64, 4, 4.0, (16,), "all", 0.2, "none")
 BASE = Variant((16,), "2-3", "none")

@@ -20,10 +20,11 @@ from tiny_pipelines import clip_encoder, clip_tokenizer
 from torch.overrides import _len_torch_function_stack
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from diffseg.attention import AttentionRecorder, token_positions
+from diffseg.attention import AttentionRecorder
 from diffseg.errors import DiffsegError
 from diffseg.experiments.generator.networks import build_tokenizer
 from diffseg.sampling_steps import parse_steps
+from diffseg.tokens import token_positions
 
 CAT, DOG = [2], [5, 6]  # positions of "cat" and "dogs" in PROMPT
 PROMPT = "a cat and dogs on grass"

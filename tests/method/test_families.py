@@ -16,12 +16,13 @@ from tiny_pipelines import BUILDERS, build
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 
-from diffseg.attention import AttentionRecorder, key_positions
+from diffseg.attention import AttentionRecorder
 from diffseg.drawing import DrawingOptions, check_prompts, draw_rows, draw_with_maps
 from diffseg.errors import DiffsegError
 from diffseg.families import FAMILIES, denoiser_of, family_of, key_ranges, latent_noise, layer_names
 from diffseg.generator import draw, offload_pipeline
 from diffseg.prompts import Prompt
+from diffseg.tokens import key_positions
 
 PROMPT, OTHER = "a cat and dogs", "dogs on a plant"
 WORDS = {PROMPT: ("cat", "dogs"), OTHER: ("dogs", "plant")}

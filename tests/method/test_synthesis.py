@@ -12,7 +12,7 @@ import torch
 from helpers import assert_close_images, assert_equal_images
 from PIL import Image
 
-from diffseg.attention import AttentionRecorder, token_positions
+from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import pictures_set
 from diffseg.drawing import (
@@ -32,6 +32,7 @@ from diffseg.generator import draw, load_generator, load_tokenizer, locate_gener
 from diffseg.prompts import augment
 from diffseg.reliability import rank_within_class
 from diffseg.synthesis import SynthesisOptions, cut, cut_beside, cut_set, draw_with_masks, is_cut, write_lists
+from diffseg.tokens import token_positions
 from diffseg.word_maps import WordMaps
 
 OPTIONS = SynthesisOptions(64, 64, 3, 4.0, (16,), "all", 0.2, "none")

@@ -10,13 +10,14 @@ Such a scene has a true mask. So refiners can be judged here, too, without an or
 import numpy as np
 import torch
 
-from diffseg.attention import AttentionRecorder, token_positions
+from diffseg.attention import AttentionRecorder
 from diffseg.denoising import diffusion_loss, noised_and_target
 from diffseg.experiments.generator.asked import Asked, scene_of
 from diffseg.experiments.generator.pretrain import load_images, psnr_of
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.miniworld.oracle import CLASS_IDS
 from diffseg.refiners import get_refiner
+from diffseg.tokens import token_positions
 
 # Our choices.
 LEVELS = 8  # noise levels at which the objective is taken of each scene

@@ -29,7 +29,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffseg.attention import AttentionRecorder, key_positions
+from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC
 from diffseg.drawing import draw_rows
 from diffseg.experiments.speed import time_in_turn
@@ -40,6 +40,7 @@ from diffseg.paths import project_root
 from diffseg.prompts import Prompt, augment
 from diffseg.refiners import REFINERS, refiners_at_hand
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
+from diffseg.tokens import key_positions
 from diffseg.words import load_words, select_words
 
 # name -> heads (None: the shipped generator), and on a CPU: pictures at once, denoising steps, repetitions
