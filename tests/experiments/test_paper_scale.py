@@ -82,7 +82,7 @@ def test_a_training_step_costs_three_passes_and_one_of_lora_two():
 
 def test_the_generator_has_the_published_numbers_of_weights():
     with torch.device("meta"):
-        sizes = [sum(weight.numel() for weight in network.parameters()) for network in scale.stable_diffusion()]
+        sizes = [sum(weight.numel() for weight in network.parameters()) for network in scale.sd15_networks()]
     assert sizes == [123_060_480, 859_520_964, 83_653_863]
 
 
