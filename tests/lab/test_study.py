@@ -272,7 +272,7 @@ def test_predictions_of_a_study_lie_side_by_side(tmp_path, monkeypatch):
             seen = label.masked_fill(label == VOC.ignore, 0) if configuration == right else 0 * label
             folder = tmp_path / f"{configuration}-{study.seeds[0]}" / "predictions" / "synthetic"
             write_prediction(folder, name, seen, VOC, label.shape)
-    figure = study_predictions(study_results.prediction_folders(study), VOC, "mini", columns=2)
+    figure = study_predictions(study_results.prediction_folders(study), VOC, "mini", VOC.evaluation_split, columns=2)
     drawn = [axis.images[0].get_array() for axis in figure.axes]
     titles = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
     assert len(drawn) == 4 * 2 and set(titles) <= {"image", "ground truth", right, wrong}
