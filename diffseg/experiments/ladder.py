@@ -87,20 +87,20 @@ def climb(chosen: argparse.Namespace) -> list[dict]:
     device, rows = PartialState().device, []
     values, run = resolve(chosen.run, {})
     other = run.with_name(chosen.without) if chosen.without else run
-    benchmark, root = get_benchmark(values["benchmark"], values["class_list"]), data_folder(values["data_root"])
-    split = chosen.split or benchmark.evaluation_split
     parameters = step_parameters(notebook_of("04_robust_training"), values)
+    benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
+    split = chosen.split or benchmark.evaluation_split
     start = {"segmenter": parameters["segmenter"], "encoder_weights": parameters["encoder_weights"]}
     for rung in chosen.rungs:
         dataset = training_set(rung, benchmark, other if rung == "without" else run, root)
         # ground truth and the oracle's masks need no robustness, and the last rung has none by its name
-        mode = values.get("training_mode", "baseline") if rung == "ours" else "baseline"
+        mode = parameters["training_mode"] if rung == "ours" else "baseline"
         options = options_of(parameters, mode)
         source = (read_manifest((other if rung == "without" else run) / "03_synthesis") or {}).get("key")
         recipe = json.dumps([source, start, named_files(start), asdict(options)])
         for seed in range(chosen.seeds):
             # a network of another recipe lies elsewhere, so what is there is what this call would train
-            folder = chosen.folder / values["run"] / sha256_text(recipe)[:12] / f"{rung}-{seed}"
+            folder = chosen.folder / parameters["run"] / sha256_text(recipe)[:12] / f"{rung}-{seed}"
             weights = start["encoder_weights"] or None
             untrained = partial(new_networks, NETWORKS[mode], start["segmenter"], benchmark.classes, seed, weights)
             train_once(folder, untrained, dataset, benchmark.ignore, options, seed, device, f"{rung}, seed {seed}")
@@ -108,7 +108,12 @@ def climb(chosen: argparse.Namespace) -> list[dict]:
             miou = evaluate(
                 network, open_split(benchmark, root, split), benchmark, batch_size=32, device=device, bootstrap=2
             ).miou
-            row = {"benchmark": values["run"], "split": split, "rung": RUNGS[rung], "images": len(dataset)}
+            row = {
+                "benchmark": parameters["run"],
+                "split": chosen.split or "validation",
+                "rung": RUNGS[rung],
+                "images": len(dataset),
+            }
             rows.append(row | {"mode": mode, "seed": seed, "miou": f"{100 * miou:.1f}"})
             print(*rows[-1].values(), sep=", ", flush=True)
     return rows
