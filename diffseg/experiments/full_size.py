@@ -38,7 +38,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     """Return CLIP's tokenizer, of the vocabulary in the package open_clip_torch. Raises a DiffsegError without it."""
     found = importlib.util.find_spec("open_clip")
     if found is None:
-        raise DiffsegError("CLIP's vocabulary is in the package open_clip_torch: pip install open_clip_torch --no-deps")
+        raise DiffsegError("CLIP's vocabulary is in the package open_clip_torch: pip install 'diffseg[rehearsal]'")
     path = Path(found.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     letters = sorted(ByteLevel.alphabet())
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()[1:]  # the first is a comment

@@ -69,9 +69,10 @@ def write_data(root: Path, benchmark: Benchmark, pictures: int) -> None:
             height, width = sizes[k % len(sizes)]
             blocks = rng.integers(0, benchmark.num_classes, (8, 8))
             label = np.kron(blocks, np.ones((height // 8 + 1, width // 8 + 1), np.int64))[:height, :width]
+            grain = np.kron(rng.integers(0, 56, (height // 8 + 1, width // 8 + 1)), np.ones((8, 8), np.int64))
             label[:4] = benchmark.ignore
             colours = rng.integers(0, 200, (max(benchmark.num_classes, benchmark.ignore) + 1, 3))
-            pixels = (colours[label] + rng.integers(0, 56, (height, width, 1))).astype(np.uint8)
+            pixels = (colours[label] + grain[:height, :width, None]).astype(np.uint8)
             (root / image_path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(root / image_path)
             write_label(root / label_path, label, benchmark)

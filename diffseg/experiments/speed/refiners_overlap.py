@@ -11,6 +11,7 @@ with --images.
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -111,8 +112,9 @@ def main() -> None:
         "refiners": [],
     }
     for refiner in refiners_at_hand(list(REFINERS), arguments.sam_checkpoint):
+        load = os.getloadavg()[0]  # processes that want a core, on average over the minute before
         found = measure(rows, refiner, arguments.seconds, arguments.batch, arguments.workers, sam)
-        report["refiners"].append(found)
+        report["refiners"].append(found | {"load_before": load})
         print(found, flush=True)
     report |= provenance()
     with atomic_path(project_root() / "results" / "benchmarks" / "refiners_overlap.json") as path:
