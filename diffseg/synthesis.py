@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -119,7 +119,19 @@ class Cutter(Dataset):
         if workers:
             context = get_context("forkserver")  # processes that know nothing of the generator's threads and GPU
             context.set_forkserver_preload([__name__])
-        return DataLoader(self, batch_size=None, sampler=rows, num_workers=workers, multiprocessing_context=context)
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=rows,
+            num_workers=workers,
+            multiprocessing_context=context,
+            worker_init_fn=end_with_parent,
+        )
+
+
+def end_with_parent(worker: int) -> None:
+    """In a worker: end when the process that started it was killed; DataLoader looks at the fork server only."""
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def cut_set(

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +32,7 @@ from diffseg.errors import DiffsegError, Incomplete
 from diffseg.families import layer_names
 from diffseg.files import read_rows, sha256_file
 from diffseg.generator import draw, load_generator, load_tokenizer, locate_generator
-from diffseg.prompts import augment
+from diffseg.prompts import augment, write_prompts
 from diffseg.reliability import rank_within_class
 from diffseg.synthesis import SynthesisOptions, cut, cut_beside, cut_set, draw_with_masks, is_cut, write_lists
 from diffseg.tokens import token_positions
@@ -128,6 +131,38 @@ def test_masks_do_not_depend_on_workers(pipeline, rows, tmp_path):
     (beside / "Reliability" / "000004.png").unlink()
     cut_set(rows, tmp_path / "drawn", beside, VOC, options, workers=1)
     assert hashes(beside) == found
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from diffseg.benchmarks.classes import VOC
+from diffseg.prompts import read_prompts
+from diffseg.synthesis import SynthesisOptions, cut_beside, is_cut
+if __name__ == "__main__":
+    root, rows = Path(sys.argv[1]), read_prompts(Path(sys.argv[2]))
+    options = SynthesisOptions(64, 64, 3, 4.0, (16,), "all", 0.2, "none")
+    with cut_beside(root / "drawn", root / "cut", VOC, options, workers=2) as take:
+        take(rows[0])
+        while not is_cut(root / "cut", rows[0]):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(rows, whole, tmp_path):
+    """All of them hold the pipe's end, so that reading it comes to an end; what they wrote is whole."""
+    shutil.copytree(whole[0] / "drawn", tmp_path / "drawn")
+    write_prompts(tmp_path / "prompts.csv", rows)
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path), str(tmp_path / "prompts.csv")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.read()  # ends when the last process that holds it has ended
+    assert process.wait() == -signal.SIGKILL
+    cut_set(rows, tmp_path / "drawn", tmp_path / "cut", VOC, OPTIONS)
+    write_lists(rows, tmp_path / "cut")
+    assert hashes(tmp_path / "cut") == hashes(whole[0] / "cut")
 
 
 def test_the_set_is_vocs_layout(rows, whole):

@@ -5,8 +5,8 @@ python -m diffseg.experiments.speed.refiners_overlap      writes results/benchma
 No GPU is needed: the drawing is a stand-in that sleeps and then gives images and word maps of the size of Stable
 Diffusion 1.5's. By default it sleeps as long as an image of voc.yaml, in 100 steps, is estimated to take on a GPU; it
 was not measured. All else is real: the files, the processes that cut masks (`diffseg.synthesis.cut_beside`), and the
-masks. The seconds of a set hold the start of the processes and the last masks, which no drawing hides, so a ratio rises
-with --images.
+masks. The server that starts these processes loads the package before the first measurement. The last masks of a set
+are hidden by no drawing, so a ratio rises with --images.
 """
 
 import argparse
@@ -111,6 +111,7 @@ def main() -> None:
         "workers": arguments.workers,
         "refiners": [],
     }
+    measure(rows[:1], "none", 0, 1, arguments.workers, {})
     for refiner in refiners_at_hand(list(REFINERS), arguments.sam_checkpoint):
         load = os.getloadavg()[0]  # processes that want a core, on average over the minute before
         found = measure(rows, refiner, arguments.seconds, arguments.batch, arguments.workers, sam)
