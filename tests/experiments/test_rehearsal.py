@@ -36,7 +36,7 @@ def test_clips_vocabulary_gives_the_published_ids():
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
-@pytest.mark.parametrize("run", rehearsal.RUNS)
+@pytest.mark.parametrize("run", ["voc", "imagenet-s", pytest.param("cityscapes", marks=pytest.mark.slow)])
 def test_a_few_pictures_open_as_the_data_set_and_only_what_is_printed_changes(run, tmp_path):
     values, _ = resolve(run, {})
     benchmark = get_benchmark(values["benchmark"])
