@@ -139,8 +139,9 @@ def means(rows: Sequence[dict]) -> list[dict]:
 def ladder_figure(rows: Sequence[dict]) -> Figure:
     """Draw the mean of each rung as a bar and each seed as a point, a panel a benchmark."""
     names = list(dict.fromkeys(row["benchmark"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.2), squeeze=False, sharey=True)
     rungs = [rung for rung in RUNGS.values() if any(row["rung"] == rung for row in rows)]
+    size = (2.6 + 2.6 * len(names), 0.9 + 0.35 * len(rungs))  # the rungs' names stand once, at the left
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
     for axis, name in zip(axes[0], names, strict=True):
         for place, rung in enumerate(rungs):
             scores = [float(row["miou"]) for row in rows if row["benchmark"] == name and row["rung"] == rung]
