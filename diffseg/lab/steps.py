@@ -202,6 +202,10 @@ def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
                 inside = path.relative_to(place) if place.is_dir() else Path(path.name)
                 if path.is_file() and not any(part.startswith(".") for part in inside.parts):
                     found[inside.as_posix()] = file_digest(path)
+        if parameter == "target_images":  # captions may stand in the folders above (`diffseg.target_domain`)
+            for number, above in enumerate(places[0].absolute().parents, start=1):
+                if (captions := above / "metadata.jsonl").is_file():
+                    found["../" * number + captions.name] = file_digest(captions)
         if found:
             named[parameter] = found
     return named

@@ -9,7 +9,7 @@ import pytest
 import diffseg
 from diffseg.lab import steps
 from diffseg.lab.parameters import declared
-from diffseg.lab.steps import STEPS, notebook_of, step_recipe
+from diffseg.lab.steps import STEPS, named_files, notebook_of, step_recipe
 from diffseg.paths import project_root
 
 REPOSITORY = Path(diffseg.__file__).parents[1]
@@ -167,3 +167,15 @@ def test_the_miniature_is_known_by_its_bytes(root):
 
 def test_the_package_is_found_at_its_root():
     assert project_root() == REPOSITORY and steps.module_path("diffseg.masks") == REPOSITORY / "diffseg" / "masks.py"
+
+
+def test_captions_above_the_target_images_count(tmp_path):
+    folder = tmp_path / "streets" / "day"
+    folder.mkdir(parents=True)
+    (folder / "0.png").write_bytes(b"an image")
+    before = named_files({"target_images": str(folder)})
+    (tmp_path / "streets" / "metadata.jsonl").write_text('{"file_name": "day/0.png", "text": "a street"}\n')
+    after = named_files({"target_images": str(folder)})
+    assert set(after["target_images"]) - set(before["target_images"]) == {"../metadata.jsonl"}
+    (tmp_path / "streets" / "metadata.jsonl").write_text('{"file_name": "day/0.png", "text": "a road"}\n')
+    assert named_files({"target_images": str(folder)}) != after
