@@ -302,7 +302,9 @@ def train(
     for step, (names, *tensors) in enumerate(bar, start=learner.steps):
         images, label, trusted = (each.to(device) for each in tensors)
         band, is_warm = None, step >= options.warmup * count
-        named = terms.classes_of_images(label, len(network.classes))  # before anything is pasted
+        named = None
+        if options.peer_classes == "image":  # before anything is pasted
+            named = terms.classes_of_images(label, len(network.classes))
         torch.manual_seed(derive_seed(seed, "step", step, state.process_index))  # for dropout
         if options.training_mode == "cotrain" and is_warm and options.mixing:
             generator = torch.Generator().manual_seed(derive_seed(seed, "mixing", step, state.process_index))

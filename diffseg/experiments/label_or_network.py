@@ -22,7 +22,7 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import pictures_set
 from diffseg.experiments.mask_ablation import load_reference
 from diffseg.figures import save_figure
-from diffseg.files import MANIFEST, atomic_path, sha256_file, write_rows
+from diffseg.files import MANIFEST, sha256_file, write_rows, write_text
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
@@ -105,8 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     write_rows(chosen.out / "tables" / "reliability.csv", rows)
     trained = {run.name: sha256_file(run / "04_robust_training" / MANIFEST) for run in chosen.runs}
-    with atomic_path(chosen.out / "tables" / "reliability.json") as path:
-        path.write_text(json.dumps({"reference": chosen.reference, "runs": trained, **provenance()}, indent=1))
+    write_text(
+        chosen.out / "tables" / "reliability.json",
+        json.dumps({"reference": chosen.reference, "runs": trained, **provenance()}, indent=1),
+    )
     figure = reliability_figure(rows)
     save_figure(figure, chosen.out / "figures" / "reliability.png")
     plt.close(figure)

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from accelerate import PartialState
 from matplotlib.figure import Figure
+from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from diffseg.benchmarks.classes import Benchmark, get_benchmark
@@ -28,19 +29,19 @@ from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.experiments.mask_ablation import load_reference
 from diffseg.figures import save_figure
-from diffseg.files import atomic_path, read_rows, sha256_text, write_rows
+from diffseg.files import read_rows, sha256_text, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
+from diffseg.lab.report import OURS
 from diffseg.lab.steps import named_files, notebook_of
 from diffseg.paths import project_root
-from diffseg.segmenters import load_segmenter, new_networks
+from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import NETWORKS, TrainingOptions, train_once
 
-REAL, ORACLE, OURS, WITHOUT = (
+REAL, ORACLE, WITHOUT = (
     "real images, ground-truth masks",
     "synthetic images, the oracle's masks",
-    "synthetic images, attention masks",
     "none of the techniques",
 )
 RUNGS = {"real": REAL, "oracle": ORACLE, "ours": OURS, "without": WITHOUT}
@@ -82,39 +83,57 @@ def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Data
     return Subset(real, [k * len(real) // count for k in range(count)])
 
 
+def trained(
+    folder: Path,
+    name: str,
+    images: str | None,
+    parameters: dict,
+    options: TrainingOptions,
+    dataset: Dataset,
+    benchmark: Benchmark,
+    seed: int,
+) -> Segmenter | Ensemble:
+    """Return a training's network on this machine's device; one that is in `folder` already is not trained again.
+
+    name: of the training, any seed's. images: key of the step that made the synthetic ones. parameters: of step 4.
+    """
+    device = PartialState().device
+    start = {each: parameters[each] for each in ("segmenter", "encoder_weights")}
+    # a network of another recipe lies elsewhere, so what is there is what this call would train
+    recipe = json.dumps([images, start, named_files(start), asdict(options)])
+    place, title = folder / sha256_text(recipe)[:12] / f"{name}-{seed}", f"{name}, seed {seed}"
+    count, weights = NETWORKS[options.training_mode], start["encoder_weights"] or None
+    untrained = partial(new_networks, count, start["segmenter"], benchmark.classes, seed, weights)
+    train_once(place, untrained, dataset, benchmark.ignore, options, seed, device, title)
+    return load_segmenter(place).to(device)
+
+
+def score(network: nn.Module, scored: Dataset, benchmark: Benchmark) -> float:
+    """Return a network's mIoU on a split in %, without a useful interval."""
+    device = PartialState().device
+    return 100 * evaluate(network, scored, benchmark, batch_size=32, device=device, bootstrap=2).miou
+
+
 def climb(chosen: argparse.Namespace) -> list[dict]:
     """Train and score every rung and seed that is not there yet, and return a row each, mIoU in %."""
-    device, rows = PartialState().device, []
     values, run = resolve(chosen.run, {})
     other = run.with_name(chosen.without) if chosen.without else run
-    parameters = step_parameters(notebook_of("04_robust_training"), values)
+    parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
-    split = chosen.split or benchmark.evaluation_split
-    start = {"segmenter": parameters["segmenter"], "encoder_weights": parameters["encoder_weights"]}
+    scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
+    folder = chosen.folder / parameters["run"]
     for rung in chosen.rungs:
-        dataset = training_set(rung, benchmark, other if rung == "without" else run, root)
+        source = other if rung == "without" else run
+        dataset = training_set(rung, benchmark, source, root)
         # ground truth and the oracle's masks need no robustness, and the last rung has none by its name
         mode = parameters["training_mode"] if rung == "ours" else "baseline"
         options = options_of(parameters, mode)
-        source = (read_manifest((other if rung == "without" else run) / "03_synthesis") or {}).get("key")
-        recipe = json.dumps([source, start, named_files(start), asdict(options)])
+        images = (read_manifest(source / "03_synthesis") or {}).get("key")
         for seed in range(chosen.seeds):
-            # a network of another recipe lies elsewhere, so what is there is what this call would train
-            folder = chosen.folder / parameters["run"] / sha256_text(recipe)[:12] / f"{rung}-{seed}"
-            weights = start["encoder_weights"] or None
-            untrained = partial(new_networks, NETWORKS[mode], start["segmenter"], benchmark.classes, seed, weights)
-            train_once(folder, untrained, dataset, benchmark.ignore, options, seed, device, f"{rung}, seed {seed}")
-            network = load_segmenter(folder).to(device)
-            miou = evaluate(
-                network, open_split(benchmark, root, split), benchmark, batch_size=32, device=device, bootstrap=2
-            ).miou
-            row = {
-                "benchmark": parameters["run"],
-                "split": chosen.split or "validation",
-                "rung": RUNGS[rung],
-                "images": len(dataset),
-            }
-            rows.append(row | {"mode": mode, "seed": seed, "miou": f"{100 * miou:.1f}"})
+            network = trained(folder, rung, images, parameters, options, dataset, benchmark, seed)
+            row = {"benchmark": parameters["run"], "split": chosen.split or "validation", "rung": RUNGS[rung]}
+            row |= {"images": len(dataset), "mode": mode, "seed": seed}
+            rows.append(row | {"miou": f"{score(network, scored, benchmark):.1f}"})
             print(*rows[-1].values(), sep=", ", flush=True)
     return rows
 
@@ -177,8 +196,10 @@ def main(arguments: list[str] | None = None) -> None:
         place.name: (read_manifest(place / "03_synthesis") or {}).get("key")
         for place in [run, *([run.with_name(chosen.without)] if chosen.without else [])]
     }
-    with atomic_path(chosen.out / "tables" / "ladder.json") as path:
-        path.write_text(json.dumps({"images": images, "seeds": chosen.seeds, **provenance()}, indent=1))
+    write_text(
+        chosen.out / "tables" / "ladder.json",
+        json.dumps({"images": images, "seeds": chosen.seeds, **provenance()}, indent=1),
+    )
     figure = ladder_figure(rows)
     save_figure(figure, chosen.out / "figures" / "ladder.png")
     plt.close(figure)

@@ -20,7 +20,7 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.experiments.trainer import Trainer, mixed_precision, training_note
-from diffseg.files import atomic_path
+from diffseg.files import atomic_path, write_text
 from diffseg.miniworld import WEIGHTS
 from diffseg.miniworld.oracle import (
     CLASS_OF_PICTURE,
@@ -151,17 +151,14 @@ def save_half(network: nn.Module, weights: Path, config: dict) -> None:
     state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     with atomic_path(weights / "model.safetensors") as path:
         save_file({key: value.contiguous() for key, value in state.items()}, path)
-    with atomic_path(weights / "config.json") as path:
-        path.write_text(json.dumps(config, indent=1) + "\n")
+    write_text(weights / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def write_card(weights: Path, note: dict, card: str) -> None:
     """Write training.json and README.md, the model card, whose every number is the note's."""
-    with atomic_path(weights / "training.json") as path:
-        path.write_text(json.dumps(note, indent=1) + "\n")
+    write_text(weights / "training.json", json.dumps(note, indent=1) + "\n")
     size = (weights / "model.safetensors").stat().st_size / 1e6
-    with atomic_path(weights / "README.md") as path:
-        path.write_text(card.format(size=size, **note), encoding="utf-8")
+    write_text(weights / "README.md", card.format(size=size, **note))
 
 
 CARD = """# The oracle

@@ -23,7 +23,7 @@ from PIL import Image
 from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.labels import write_label
 from diffseg.experiments.full_size import GENERATORS, save_generator
-from diffseg.files import MANIFEST, atomic_path
+from diffseg.files import MANIFEST, write_text
 from diffseg.lab.batch import resolve, run
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import STEPS
@@ -159,8 +159,7 @@ def main() -> None:
         if (row["run"], row["generator"]) != (report["run"], report["generator"])
     ]
     whole["measured"] = [*others, report]
-    with atomic_path(path) as temporary_path:
-        temporary_path.write_text(json.dumps(whole, indent=1) + "\n")
+    write_text(path, json.dumps(whole, indent=1) + "\n")
     print(json.dumps(report["seconds"], indent=1), f"{report['largest_process_gb']} GB")
 
 

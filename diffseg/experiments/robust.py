@@ -11,27 +11,21 @@ baseline costs nothing of its own: it is the first network of the ensemble of th
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from accelerate import PartialState
 from scipy.stats import t as student
 
 from diffseg.benchmarks.classes import get_benchmark
-from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.errors import DiffsegError
-from diffseg.experiments.ladder import options_of
-from diffseg.files import atomic_path, sha256_text
+from diffseg.experiments.ladder import options_of, score, trained
+from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
 from diffseg.paths import project_root
-from diffseg.segmenters import load_segmenter, new_networks
-from diffseg.training import NETWORKS, train_once
 
 ARMS = {
     "ensemble": {"training_mode": "ensemble"},
@@ -56,25 +50,17 @@ def scores_of(parameters: dict, run: Path, seeds: int, split: str, folder: Path)
     images = read_manifest(run / "03_synthesis") if run.is_dir() else None
     if images is None:
         raise DiffsegError(f"{run} has no finished step 3; run `diffseg run ... --only 1-3 --set run={run.name}`.")
-    device, rows = PartialState().device, []
-    benchmark = get_benchmark(parameters["benchmark"], parameters["class_list"])
+    benchmark, rows = get_benchmark(parameters["benchmark"], parameters["class_list"]), []
     dataset, split = pictures_set(run / "03_synthesis", benchmark), split or benchmark.evaluation_split
     scored = open_split(benchmark, data_folder(parameters["data_root"]), split)
-    start, weights = (parameters["segmenter"], benchmark.classes), parameters["encoder_weights"] or None
     for arm, changes in ARMS.items():
-        options = replace(options_of(parameters, changes["training_mode"]), **changes)
-        # a network of another recipe lies elsewhere, so what is there is what this call would train
-        place = folder / run.name / sha256_text(json.dumps([images["key"], start, weights, asdict(options)]))[:12]
+        options = options_of(parameters | changes, changes["training_mode"])
         for seed in range(seeds):
-            untrained = partial(new_networks, NETWORKS[options.training_mode], *start, seed, weights)
-            title = f"{arm}, seed {seed}"
-            train_once(place / str(seed), untrained, dataset, benchmark.ignore, options, seed, device, title)
-            pair = load_segmenter(place / str(seed)).to(device)
+            pair = trained(folder / run.name, arm, images["key"], parameters, options, dataset, benchmark, seed)
             for name, network in ((arm, pair), (f"{arm}, first network", pair.networks[0])):
-                miou = evaluate(network, scored, benchmark, batch_size=32, device=device, bootstrap=2).miou
-                row = {"run": run.name, "split": split, "arm": name, "seed": seed, "miou": round(100 * miou, 2)}
-                rows.append(row)
-                print(*row.values(), sep=", ", flush=True)
+                miou = round(score(network, scored, benchmark), 2)
+                rows.append({"run": run.name, "split": split, "arm": name, "seed": seed, "miou": miou})
+                print(*rows[-1].values(), sep=", ", flush=True)
     return rows
 
 
@@ -114,16 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
     for name in chosen.runs:
         rows += scores_of(parameters, run_folder(name), chosen.seeds, chosen.split, chosen.folder)
-    tables = chosen.out / "tables"
-    tables.mkdir(parents=True, exist_ok=True)
-    frame = pd.DataFrame(rows)
+    tables, frame = chosen.out / "tables", pd.DataFrame(rows)
     for name, table in (("robust_arms", means(frame)), ("robust_arms_seeds", frame)):
-        with atomic_path(tables / f"{name}.csv") as path:
-            table.to_csv(path, index=False)
-    with atomic_path(tables / "robust_arms.json") as path:
-        path.write_text(
-            json.dumps({"arms": ARMS, "parameters": parameters, "runs": chosen.runs, **provenance()}, indent=1)
-        )
+        write_text(tables / f"{name}.csv", table.to_csv(index=False))
+    write_text(
+        tables / "robust_arms.json",
+        json.dumps({"arms": ARMS, "parameters": parameters, "runs": chosen.runs, **provenance()}, indent=1),
+    )
 
 
 if __name__ == "__main__":

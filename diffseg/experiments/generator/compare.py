@@ -29,7 +29,7 @@ from diffseg.experiments.generator.heldout import held_out
 from diffseg.experiments.generator.measure import draw_and_judge, summarise
 from diffseg.experiments.generator.pretrain import trainings
 from diffseg.experiments.speed import time_in_turn
-from diffseg.files import atomic_path, read_rows, sha256_file, write_rows
+from diffseg.files import atomic_path, read_rows, sha256_file, write_rows, write_text
 from diffseg.generator import load_generator, locate_generator
 from diffseg.lab.manifests import read_json
 from diffseg.lab.provenance import as_json, provenance
@@ -187,8 +187,7 @@ def read_table(path: Path, made_from: dict) -> list[dict[str, str]]:
 
 def write_table(path: Path, rows: list[dict], made_from: dict) -> None:
     about = {"made_from": made_from} | provenance()
-    with atomic_path(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(as_json(about), indent=1) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".json"), json.dumps(as_json(about), indent=1) + "\n")
     write_rows(path, rows)
 
 
@@ -242,8 +241,7 @@ def corpus_of_pair_share(corpus: Path, folder: Path, share: float) -> Path:
             (folder / name).symlink_to((corpus / name).resolve())
     with atomic_path(folder / "latents.npy") as path:
         np.save(path, np.load(corpus / "latents.npy", mmap_mode="r")[kept])
-    with atomic_path(folder / "captions.json") as path:
-        path.write_text(json.dumps([captions[k] for k in kept]), encoding="utf-8")
+    write_text(folder / "captions.json", json.dumps([captions[k] for k in kept]))
     return folder
 
 

@@ -40,7 +40,7 @@ from diffseg.experiments.generator.networks import (
     build_vae,
 )
 from diffseg.experiments.trainer import Trainer, mixed_precision, training_note
-from diffseg.files import atomic_path
+from diffseg.files import atomic_path, write_text
 from diffseg.generator import load_generator, locate_generator
 from diffseg.miniworld import WEIGHTS
 from diffseg.miniworld.scenes import PLACES, load_pictures, sample_scene
@@ -65,8 +65,7 @@ def make_corpus(folder: Path, scenes: int, pair_share: float, seed: int, workers
         parts = list(tqdm(results, "drawing scenes", total=len(starts), unit="k"))
     with atomic_path(folder / "images.npy") as path:
         np.save(path, np.concatenate([images for images, _ in parts]))
-    with atomic_path(folder / "captions.json") as path:
-        path.write_text(json.dumps([caption for _, captions in parts for caption in captions]))
+    write_text(folder / "captions.json", json.dumps([caption for _, captions in parts for caption in captions]))
 
 
 def load_images(images: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -278,8 +277,7 @@ def export(folder: Path, corpus: Path, weights: Path, changes: dict | None = Non
             note[name] = json.loads((corpus / name / f"{name}.json").read_text())
     if initial:
         note["initial"] = json.loads((Path(locate_generator(initial)) / "training.json").read_text())
-    with atomic_path(weights / "training.json") as path:
-        path.write_text(json.dumps(note, indent=1) + "\n")
+    write_text(weights / "training.json", json.dumps(note, indent=1) + "\n")
     print({key: note[key] for key in ("samples_seen", "steps", "seconds")})
 
 

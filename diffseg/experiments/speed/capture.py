@@ -33,7 +33,7 @@ from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC
 from diffseg.drawing import draw_rows
 from diffseg.experiments.speed import time_in_turn
-from diffseg.files import atomic_path
+from diffseg.files import write_text
 from diffseg.generator import load_generator, load_tokenizer
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
@@ -264,8 +264,7 @@ def main() -> None:
         else "no GPU was at hand"
     )
     report |= provenance()
-    with atomic_path(arguments.output) as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(arguments.output)
 
 

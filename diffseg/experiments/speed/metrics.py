@@ -26,7 +26,7 @@ from diffseg.benchmarks.evaluation import predict_labels
 from diffseg.benchmarks.labels import write_label
 from diffseg.benchmarks.metrics import ConfusionMatrix, ImageNetSScores, bootstrap_interval
 from diffseg.benchmarks.readers import LabelledPictures
-from diffseg.files import atomic_path
+from diffseg.files import write_text
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
 from diffseg.segmenters import Segmenter
@@ -109,8 +109,7 @@ def main() -> None:
         "rows": rows,
         **provenance(),
     }
-    with atomic_path(project_root() / "results" / "benchmarks" / "metrics.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(project_root() / "results" / "benchmarks" / "metrics.json", json.dumps(report, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
 
 

@@ -23,7 +23,7 @@ from diffseg.benchmarks.classes import get_benchmark
 from diffseg.errors import DiffsegError
 from diffseg.experiments.full_size import sd15_networks
 from diffseg.experiments.speed.capture import build_sd15
-from diffseg.files import atomic_path
+from diffseg.files import write_text
 from diffseg.generator import load_generator
 from diffseg.lab.batch import resolve, step_notebooks, step_parameters
 from diffseg.lab.provenance import provenance
@@ -262,8 +262,7 @@ def main() -> None:
     report |= {"checks": checks(root / "results")} | provenance()
     target = root / "results" / "benchmarks" / "paper_scale.json"
     report["measured"] = json.loads(target.read_text()).get("measured", []) if target.is_file() else []  # by rehearsal
-    with atomic_path(target) as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(target, json.dumps(report, indent=1) + "\n")
     print(table(report), check_table(report), sep="\n\n")
 
 

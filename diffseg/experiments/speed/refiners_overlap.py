@@ -25,7 +25,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from diffseg import drawing
 from diffseg.benchmarks.classes import VOC
-from diffseg.files import atomic_path
+from diffseg.files import write_text
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
 from diffseg.prompts import Prompt, augment
@@ -118,8 +118,7 @@ def main() -> None:
         report["refiners"].append(found | {"load_before": load})
         print(found, flush=True)
     report |= provenance()
-    with atomic_path(project_root() / "results" / "benchmarks" / "refiners_overlap.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(project_root() / "results" / "benchmarks" / "refiners_overlap.json", json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

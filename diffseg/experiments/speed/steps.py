@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffseg.files import MANIFEST, atomic_path
+from diffseg.files import MANIFEST, write_text
 from diffseg.lab.manifests import LISTING, damage, read_manifest, write_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         report = measure(Path(folder), options.files) | provenance()
-    with atomic_path(options.out) as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(options.out, json.dumps(report, indent=1) + "\n")
     print({name: value for name, value in report.items() if not isinstance(value, dict)})
 
 

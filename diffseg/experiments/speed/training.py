@@ -21,7 +21,7 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.experiments.noise import Disturbed
 from diffseg.experiments.speed import time_in_turn
-from diffseg.files import atomic_path
+from diffseg.files import write_text
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
 from diffseg.segmenters import new_networks
@@ -75,8 +75,7 @@ def main() -> None:
         "rows": rows,
         **provenance(),
     }
-    with atomic_path(project_root() / "results" / "benchmarks" / "training.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(project_root() / "results" / "benchmarks" / "training.json", json.dumps(report, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
 
 
