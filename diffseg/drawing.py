@@ -5,10 +5,12 @@ Drawing is expensive and knows nothing of masks. It writes the images (JPEGImage
 and the work is divided by the numbers of the images, so that a process needs to know nothing of the others.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -22,6 +24,7 @@ from diffseg.prompts import Prompt
 from diffseg.sampling_steps import parse_steps
 from diffseg.tokens import key_positions
 from diffseg.word_maps import WordMaps
+from diffseg.workers import begin, context
 
 IMAGES, MAPS = "JPEGImages", "WordMaps"
 
@@ -88,39 +91,85 @@ def draw_set(
     batch_size: int = 8,
     share: tuple[int, int] = (0, 1),
     beside: AbstractContextManager[Callable[[Prompt], None]] | None = None,
+    workers: int = 0,
 ) -> int:
     """Draw the images of `rows` that are not in `folder` yet, with their word maps; return how many were drawn.
 
     An interrupted or divided run computes exactly what one process would have, as its batches are the same. The files
     of a batch are written while the next one is drawn. `beside` is entered for that time, and what it gives is called
-    with each row whose files are there (`diffseg.synthesis.cut_beside`).
+    with each row whose files are there (`diffseg.synthesis.cut_beside`). workers: processes that draw on this machine's
+    CPU, with one thread and a copy of the generator each; 0: this process.
     """
-    batches, drawn, written = batches_of(rows, batch_size, share), 0, None
+    batches = batches_of(rows, batch_size, share)
+    there = [all(is_drawn(folder, row) for row in batch) for batch in batches]
+    todo = [batch for batch, is_there in zip(batches, there, strict=True) if not is_there]
+    made = (
+        by_workers(pipeline, todo, folder, options, workers)
+        if workers
+        else by_this_process(pipeline, todo, folder, options)
+    )
     bar = tqdm(total=sum(map(len, batches)), desc="drawing images", unit="image", smoothing=0.1)
+    with bar, beside or nullcontext(lambda row: None) as take:
+        for batch in chain((batch for batch, is_there in zip(batches, there, strict=True) if is_there), made):
+            bar.update(len(batch))
+            for row in batch:
+                take(row)
+    return sum(map(len, todo))
 
-    def write(batch: Sequence[Prompt], images: Sequence[Image.Image], recorded: Sequence[WordMaps]) -> None:
-        for row, image, maps in zip(batch, images, recorded, strict=True):
-            maps.save(folder / MAPS / f"{name_of(row)}.safetensors")
-            with atomic_path(folder / IMAGES / f"{name_of(row)}.jpg") as path:
-                image.save(path, quality=options.jpeg_quality, subsampling=0)
-            take(row)
-        bar.update(len(batch))
 
-    with bar, beside or nullcontext(lambda row: None) as take, ThreadPoolExecutor(1) as writer:
+def write_batch(
+    folder: Path, options: DrawingOptions, batch: Sequence[Prompt], images: Sequence[Image.Image], maps: list[WordMaps]
+) -> Sequence[Prompt]:
+    for row, image, words in zip(batch, images, maps, strict=True):
+        words.save(folder / MAPS / f"{name_of(row)}.safetensors")
+        with atomic_path(folder / IMAGES / f"{name_of(row)}.jpg") as path:
+            image.save(path, quality=options.jpeg_quality, subsampling=0)
+    return batch
+
+
+def by_this_process(
+    pipeline, batches: Sequence[Sequence[Prompt]], folder: Path, options: DrawingOptions
+) -> Iterator[Sequence[Prompt]]:
+    """Draw batches one after the other, and yield each when its files are written."""
+    written = None
+    with ThreadPoolExecutor(1) as writer:
         for batch in batches:
-            if all(is_drawn(folder, row) for row in batch):
-                for row in batch:
-                    take(row)
-                bar.update(len(batch))
-                continue
             made = draw_with_maps(pipeline, batch, options)
             if written:
-                written.result()  # so that two batches at most are in memory, and a full disk ends the drawing
-            written = writer.submit(write, batch, *made)
-            drawn += len(batch)
+                yield written.result()  # so that two batches at most are in memory, and a full disk ends the drawing
+            written = writer.submit(write_batch, folder, options, batch, *made)
         if written:
-            written.result()
-    return drawn
+            yield written.result()
+
+
+def by_workers(
+    pipeline, batches: Sequence[Sequence[Prompt]], folder: Path, options: DrawingOptions, workers: int
+) -> Iterator[Sequence[Prompt]]:
+    """Draw batches in several processes, and yield each when its files are written."""
+    if not batches:
+        return
+    # bytes, because tensors that are handed over would be shared, a file descriptor each: too many for most systems
+    copy = pickle.dumps(pipeline)
+    with ProcessPoolExecutor(workers, context(__name__), take_pipeline, (copy,)) as pool:
+        tasks = [pool.submit(draw_batch, batch, folder, options) for batch in batches]
+        try:
+            for task in as_completed(tasks):
+                yield task.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def take_pipeline(copy: bytes) -> None:
+    """In a new worker: keep a copy of the generator."""
+    global _pipeline
+    begin()
+    _pipeline = pickle.loads(copy)
+
+
+def draw_batch(batch: Sequence[Prompt], folder: Path, options: DrawingOptions) -> Sequence[Prompt]:
+    """In a worker: draw a batch and write its files."""
+    return write_batch(folder, options, batch, *draw_with_maps(_pipeline, batch, options))
 
 
 def batches_of(rows: Sequence[Prompt], batch_size: int, share: tuple[int, int] = (0, 1)) -> list[Sequence[Prompt]]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -37,6 +36,7 @@ from diffseg.refiners import get_refiner
 from diffseg.reliability import rank_within_class
 from diffseg.sampling_steps import parse_steps
 from diffseg.word_maps import WordMaps
+from diffseg.workers import begin, context, threads
 
 MASKS = ("SegmentationClass", "Reliability", "ReliabilityRank")
 FAILED = "Failed"  # a text file with the reason for each image from which no mask can be cut
@@ -115,23 +115,14 @@ class Cutter(Dataset):
         """Return what cuts the masks of `rows` as it is iterated, by that many processes; 0: by this one."""
         if self.options.refiner == "sam" and torch.device(self.device).type != "cpu":
             workers = min(workers, 1)  # each would hold a network on the GPU
-        context = None
-        if workers:
-            context = get_context("forkserver")  # processes that know nothing of the generator's threads and GPU
-            context.set_forkserver_preload([__name__])
         return DataLoader(
             self,
             batch_size=None,
             sampler=rows,
             num_workers=workers,
-            multiprocessing_context=context,
-            worker_init_fn=end_with_parent,
+            multiprocessing_context=context(__name__) if workers else None,
+            worker_init_fn=begin,
         )
-
-
-def end_with_parent(worker: int) -> None:
-    """In a worker: end when the process that started it was killed; DataLoader looks at the fork server only."""
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def cut_set(
@@ -160,13 +151,9 @@ def cut_set(
     if not todo:
         return  # a loader would start its workers
     loader = Cutter(drawn, folder, benchmark, options, device).loader(todo, workers)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as workers have
-    try:
+    with threads(1):  # as workers have
         for _ in tqdm(loader, "cutting masks", len(todo), unit="image", smoothing=0.1):
             pass
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

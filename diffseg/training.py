@@ -31,6 +31,7 @@ from diffseg.files import atomic_path, read_rows, write_rows
 from diffseg.reliability import margin_thresholds, trusted_pixels
 from diffseg.seeds import derive_seed
 from diffseg.segmenters import WEIGHTS, Ensemble, Segmenter, save_segmenter
+from diffseg.workers import threads
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NETWORKS = {"baseline": 1, "ensemble": 2, "cotrain": 2, "urn": 1}  # training mode -> number of networks
@@ -72,6 +73,7 @@ class TrainingOptions:
     uncertain_weight: float = 0.05
     beta: float = 0.2
     checkpoint_every: int = 100
+    threads: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -345,7 +347,8 @@ def train_once(
     if not (folder / WEIGHTS).is_file():
         network, state = make_network(), PartialState()
         checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
-        history = train(network, dataset, ignore, options, seed, device, title, checkpoint)
+        with threads(options.threads):  # another number of threads adds in another order
+            history = train(network, dataset, ignore, options, seed, device, title, checkpoint)
         if state.is_main_process:  # each process has running means of its own in the normalisation layers
             rows = zip(*history.values(), strict=True)
             write_rows(folder / HISTORY, [dict(zip(history, row, strict=True)) for row in rows])

@@ -91,7 +91,6 @@ def changed(values: dict, generator: str, folder: Path, pictures: int, steps: in
         "grid_pictures": 2,
         "iterations": steps,
         "training_batch": 2,
-        "workers": min(2, os.cpu_count()),
     }
     found = {
         "counts": counts,
@@ -107,7 +106,10 @@ def changed(values: dict, generator: str, folder: Path, pictures: int, steps: in
             found["places"]["target_images"] = str(folder / "data" / target)
     if importlib.util.find_spec("pydensecrf") is None and values.get("refiner") == "crf":
         found["this machine"]["refiner"] = "pamr"
-    if not torch.accelerator.is_available():
+    if torch.accelerator.is_available():
+        counts["workers"] = min(2, os.cpu_count())
+    else:
+        found["this machine"]["workers"] = 0  # each would hold a copy of the generator
         names = ("generator_precision", "training_precision", "lora_precision")
         found["this machine"] |= {name: "fp32" for name in names if values.get(name, "fp32") != "fp32"}
     return {reason: those for reason, those in found.items() if those}

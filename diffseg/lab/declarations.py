@@ -210,6 +210,7 @@ class Parameters(BaseModel):
     uncertain_weight: Share
     training_precision: Annotated[Text, OneOf("diffseg.training", "PRECISIONS")]
     checkpoint_every: Annotated[Count, Flag.INERT]
+    threads: Annotated[Whole, Field(ge=0, le=1000)]
     # 05
     evaluation_split: Text
     evaluation_batch: Annotated[Whole, Field(ge=1, le=10_000), Flag.INERT]

@@ -347,3 +347,15 @@ def test_the_picture_is_the_same_with_and_without_the_recorder(pipeline, rows):
         recorded = draw(pipeline, prompts, seeds, sampling_steps=3)
     assert_equal_images(recorded, plain)
     assert recorder.maps()[0].shape == (1, 16, 16)
+
+
+@pytest.mark.slow  # worker processes import the package
+def test_images_and_maps_do_not_depend_on_workers(pipeline, rows, whole, tmp_path):
+    drawn = tmp_path / "drawn"
+    assert draw_set(pipeline, rows[:4], drawn, OPTIONS, 4, workers=2) == 4
+    assert draw_set(pipeline, rows, drawn, OPTIONS, 4, workers=2) == 6
+    assert hashes(drawn) == hashes(whole[0] / "drawn")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "WordMaps").write_text("a file where a folder belongs")
+    with pytest.raises(OSError):
+        draw_set(pipeline, rows, tmp_path / "full", OPTIONS, 4, workers=2)
