@@ -4,7 +4,7 @@ Inside the package a label map is always int64, height x width, with class ids 0
 ignore label; only this file knows what stands on disk. Nothing is downloaded: what is missing is named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,10 +52,11 @@ class Benchmark:
     """What a benchmark fixes, whatever method is evaluated on it.
 
     `classes[i]` is the name of id i, background first where the protocol has one. `protocol` ("voc",
-    "imagenet-s", "cityscapes") settles the folder tree and how mIoU is counted; `coding` ("palette", "r256g",
+    "imagenet-s", "cityscapes", "folder") settles the folder tree and how mIoU is counted; `coding` ("palette", "r256g",
     "labelids") how a label map is written as PNG. `training_split` has the real masks that a comparison trains on.
     `groups` are sets of ids that are also scored as one merged class. `label_ids` are, for "labelids", the
-    labelIds that are read as each class; the first is written.
+    labelIds that are read as each class; the first is written. `data_names` maps names of one's own data set to
+    classes (see `diffseg.benchmarks.folder`).
     """
 
     name: str
@@ -71,6 +72,7 @@ class Benchmark:
     folder: str = ""
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     label_ids: tuple[tuple[int, ...], ...] = ()
+    data_names: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -154,32 +156,40 @@ CITYSCAPES_THINGS = replace(
 IMAGENET_S = [_listed_imagenet_s(f"imagenet-s-{size}", size) for size in (50, 300, 919)]
 MINI_IMAGENET_S = _listed_imagenet_s("mini-imagenet-s", "mini")  # every picture of the mini world is a class
 BENCHMARKS = {b.name: b for b in (VOC, *IMAGENET_S, CITYSCAPES, CITYSCAPES_THINGS, MINI_IMAGENET_S)}
+FOLDER = "folder"  # a labelled data set of one's own, with a class list
+NAMES = (*BENCHMARKS, FOLDER)
 
 
-def get_benchmark(name: str, class_list: Sequence[str] = ()) -> Benchmark:
+def get_benchmark(name: str, class_list: Sequence[str] = (), data_names: Mapping[str, str] | None = None) -> Benchmark:
     """Return the benchmark of that name or, with a class list, one that is made of it: background and its words.
 
     One's own classes are coded as VOC's are (palette PNG, 255 = ignored), beyond 254 classes as ImageNet-S' (R + 256 *
-    G, 1000 = ignored), and have no splits: there is nothing to evaluate on. Raises a DiffsegError for a bad list, one
-    of more than 999 classes, and an unknown benchmark.
+    G, 1000 = ignored). They have no splits, as there is nothing to evaluate on, unless the name is "folder": then the
+    data set's lists are its splits, and `data_names` maps its names of classes to words of the list where they differ.
+    Raises a DiffsegError for a bad list, one of more than 999 classes, and an unknown benchmark.
     """
     if not class_list:
+        if name == FOLDER:
+            raise DiffsegError("The benchmark folder has no classes of its own: give class_list.")
         if name not in BENCHMARKS:
-            raise DiffsegError(f"There is no benchmark {name!r}; the known ones are {', '.join(BENCHMARKS)}.")
+            raise DiffsegError(f"There is no benchmark {name!r}; the known ones are {', '.join(NAMES)}.")
         return BENCHMARKS[name]
     names = class_names(class_list)
     if len(names) > 999:
         raise DiffsegError(f"The class list has {len(names)} classes: give at most 999, as id 1000 means ignored.")
     classes = ("background", *names)
     in_palette = len(classes) <= 255
+    is_folder = name == FOLDER
     return replace(
         VOC,
-        name="own-words",
+        name=FOLDER if is_folder else "own-words",
+        protocol=FOLDER if is_folder else VOC.protocol,
         coding="palette" if in_palette else "r256g",
         classes=classes,
         ignore=255 if in_palette else 1000,
         splits=(),
         palette=voc_palette(len(classes)),
-        source="a class list of one's own",
+        source="a data set of one's own" if is_folder else "a class list of one's own",
         folder="",
+        data_names=dict(data_names or {}),
     )

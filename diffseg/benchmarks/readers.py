@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from diffseg.benchmarks.classes import DEVELOPMENT, Benchmark
+from diffseg.benchmarks.classes import DEVELOPMENT, FOLDER, Benchmark
+from diffseg.benchmarks.folder import open_folder
 from diffseg.benchmarks.labels import picture_coding, read_label, read_pixels
 from diffseg.errors import DiffsegError
 from diffseg.paths import locate
@@ -21,12 +22,19 @@ from diffseg.reliability import rank_within_class
 class LabelledPictures(Dataset):
     """Pictures with label maps: item i is (name, image uint8 3 x H x W, label int64 H x W), as torch tensors.
 
-    `items` holds (name, picture path, label path). Reading raises a DiffsegError that names the file.
+    `items` holds (name, picture path, label path); read: called with name and label path, it returns the label map
+    (int64 H x W), where the file is not in the benchmark's coding. Reading raises a DiffsegError that names the file.
     """
 
-    def __init__(self, benchmark: Benchmark, items: Sequence[tuple[str, Path, Path]]):
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        items: Sequence[tuple[str, Path, Path]],
+        read: Callable[[str, Path], np.ndarray] | None = None,
+    ):
         self.benchmark = benchmark
         self.items = list(items)
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.items)
@@ -34,7 +42,7 @@ class LabelledPictures(Dataset):
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
         name, image_path, label_path = self.items[index]
         pixels = np.array(read_picture(image_path))
-        label = read_label(label_path, self.benchmark)
+        label = self.read(name, label_path) if self.read else read_label(label_path, self.benchmark)
         if label.shape != pixels.shape[:2]:
             raise DiffsegError(
                 f"{label_path} is {label.shape[0]} x {label.shape[1]} pixels (height x width), but its "
@@ -67,11 +75,18 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
       or "train-semi". Names are "<tag>/<name>".
     - Cityscapes: `leftImg8bit/<split>/<city>/` and `gtFine/<split>/<city>/..._gtFine_labelIds.png`. Names are
       "<city>_<sequence>_<frame>".
-    - "dev" of each, in the same layout: pictures on which parameters are chosen. The mini benchmarks have it.
+    - A folder of one's own: see `diffseg.benchmarks.folder`; its lists name the splits.
+    - "dev" of the official ones, in the same layout: pictures on which parameters are chosen. The mini benchmarks have
+      it.
 
     Raises a DiffsegError for an unknown split, for missing or wrong folders with the official source and tree, and
     for a picture or mask of ImageNet-S without the other.
     """
+    if benchmark.protocol == FOLDER:
+        items, read = open_folder(benchmark, Path(root), split)
+        if not items:
+            raise DiffsegError(f"The split {split} below {root} names no image; put images into it.")
+        return LabelledPictures(benchmark, items, read)
     if not benchmark.splits:
         raise DiffsegError(
             f"{benchmark.name} has no labelled pictures; set train_real to false and stop after step 4 (--only 1-4)"

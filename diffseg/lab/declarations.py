@@ -74,7 +74,7 @@ one_line = matches(lambda text: not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", t
 Truth = Annotated[bool, BeforeValidator(lambda value: {"true": True, "false": False}.get(str(value).lower()))]
 Whole = Annotated[int, number("be a whole number")]
 Number = Annotated[float, Field(allow_inf_nan=False), number("be a finite number")]
-TYPES = {bool: Truth, int: Whole, float: Number, str: str, list: list}
+TYPES = {bool: Truth, int: Whole, float: Number, str: str, list: list, dict: dict}
 
 # Upper bounds are far beyond use. They keep a slip of the keyboard from filling the disk.
 Text = Annotated[str, Field(max_length=4000), one_line]
@@ -109,9 +109,10 @@ class Parameters(BaseModel):
     run: Annotated[RunName, Flag.INERT]
     out: Annotated[Text, Flag.INERT]
     seed: Seed
-    benchmark: Annotated[Text, OneOf("diffseg.benchmarks.classes", "BENCHMARKS")]
+    benchmark: Annotated[Text, OneOf("diffseg.benchmarks.classes", "NAMES")]
     class_list: Annotated[list[Name], Field(max_length=999)]  # id 1000 means ignored
-    data_root: Name  # no FILE: a benchmark is a fixed thing of many gigabytes
+    data_root: Name  # no FILE: a benchmark is a fixed thing of many gigabytes; one's own counts (`lab.steps`)
+    data_names: Annotated[dict[Name, Name], Field(max_length=10_000)]
     generator: Annotated[Name, Flag.FILE]
     generator_precision: Precision
     generator_variant: Text
@@ -336,10 +337,9 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     from diffseg.sampling_steps import parse_steps
     from diffseg.words import load_words
 
-    if parameters.get("class_list") or parameters.get("evaluation_split"):
+    get, is_folder = parameters.get, parameters.get("benchmark") == "folder"
+    if get("class_list") or get("evaluation_split"):
         from diffseg.benchmarks.classes import get_benchmark  # loads torch, which the usual run need not wait for
-
-    get = parameters.get
 
     def given(*names: str) -> bool:
         return all(name in parameters for name in names)
@@ -364,12 +364,20 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         remedy = "Set it to a file of Segment Anything's weights, or to mini for the mini world's."
         yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
     if given("class_list", "benchmark"):
+        if is_folder and not get("class_list"):
+            yield "class_list", "name your classes, as the benchmark is folder", "Set `class_list=[fox, wind turbine]`."
         if own := get("class_list"):
             get_benchmark(get("benchmark"), own)  # raises its own sentence for an entry that is no class
             for name in ("train_real", "mix_real"):
-                if get(name):
-                    yield name, "be false, as one's own classes have no labelled images", f"Set `{name}=false`."
-    if given("evaluation_split", "benchmark") and get("evaluation_split"):
+                if get(name) and not is_folder:
+                    yield (
+                        name,
+                        "be false, as one's own classes have no labelled images",
+                        (f"Set `{name}=false`, or `benchmark=folder` and data_root to labelled images of your own."),
+                    )
+    if get("data_names") and given("benchmark") and not is_folder:
+        yield "data_names", "be empty, as the benchmark is not folder", "Set `data_names={}`, or `benchmark=folder`."
+    if given("evaluation_split", "benchmark") and get("evaluation_split") and not is_folder:
         splits = get_benchmark(get("benchmark"), get("class_list", [])).splits
         if get("evaluation_split") not in splits:
             rule = f"be empty, or one of {get('benchmark')}'s splits {', '.join(splits)}"
@@ -407,6 +415,8 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if parameters.get("evaluation_crf"):
             rule = "be false here, as the dense CRF needs the package pydensecrf2"
             yield "evaluation_crf", rule, f"Set `evaluation_crf=false`, or {install}."
+    if parameters.get("benchmark") == "folder" and "data_root" in parameters and parameters.get("class_list"):
+        open_data(parameters)
     trained = ["training_precision"] + (["lora_precision"] if parameters.get("target_images") else [])
     for name in trained:
         if parameters.get(name, "fp32") != "fp32":
@@ -415,3 +425,16 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             if not torch.accelerator.is_available():
                 rule = "be fp32 here, as there is no GPU and a CPU is many times slower in half precision"
                 yield name, rule, f"Set `{name}=fp32`."
+
+
+def open_data(parameters: dict[str, Any]) -> None:
+    """Open the splits of one's own data set that are going to be read; what is missing raises a DiffsegError."""
+    from diffseg.benchmarks.classes import get_benchmark
+    from diffseg.benchmarks.readers import data_folder, open_split
+
+    get = parameters.get
+    bench = get_benchmark("folder", get("class_list", []), get("data_names"))
+    splits = [bench.training_split] if get("train_real") or get("mix_real") else []
+    splits += [get("evaluation_split") or bench.evaluation_split] if "evaluation_split" in parameters else []
+    for split in splits:
+        open_split(bench, data_folder(get("data_root")), split)

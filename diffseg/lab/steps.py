@@ -183,16 +183,17 @@ def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Return parameter -> (file -> sha256) of the files that parameters name, of a folder all that are not hidden.
 
     A short name such as "mini" stands for what it is made of (`diffseg.paths.sources`), a benchmark for its word table
-    and class list. What is no file or folder, as a hub's id, adds nothing.
+    and class list; a data set of one's own counts whole. What is no file or folder, as a hub's id, adds nothing.
     """
     named = {}
+    named_here = FILES | ({"data_root"} if parameters.get("benchmark") == "folder" else set())
     for parameter, value in parameters.items():
         if parameter == "benchmark":
             tables = PACKAGE / "data"
             stem = value.removesuffix("-things")
             listed = [tables / f"words_{re.sub(r'^imagenet-s-.*', 'imagenet_s', stem)}.csv"]
             places = [*listed, tables / f"{stem.replace('mini-imagenet-s', 'imagenet-s-mini').replace('-', '_')}.txt"]
-        elif not (isinstance(value, str) and value and (parameter in FILES or sources(parameter, value))):
+        elif not (isinstance(value, str) and value and (parameter in named_here or sources(parameter, value))):
             continue
         else:
             places = sources(parameter, value) or [locate(parameter, value)]

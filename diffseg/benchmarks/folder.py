@@ -1,0 +1,242 @@
+"""A labelled data set of one's own below one folder, as annotation tools export it.
+
+- VOC's layout: `JPEGImages/<name>.<any image suffix>`, `SegmentationClass/<name>.png`,
+  `ImageSets/Segmentation/<split>.txt`. What a label image's values mean stands in `labelmap.txt` (CVAT's "Segmentation
+  mask": a line `name:R,G,B::` a class, label images in these colours, or in one channel with the number of the line),
+  else in `class_names.txt` (labelme: a line a class, from 0), else in the class list (0 is the background).
+- COCO's: `annotations/instances_<split>.json`, images below `images/<split>`, `images` or `<split>`.
+
+The names of classes are the data's. `Benchmark.data_names` says which class each stands for; a name that stands for
+none is background. 255 in one channel, and the name "ignored", mean ignored pixels.
+"""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from diffseg.benchmarks.classes import Benchmark
+from diffseg.errors import DiffsegError
+from diffseg.pictures import decode, picture_files, read_text
+from diffseg.words import nfc
+
+IGNORED = "ignored"
+_TOOLS = {"_background_": "background", "__ignore__": IGNORED}  # labelme's names
+Items = list[tuple[str, Path, Path]]
+
+
+def class_ids(names: Sequence[str], benchmark: Benchmark, source: Path) -> np.ndarray:
+    """Return the class id (or `benchmark.ignore`) of each of the data's names, int64; `source` is where they stand.
+
+    Raises a DiffsegError for a mapping of a name that the data has not, or to what is no class, and for a class of the
+    class list that no name stands for: a misspelt name would otherwise be background in silence.
+    """
+    names = [nfc(_TOOLS.get(name, name)) for name in names]
+    targets = {IGNORED: benchmark.ignore} | {name: number for number, name in enumerate(benchmark.classes)}
+    mapping = {nfc(name): nfc(word) for name, word in benchmark.data_names.items()}
+    for name, word in mapping.items():
+        if name not in names:
+            raise DiffsegError(f"data_names maps {name!r}, but {source} has {', '.join(names)}; correct the name.")
+        if word not in targets:
+            raise DiffsegError(
+                f"data_names maps {name!r} to {word!r}; map it to a class of class_list, background or {IGNORED}."
+            )
+    ids = np.array([targets.get(mapping.get(name, name), 0) for name in names], np.int64)
+    for number, name in enumerate(benchmark.classes):
+        if number and number not in ids:
+            raise DiffsegError(
+                f"no class of {source} stands for {name!r}; it has {', '.join(names)}: say which one in data_names, as "
+                f"in `data_names={{their name: {name}}}`, or take {name!r} out of class_list."
+            )
+    return ids
+
+
+def open_folder(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, "ImageLabels | CocoLabels"]:
+    """Return (name, image path, label path) of a split, and what reads a label: called with name and path, it returns
+    int64 H x W.
+
+    Raises a DiffsegError for a folder in neither layout, an unknown split, and images or labels that are missing.
+    """
+    if (root / "SegmentationClass").is_dir():
+        items, labels = _voc_layout(benchmark, root, split)
+    elif (root / "annotations").is_dir():
+        items, labels = _coco_layout(benchmark, root, split)
+    else:
+        raise DiffsegError(
+            f"{root} holds neither SegmentationClass (VOC's layout) nor annotations (COCO's); set data_root to the "
+            "folder of an export that does."
+        )
+    missing = [path for _, *paths in items for path in paths if not path.is_file()]
+    if missing:
+        raise DiffsegError(
+            f"{len(missing)} images or labels of the split {split} are missing below {root}, the first is "
+            f"{missing[0]}; export the annotations with their images, or shorten the split."
+        )
+    for name, *_ in items:  # predictions are written by these names
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DiffsegError(f"the split {split} below {root} names {name}, outside of the data set; rename it.")
+    return items, labels
+
+
+# VOC's layout
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """Reads label images: `ids[k]` is the class id of the value k, `colours[k]` (R, G, B) its colour, if it has one."""
+
+    ids: np.ndarray
+    ignore: int
+    colours: tuple[tuple[int, int, int], ...] = ()
+
+    def __call__(self, name: str, path: Path) -> np.ndarray:
+        picture = decode(path)
+        if self.colours and picture.mode in ("P", "RGB"):
+            return self._of_colours(np.array(picture.convert("RGB"), np.int64), path)
+        if picture.mode not in ("P", "L"):
+            raise DiffsegError(
+                f"{path} is a {picture.mode} image; give label images of one channel (the class's number), or in the "
+                "colours of a labelmap.txt."
+            )
+        values = np.array(picture, np.int64)
+        counted = values != 255
+        if wrong := values[counted & (values >= len(self.ids))].tolist():
+            raise DiffsegError(
+                f"{path} holds the value {wrong[0]}, but there are {len(self.ids)} classes, 0 to {len(self.ids) - 1}, "
+                "and 255 for ignored pixels; name the others in class_names.txt or labelmap.txt."
+            )
+        return np.where(counted, self.ids[np.where(counted, values, 0)], self.ignore)
+
+    def _of_colours(self, pixels: np.ndarray, path: Path) -> np.ndarray:
+        code = np.array([65536, 256, 1])
+        found, where = np.unique(pixels @ code, return_inverse=True)
+        known = {int(np.dot(colour, code)): number for number, colour in enumerate(self.colours)}
+        for value in found.tolist():
+            if value not in known:
+                colour = f"({value >> 16}, {value >> 8 & 255}, {value & 255})"
+                raise DiffsegError(f"{path} holds the colour {colour}, which labelmap.txt does not name; add its line.")
+        return self.ids[[known[value] for value in found.tolist()]][where.reshape(pixels.shape[:2])]
+
+
+def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, ImageLabels]:
+    lists = root / "ImageSets" / "Segmentation"
+    names = [line.strip() for line in read_text(_of_split(lists, "", split, ".txt")).splitlines() if line.strip()]
+    images = root / "JPEGImages"
+    found = {path.relative_to(images).with_suffix("").as_posix(): path for path in picture_files(images)}
+    items = [
+        (name, found.get(name, images / f"{name}.jpg"), root / "SegmentationClass" / f"{name}.png") for name in names
+    ]
+    colours: tuple[tuple[int, int, int], ...] = ()
+    if (source := root / "labelmap.txt").is_file():
+        lines = [line for line in read_text(source).splitlines() if line.strip() and not line.startswith("#")]
+        parts = [re.fullmatch(r"(.+?):(\d+),(\d+),(\d+)(:.*)?", line.strip()) for line in lines]
+        for line, part in zip(lines, parts, strict=True):
+            if part is None:
+                raise DiffsegError(f"{source} holds the line {line!r}; write name:R,G,B:: as CVAT does.")
+        classes = [part[1].strip() for part in parts]
+        colours = tuple((int(part[2]), int(part[3]), int(part[4])) for part in parts)
+    elif (source := root / "class_names.txt").is_file():
+        classes = [line.strip() for line in read_text(source).splitlines() if line.strip()]
+    else:
+        source, classes = root, list(benchmark.classes)
+    labels = ImageLabels(class_ids(classes, benchmark, source), benchmark.ignore, colours)
+    some = [path for *_, path in items[:: max(1, len(items) // 8)][:8] if path.is_file()]
+    values = np.unique([value for path in some for value in _values(path)])
+    if some and values.tolist() == [0, 255]:
+        raise DiffsegError(
+            f"the label images in {root / 'SegmentationClass'} hold 0 and 255 only, and 255 means ignored pixels; "
+            "write a class as its number, 1 for the first."
+        )
+    return items, labels
+
+
+def _values(path: Path) -> np.ndarray:
+    """The values of a label image of one channel; none of a coloured one."""
+    picture = decode(path)
+    return np.unique(picture) if picture.mode in ("P", "L") else np.array([], np.uint8)
+
+
+def _of_split(folder: Path, before: str, split: str, after: str) -> Path:
+    """Return the file `<folder>/<before><split><after>`; where it is missing, name the splits that are there."""
+    path = folder / f"{before}{split}{after}"
+    if not path.is_file():
+        there = sorted(p.name.removeprefix(before).removesuffix(after) for p in folder.glob(f"{before}*{after}"))
+        raise DiffsegError(
+            f"{path} is missing; the splits there are: {', '.join(there) or 'none'}. Set evaluation_split to score "
+            "another one; real images for the training are the split train."
+        )
+    return path
+
+
+# COCO's layout
+
+
+@dataclass(frozen=True)
+class CocoLabels:
+    """Draws the label of an image from its annotations.
+
+    Polygons, RLE and crowds count as their category. A pixel of two classes is ignored, as torchvision's reference for
+    semantic segmentation on COCO does.
+    """
+
+    coco: object  # pycocotools.coco.COCO
+    image_ids: dict[str, int]  # by name
+    ids: dict[int, int]  # category id -> class id
+    ignore: int
+
+    def __call__(self, name: str, path: Path) -> np.ndarray:
+        image = self.coco.imgs[self.image_ids[name]]
+        label = np.zeros((image["height"], image["width"]), np.int64)
+        for annotation in self.coco.imgToAnns[image["id"]]:
+            number = self.ids[annotation["category_id"]]
+            if number and not annotation.get("segmentation"):
+                raise DiffsegError(
+                    f"annotation {annotation['id']} of {path} has no segmentation (a box only); export polygons or "
+                    "masks, or map its category to background in data_names."
+                )
+            if number:
+                try:
+                    mask = self.coco.annToMask(annotation) > 0
+                    if mask.shape != label.shape:
+                        raise ValueError(f"it is {mask.shape[0]} x {mask.shape[1]}, its image {label.shape}")
+                except Exception as error:  # pycocotools raises Exception itself
+                    raise DiffsegError(
+                        f"the segmentation of annotation {annotation['id']} of {path} cannot be drawn ({error}); "
+                        "export it again."
+                    ) from None
+                label[mask] = np.where(np.isin(label[mask], (0, number)), number, self.ignore)
+        return label
+
+
+def _coco_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, CocoLabels]:
+    path = _of_split(root / "annotations", "instances_", split, ".json")
+    try:
+        from pycocotools.coco import COCO
+    except ImportError:
+        raise DiffsegError(f"{path} is read by pycocotools, which is not installed; pip install pycocotools.") from None
+    coco = COCO()
+    try:
+        coco.dataset = json.loads(read_text(path))
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
+            coco.createIndex()
+        files = {image["id"]: image["file_name"] for image in coco.dataset["images"]}
+        names = {number: category["name"] for number, category in coco.cats.items()}
+        used = {annotation["category_id"] for annotation in coco.anns.values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DiffsegError(f"{path} is no COCO JSON of instances ({error!r}); export it again.") from None
+    if not used <= names.keys():
+        raise DiffsegError(f"{path} uses the category {min(used - names.keys())}, which it does not list; add it.")
+    ids = dict(zip(names, class_ids(list(names.values()), benchmark, path).tolist(), strict=True))
+    folders = [root / "images" / split, root / "images", root / split]
+    items, image_ids = [], {}
+    for number, file in files.items():
+        places = [folder / file for folder in folders]
+        name = PurePosixPath(file).with_suffix("").as_posix()
+        items.append((name, next((place for place in places if place.is_file()), places[0]), path))
+        image_ids[name] = number
+    return items, CocoLabels(coco, image_ids, ids, benchmark.ignore)

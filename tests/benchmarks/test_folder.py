@@ -1,0 +1,308 @@
+"""A labelled data set of one's own: as CVAT, labelme and COCO's tools lay it out, and what is refused of it."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from diffseg.benchmarks.classes import get_benchmark
+from diffseg.benchmarks.evaluation import evaluate_folder
+from diffseg.benchmarks.labels import write_prediction
+from diffseg.benchmarks.readers import open_split
+from diffseg.errors import DiffsegError
+from diffseg.lab import declarations
+from diffseg.lab.batch import run
+from diffseg.lab.declarations import check_together
+from diffseg.lab.steps import named_files
+from diffseg.miniworld.disk import write_benchmarks
+
+OWN = ["fox, none", "fire engine, none"]
+LABEL = np.array([[0, 1, 1, 2], [0, 0, 255, 2], [0, 0, 0, 2]])  # classes of OWN; 255 is ignored
+COLOURS = {0: (0, 0, 0), 1: (250, 50, 83), 2: (51, 221, 255), 255: (224, 224, 192)}
+# the layout of CVAT's "Segmentation mask 1.1", with its comment line; a label's name is what its annotator chose
+LABELMAP = """# label:color_rgb:parts:actions
+background:0,0,0::
+fire_truck:51,221,255::
+fox:250,50,83::
+ignored:224,224,192::
+"""
+MAPPED = {"fire_truck": "fire engine"}
+
+
+def benchmark(**data_names):
+    return get_benchmark("folder", OWN, data_names or MAPPED)
+
+
+def picture(label: np.ndarray, suffix: str, folder: Path, name: str) -> None:
+    path = folder / f"{name}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", label.shape[::-1], "green").save(path)
+
+
+def save(values: np.ndarray, folder: Path, name: str, palette: list[int] | None = None) -> None:
+    path = folder / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values.astype(np.uint8))
+    if palette:
+        image.putpalette(palette)
+    image.save(path)
+
+
+def coloured(label: np.ndarray) -> np.ndarray:
+    return np.stack([np.vectorize(lambda k, c=c: COLOURS[k][c])(label) for c in range(3)], axis=-1)
+
+
+def cvat(root: Path, labels: dict[str, np.ndarray], split: str = "default") -> Path:
+    """Write what CVAT's export with images holds: names in folders, images of several formats."""
+    for number, (name, label) in enumerate(labels.items()):
+        picture(label, (".jpg", ".PNG")[number % 2], root / "JPEGImages", name)
+        save(coloured(label), root / "SegmentationClass", name)
+        save(coloured(label), root / "SegmentationObject", name)
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
+    (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in labels))
+    (root / "labelmap.txt").write_text(LABELMAP)
+    return root
+
+
+@pytest.fixture
+def exported(tmp_path):
+    return cvat(tmp_path / "task", {"day/one": LABEL, "two": LABEL[::-1]})
+
+
+# VOC's layout
+
+
+def test_cvats_export_is_read_by_its_colours_whatever_their_order(exported):
+    split = pickle.loads(pickle.dumps(open_split(benchmark(), exported, "default")))  # as a loader's workers get it
+    assert [name for name, *_ in (split[0], split[1])] == ["day/one", "two"]
+    assert np.array_equal(split[0][2], LABEL) and np.array_equal(split[1][2], LABEL[::-1])
+    assert split[0][1].shape == (3, 3, 4)
+
+
+def test_a_palette_image_of_cvat_counts_by_its_colours_and_one_channel_by_its_lines(exported):
+    palette = [value for number in range(3) for value in COLOURS[number]]
+    save(np.where(LABEL == 255, 0, LABEL), exported / "SegmentationClass", "two", palette)
+    lines = np.select([LABEL == 1, LABEL == 2, LABEL == 255], [2, 1, 3])  # background, fire_truck, fox, ignored
+    save(lines, exported / "SegmentationClass", "day/one")
+    split = open_split(benchmark(), exported, "default")
+    assert np.array_equal(split[1][2], np.where(LABEL == 255, 0, LABEL))
+    assert np.array_equal(split[0][2], LABEL)
+
+
+def test_labelmes_export_is_read_by_its_class_names(tmp_path):
+    names = ["__ignore__", "_background_", "sky", "fire engine", "fox"]  # its lists begin with -1, its files with 0
+    cvat(tmp_path, {"one": LABEL})
+    (tmp_path / "labelmap.txt").unlink()
+    (tmp_path / "class_names.txt").write_text("\n".join(names[1:]))
+    save(np.select([LABEL == 1, LABEL == 2, LABEL == 255], [3, 2, 255]), tmp_path / "SegmentationClass", "one")
+    split = open_split(get_benchmark("folder", OWN), tmp_path, "default")
+    assert np.array_equal(split[0][2], LABEL)
+    (tmp_path / "class_names.txt").write_text("\n".join(["_background_", "sky", "fire engine", "fox"]))
+    label = np.array([[0, 1, 2, 3]])
+    picture(label, ".jpg", tmp_path / "JPEGImages", "one")
+    save(label, tmp_path / "SegmentationClass", "one")
+    read = open_split(get_benchmark("folder", OWN), tmp_path, "default")[0][2]
+    assert read.tolist() == [[0, 0, 2, 1]]  # a name that is no class is background
+    read = open_split(benchmark(sky="ignored"), tmp_path, "default")[0][2]
+    assert read.tolist() == [[0, 255, 2, 1]]
+
+
+def test_without_names_the_values_are_those_of_the_class_list_and_two_names_may_be_one_class(tmp_path):
+    cvat(tmp_path, {"one": LABEL})
+    save(LABEL, tmp_path / "SegmentationClass", "one")
+    both = get_benchmark("folder", ["vehicle, none"], {"fire_truck": "vehicle", "fox": "vehicle"})
+    assert np.array_equal(open_split(benchmark(), cvat(tmp_path / "b", {"one": LABEL}), "default")[0][2], LABEL)
+    assert set(np.unique(open_split(both, tmp_path / "b", "default")[0][2])) == {0, 1, 255}
+    (tmp_path / "labelmap.txt").unlink()
+    assert np.array_equal(open_split(get_benchmark("folder", OWN), tmp_path, "default")[0][2], LABEL)
+
+
+def test_mini_voc_as_a_folder_of_ones_own_is_mini_voc(tmp_path):
+    write_benchmarks(data := tmp_path / "data", {"version": 0, "seed": 0, "voc": {"train": 3, "val": 4}})
+    voc = get_benchmark("voc")
+    own = get_benchmark("folder", [f"{name}, none" for name in voc.foreground])
+    official = open_split(voc, data, "val")
+    for mine, theirs in zip(open_split(own, data / voc.folder, "val"), official, strict=True):
+        assert mine[0] == theirs[0] and all(map(np.array_equal, mine[1:], theirs[1:]))
+
+
+def test_predictions_on_it_are_written_and_scored(exported, tmp_path):
+    bench = benchmark()
+    split = open_split(bench, exported, "default")
+    for name, _, label in split:
+        write_prediction(tmp_path / "p", name, np.where(label == 255, 0, label), bench, tuple(label.shape))
+    found = evaluate_folder(tmp_path / "p", split, bench, bootstrap=10)
+    assert found.miou == 1 and found.iou == {"background": 1, "fox": 1, "fire engine": 1} and found.images == 2
+
+
+# COCO's
+
+
+def coco(root: Path, split: str = "val") -> Path:
+    """Two images of 20 x 30: polygons, an overlap, a crowd in RLE, a category that is no class."""
+    for name in ("one.jpg", "far/two.png"):
+        picture(np.zeros((20, 30)), "", root / "images" / split, name)
+
+    def box(x0, y0, x1, y1):
+        return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+    crowd = np.zeros((20, 30), np.uint8)
+    crowd[12:, :5] = 1
+    edges = np.flatnonzero(np.diff(crowd.flatten(order="F"), prepend=0, append=0))
+    counts = np.diff(edges, prepend=0, append=crowd.size).tolist()
+    annotations = [
+        {"image_id": 7, "category_id": 18, "segmentation": box(2, 2, 12, 10), "iscrowd": 0},
+        {"image_id": 7, "category_id": 3, "segmentation": box(8, 6, 20, 16), "iscrowd": 0},
+        {"image_id": 7, "category_id": 90, "segmentation": box(21, 0, 30, 5), "iscrowd": 0},
+        {"image_id": 7, "category_id": 3, "segmentation": {"counts": counts, "size": [20, 30]}, "iscrowd": 1},
+    ]
+    content = {
+        "images": [
+            {"id": 7, "file_name": "one.jpg", "height": 20, "width": 30},
+            {"id": 4, "file_name": "far/two.png", "height": 20, "width": 30},
+        ],
+        "categories": [
+            {"id": 90, "name": "toothbrush"},
+            {"id": 3, "name": "fire_truck"},
+            {"id": 18, "name": "fox"},
+        ],
+        "annotations": [entry | {"id": k, "bbox": [0, 0, 1, 1], "area": 1} for k, entry in enumerate(annotations, 1)],
+    }
+    (root / "annotations").mkdir(parents=True)
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def test_cocos_json_is_drawn_and_overlaps_of_two_classes_are_ignored(tmp_path, capsys):
+    pytest.importorskip("pycocotools")
+    split = pickle.loads(pickle.dumps(open_split(benchmark(), coco(tmp_path), "val")))
+    assert [name for name, *_ in split.items] == ["one", "far/two"] and not capsys.readouterr().out
+
+    def drawn(x0, y0, x1, y1):  # Pillow fills a polygon with its right and lower edge, COCO without
+        image = Image.new("1", (30, 20))
+        ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), fill=1)
+        return np.array(image)
+
+    fox, truck = drawn(2, 2, 12, 10), drawn(8, 6, 20, 16)
+    expected = np.select([fox & truck, fox, truck], [255, 1, 2])
+    expected[12:, :5] = 2
+    assert np.array_equal(split[0][2], expected)
+    assert not split[1][2].any() and split[1][1].shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 1 of .* has no segmentation"),
+        (lambda c: c["annotations"][0].update(category_id=5), "uses the category 5, which it does not list"),
+        (lambda c: c.pop("images"), "is no COCO JSON of instances"),
+        (lambda c: c["images"][0].update(file_name="three.jpg"), "1 images or labels .* are missing"),
+        (lambda c: c["images"][0].update(file_name="../val/one.jpg"), "outside of the data set"),
+        (lambda c: c["images"][0].update(height=21), "annotation 4 of .* cannot be drawn"),
+    ],
+)
+def test_a_coco_json_that_does_not_fit_is_named(tmp_path, change, sentence):
+    pytest.importorskip("pycocotools")
+    path = coco(tmp_path) / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DiffsegError, match=sentence) as error:
+        open_split(benchmark(), tmp_path, "val")[0]
+    assert "\n" not in str(error.value)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda root: (root / "labelmap.txt").write_text("fox\n"), "holds the line 'fox'"),
+        (lambda root: (root / "labelmap.txt").write_text(LABELMAP.replace("51,", "52,")), r"\(51, 221, 255\), which"),
+        (lambda root: (root / "JPEGImages" / "two.PNG").unlink(), "1 images or labels .*two.jpg; export"),
+        (lambda root: (root / "SegmentationClass" / "two.png").unlink(), "1 images or labels .*two.png; export"),
+        (lambda root: save(np.zeros((5, 4, 4)), root / "SegmentationClass", "two"), "two.png is a RGBA image"),
+        (lambda root: save(LABEL + 4 * (LABEL == 2), root / "SegmentationClass", "two"), "holds the value 6"),
+        (lambda root: (root / "ImageSets/Segmentation/default.txt").write_text(""), "names no image"),
+        (lambda root: (root / "ImageSets/Segmentation/default.txt").write_text("../task/two"), "are missing"),
+        (lambda root: (root / "SegmentationClass").rename(root / "Masks"), "holds neither SegmentationClass"),
+    ],
+)
+def test_an_export_that_does_not_fit_is_named(exported, spoil, sentence):
+    spoil(exported)
+    with pytest.raises(DiffsegError, match=sentence) as error:
+        open_split(benchmark(), exported, "default")[1]
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_do_not_meet_are_told_with_the_datas_own(exported):
+    with pytest.raises(DiffsegError, match="stands for 'fire engine'; it has background, fire_truck, fox, ignored"):
+        open_split(get_benchmark("folder", OWN), exported, "default")
+    with pytest.raises(DiffsegError, match="maps 'firetruck', but .* has background, fire_truck"):
+        open_split(benchmark(firetruck="fire engine"), exported, "default")
+    with pytest.raises(DiffsegError, match="maps 'fire_truck' to 'fire'; map it to a class of class_list"):
+        open_split(benchmark(fire_truck="fire"), exported, "default")
+    with pytest.raises(DiffsegError, match="train.txt is missing; the splits there are: default"):
+        open_split(benchmark(), exported, "train")
+
+
+def test_masks_of_0_and_255_are_refused_because_255_is_ignored(exported):
+    (exported / "labelmap.txt").unlink()
+    for name in ("day/one", "two"):
+        save(255 * (LABEL == 1), exported / "SegmentationClass", name)
+    with pytest.raises(DiffsegError, match="0 and 255 only"):
+        open_split(get_benchmark("folder", ["fox, none"]), exported, "default")
+
+
+def test_the_parameters_are_checked_before_anything_is_drawn(exported):
+    own = {"benchmark": "folder", "class_list": OWN, "data_root": str(exported), "data_names": MAPPED}
+    check_together(own | {"train_real": False, "mix_real": False, "evaluation_split": "default"}, "own.yaml")
+    for changes, sentence in [
+        ({"class_list": []}, "`class_list` is .* as the benchmark is folder"),
+        ({"benchmark": "voc"}, "`data_names` is .* as the benchmark is not folder"),
+        ({"evaluation_split": ""}, "val.txt is missing; the splits there are: default"),
+        ({"train_real": True}, "train.txt is missing"),
+        ({"data_root": str(exported / "no"), "train_real": True}, "there is no data root"),
+    ]:
+        with pytest.raises(DiffsegError, match=sentence):
+            check_together(own | changes, "own.yaml")
+    assert declarations.check({"data_names": {"a": "b"}}, {"data_names": {}}, "x") == {"data_names": {"a": "b"}}
+    with pytest.raises(DiffsegError, match="data_names"):
+        declarations.check({"data_names": {"a": 1}}, {"data_names": {}}, "x")
+
+
+def test_its_bytes_count_in_the_key(exported):
+    before = named_files({"benchmark": "folder", "data_root": str(exported)})["data_root"]
+    save(coloured(np.zeros((3, 4), int)), exported / "SegmentationClass", "two")
+    after = named_files({"benchmark": "folder", "data_root": str(exported)})["data_root"]
+    assert {name for name in after if after[name] != before[name]} == {"SegmentationClass/two.png"}
+    assert "data_root" not in named_files({"benchmark": "voc", "data_root": str(exported)})
+
+
+@pytest.mark.slow
+def test_a_run_on_ones_own_labelled_images(tmp_path):
+    """Words and labelled images in, a table out: training on both, and the upper bound."""
+    write_benchmarks(tmp_path / "data", {"version": 0, "seed": 0, "voc": {"train": 8, "val": 6}})
+    classes = get_benchmark("voc").foreground
+    names = ("background", *(name.replace("motorbike", "motor_bike") for name in classes))
+    root = tmp_path / "data" / "VOCdevkit" / "VOC2012"
+    (root / "class_names.txt").write_text("\n".join(names))
+    changes = {
+        "run": "own",
+        "benchmark": "folder",
+        "data_root": str(root),
+        "class_list": [f"{name}, none" for name in ("car", "cat", "motorbike")],
+        "data_names": {"motor_bike": "motorbike"},
+        "mix_real": True,
+        "images": 12,
+        "sampling_steps": 3,
+        "iterations": 4,
+    }
+    made = run("smoke", changes=changes, out=str(tmp_path / "out"))
+    summary = json.loads((made / "summary.json").read_text())
+    assert summary["benchmark"] == "folder" and summary["validation_images"] == 6 and summary["images_real"] == 8
+    assert summary["miou_real"] is not None
