@@ -12,11 +12,19 @@ _SHORT_NAMES: dict[tuple[str, str], tuple[Callable[[], Path], Sequence[Path]]] =
 
 
 def project_root() -> Path:
-    """Return the folder that holds `notebooks/`: DIFFSEG_ROOT if set, else the clone of this package."""
-    root = Path(os.environ.get("DIFFSEG_ROOT") or Path(__file__).parents[1]).resolve()
-    if not (root / "notebooks").is_dir():
-        raise DiffsegError(f"there is no notebooks folder in {root}; install diffseg from its clone with pip -e.")
-    return root
+    """Return the folder that holds `notebooks/`: DIFFSEG_ROOT if set, else the clone of this package; where there is no
+    clone, the nearest folder at or above the working directory that `diffseg init` wrote."""
+    given = os.environ.get("DIFFSEG_ROOT")
+    root = Path(given or Path(__file__).parents[1]).resolve()
+    if (root / "notebooks").is_dir():
+        return root
+    for above in () if given else (Path.cwd(), *Path.cwd().parents):
+        if (above / "notebooks" / "params").is_dir():
+            return above
+    place = root if given else f"{Path.cwd()} or above"
+    raise DiffsegError(
+        f"there is no notebooks folder in {place}; write one with `diffseg init FOLDER` and work in that folder."
+    )
 
 
 def base_folder() -> Path:

@@ -1,6 +1,7 @@
 """The command `diffseg`: run the notebooks of a parameter file or a whole study, list, publish, and clean up."""
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffseg.lab.parameters import parse_assignments
 from diffseg.lab.runs import trouble
 from diffseg.lab.steps import STEPS, linked_keys, results_folder, step_key
 from diffseg.lab.studies import print_studies, run_study, study_files
+from diffseg.lab.working_copy import init
 from diffseg.paths import project_root
 
 
@@ -39,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
                         "their results, figures and executed notebooks are made anew")  # fmt: skip
     runner.add_argument("--shard", metavar="K/N", default="", help="with --only 3: the K-th of N parts (job arrays)")
     runner.add_argument("--verify", action="store_true", help="hash every file of finished steps")
+    starter = commands.add_parser("init", help="write the notebooks and parameter files to a folder, to work there")
+    starter.add_argument("folder", metavar="FOLDER")
     commands.add_parser("list", help="list the parameter files and the state of the runs in results/runs")
     several = commands.add_parser("study", help="make the runs of a study and its table; without a name, list them")
     several.add_argument("name", nargs="?", help="a name in notebooks/studies, such as augmentation")
@@ -55,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             raise DiffsegError(f"diffseg {arguments.command} is one process; start it without a launcher.")
         if processes.rank():
             processes.assist()  # the main process reads the arguments
+        elif arguments.command == "init":
+            print(f"cd {shlex.quote(str(init(arguments.folder)))} and run diffseg there, as in: diffseg run smoke")
         elif arguments.command == "list":
             print_list()
         elif arguments.command == "run":

@@ -15,6 +15,7 @@ from nbclient.exceptions import DeadKernelError
 import diffseg
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.lab.locks import RUNNER
+from diffseg.paths import project_root
 
 # glibc gives the memory of every large tensor back to the system and asks for it anew; kept, a CPU trains and draws 1.1
 # to 1.5 times as fast. Other C libraries ignore the variable.
@@ -29,6 +30,7 @@ def environment() -> dict[str, str]:
     here = str(Path(diffseg.__file__).parents[1])  # the kernel imports this very package
     return {
         RUNNER: "1",  # the runner holds the locks
+        "DIFFSEG_ROOT": str(project_root()),  # a kernel works in the run's folder, which may lie anywhere
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger's warning at every start
