@@ -351,8 +351,8 @@ def select_words(
     if missing:
         some = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DiffsegError(
-            f"The generator does not know the class word {some}, by its tokenizer: choose "
-            "another generator, or a class list whose words it knows."
+            f"The generator does not know the class word {some}, by its tokenizer: choose one that knows every word, "
+            "such as generator=stabilityai/sdxl-turbo (`diffseg run own-words-sdxl`), or words that this one knows."
         )
     result = []
     for row in words:
