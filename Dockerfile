@@ -1,0 +1,14 @@
+# CPU:  docker build -t diffseg . && docker run --rm diffseg            (make reproduce; or: ... diffseg make test)
+# CUDA: docker build -t diffseg --build-arg TORCH=cu130 . && docker run --rm --gpus all diffseg
+# TORCH is a folder of download.pytorch.org/whl; which CUDA is there changes with PyTorch. We never built this image: there
+# was no Docker daemon and no network.
+FROM python:3.11-slim
+ARG TORCH=cpu
+RUN apt-get update && apt-get install -y --no-install-recommends git make && rm -rf /var/lib/apt/lists/*
+WORKDIR /diffseg
+COPY . .
+RUN python -m venv .venv \
+    && .venv/bin/pip install --no-cache-dir -c constraints.txt torch torchvision \
+        --index-url https://download.pytorch.org/whl/${TORCH} \
+    && PIP_NO_CACHE_DIR=1 make install
+CMD ["make", "reproduce"]
