@@ -276,6 +276,7 @@ def train(
     device: str | torch.device = "cpu",
     title: str = "training",
     checkpoint: Path | None = None,
+    watch: Callable[[int, nn.Module, dict[str, float]], None] | None = None,
 ) -> dict[str, list[float]]:
     """Train a network (an ensemble of two where the mode has two) in place, and return the history.
 
@@ -285,7 +286,8 @@ def train(
     not the label) and, of two networks, disagreement (their argmax differ).
 
     checkpoint: a file that is written every `options.checkpoint_every` iterations and at the end; where it is there
-    the training resumes from it, bit-identical. Under `accelerate launch` the batch is divided among the processes.
+    the training resumes from it, bit-identical. watch: called by the main process after each step with its number (from
+    1), the network and the step's values. Under `accelerate launch` the batch is divided among the processes.
     Raises a DiffsegError that names iteration and images when the loss is not finite (the last checkpoint stays), and
     one when no pixel of the set has a label.
     """
@@ -315,7 +317,9 @@ def train(
             logits = [each(images) for each in parallel]
         losses = step_losses(logits, label, trusted, band, is_warm, options, ignore, named, background)
         learner.learn(finite_sum(losses, step, names))
-        learner.record(measures(losses, logits, label, trusted, ignore))
+        learner.record(values := measures(losses, logits, label, trusted, ignore))
+        if watch and state.is_main_process:
+            watch(step + 1, network, values)
         if step + 1 == min(count, epoch) and not any(learner.history["valid"]):
             raise DiffsegError("no pixel of the training set has a label that counts; look at its label maps")
         bar.set_postfix(loss=f"{np.mean(learner.history['loss'][-50:]):.3f}", refresh=False)
@@ -337,6 +341,7 @@ def train_once(
     seed: int,
     device: str | torch.device = "cpu",
     title: str = "training",
+    watch: Callable[[int, nn.Module, dict[str, float]], None] | None = None,
 ) -> dict[str, list[float]]:
     """Return the history of the network in `folder`; where there is no network, train one and save it there first.
 
@@ -348,7 +353,7 @@ def train_once(
         network, state = make_network(), PartialState()
         checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
         with threads(options.threads):  # another number of threads adds in another order
-            history = train(network, dataset, ignore, options, seed, device, title, checkpoint)
+            history = train(network, dataset, ignore, options, seed, device, title, checkpoint, watch)
         if state.is_main_process:  # each process has running means of its own in the normalisation layers
             rows = zip(*history.values(), strict=True)
             write_rows(folder / HISTORY, [dict(zip(history, row, strict=True)) for row in rows])

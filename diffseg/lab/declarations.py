@@ -212,6 +212,7 @@ class Parameters(BaseModel):
     training_precision: Annotated[Text, OneOf("diffseg.training", "PRECISIONS")]
     checkpoint_every: Annotated[Count, Flag.INERT]
     threads: Annotated[Whole, Field(ge=0, le=1000)]
+    tensorboard_every: Annotated[CountOrNone, Flag.INERT]
     # 05
     evaluation_split: Text
     evaluation_batch: Annotated[Whole, Field(ge=1, le=10_000), Flag.INERT]
@@ -415,6 +416,9 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if parameters.get("evaluation_crf"):
             rule = "be false here, as the dense CRF needs the package pydensecrf2"
             yield "evaluation_crf", rule, f"Set `evaluation_crf=false`, or {install}."
+    if parameters.get("tensorboard_every") and importlib.util.find_spec("tensorboard") is None:
+        rule = "be 0 here, as TensorBoard is not installed"
+        yield "tensorboard_every", rule, "Set `tensorboard_every=0`, or run pip install tensorboard."
     if parameters.get("benchmark") == "folder" and "data_root" in parameters and parameters.get("class_list"):
         open_data(parameters)
     trained = ["training_precision"] + (["lora_precision"] if parameters.get("target_images") else [])

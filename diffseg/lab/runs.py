@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,26 @@ class Step:
 
         if not processes.rank():
             save_figure(figure, self.run / "figures" / f"{self.name[:2]}_{name}.png")
+
+    def watcher(self, every: int, name: str, benchmark, data_root: str, device) -> Callable | None:
+        """Return what writes a training to <run>/tensorboard/<name>; None if `every` is 0 or the step is finished.
+
+        Like a figure it is the run's. Without a development split below `data_root` it writes the losses only.
+        """
+        if not every or self.finished or processes.rank():
+            return None
+        from diffseg.benchmarks.classes import DEVELOPMENT
+        from diffseg.benchmarks.readers import data_folder, open_split
+        from diffseg.lab.tensorboard import Watcher
+
+        try:
+            development = open_split(benchmark, data_folder(data_root), DEVELOPMENT)
+        except DiffsegError as error:
+            print(f"TensorBoard shows the losses only: {error}")
+            development = None
+        folder = self.run / "tensorboard" / name
+        print(f"tensorboard --logdir {folder.parent}")
+        return Watcher(folder, every, development, benchmark, device)
 
     def finish(
         self, outputs: Iterable[str | os.PathLike], metrics: dict[str, Any] | None = None, drop: Iterable[str] = ()

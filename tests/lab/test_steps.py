@@ -69,6 +69,7 @@ def edit_cell(notebook: Path, cell_id: str, old: str, new: str) -> None:
         ({"bootstrap": 7}, "05_evaluation"),
         ({"workers": 3}, ""),
         ({"checkpoint_every": 7}, ""),
+        ({"tensorboard_every": 7}, ""),
         ({"lora_checkpoint_every": 7}, ""),
         ({"evaluation_batch": 3}, ""),
         ({"grid_pictures": 0}, ""),
