@@ -19,6 +19,8 @@ from diffseg.lab.studies import print_studies, run_study, study_files
 from diffseg.lab.working_copy import init
 from diffseg.paths import project_root
 
+MAC = "diffseg was never run on macOS; if its GPU (MPS) lacks an operation, ACCELERATE_TORCH_DEVICE=cpu takes the CPU"
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as batch systems send it before they kill."""
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "list":
             print_list()
         elif arguments.command == "run":
+            if sys.platform == "darwin":
+                print(MAC)
             changes = parse_assignments(arguments.set)
             run(arguments.name, arguments.only, changes, arguments.out, arguments.force, arguments.shard,
                 arguments.verify)  # fmt: skip

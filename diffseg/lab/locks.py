@@ -1,10 +1,14 @@
 """Locks on files, which end with the process that holds them, also when it is killed."""
 
-import fcntl
 from pathlib import Path
 from typing import TextIO
 
 from diffseg.errors import DiffsegError
+
+try:
+    import fcntl
+except ImportError:  # Windows; `acquire` says so
+    fcntl = None
 
 RUNNER = "DIFFSEG_RUNNER"  # set in the kernels of `diffseg run`, which holds the locks itself
 
@@ -15,6 +19,8 @@ def acquire(path: Path, busy: str, shared: bool = False, waiting: str = "") -> T
     Where another process holds it, `waiting` is printed and the lock waited for; without `waiting` DiffsegError says
     `busy`. Holders of a shared lock keep out those who want it alone, not each other.
     """
+    if fcntl is None:
+        raise DiffsegError("runs need the file locks and links of Linux or macOS; on Windows work in WSL.")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX

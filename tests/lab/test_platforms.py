@@ -1,0 +1,22 @@
+"""What other systems lack is said in one sentence."""
+
+import sys
+
+import pytest
+
+from diffseg.errors import DiffsegError
+from diffseg.lab import locks
+from diffseg.lab.cli import MAC, main
+
+
+def test_without_file_locks_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "fcntl", None)
+    with pytest.raises(DiffsegError, match="on Windows work in WSL"):
+        locks.acquire(tmp_path / "lock", "busy")
+    assert not (tmp_path / "lock").exists()
+
+
+def test_macos_is_told_what_was_not_tried(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert main(["run", "no-such-file"]) == 1
+    assert MAC in capsys.readouterr().out
