@@ -37,6 +37,7 @@ class Watcher:
     def __call__(self, step: int, network: torch.nn.Module, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(f"training/{name}", value, step)
+        self.writer.flush()  # the process may end without closing it
         if self.development is None or step % self.every:
             return
         network.eval()
