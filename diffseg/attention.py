@@ -100,7 +100,11 @@ class AttentionRecorder:
 
     def __enter__(self) -> "AttentionRecorder":
         denoiser = denoiser_of(self.pipeline)
-        self.hooks = [denoiser.register_forward_pre_hook(self.before_evaluation, with_kwargs=True)]
+        self.hooks = [
+            denoiser.register_forward_pre_hook(self.before_evaluation, with_kwargs=True),
+            # before all that evaluates the denoiser once more (`diffseg.other_words`)
+            denoiser.register_forward_hook(self.after_evaluation, prepend=True),
+        ]
         words = dict.fromkeys(layer_names(self.pipeline), ("cross", "self") if self.family.joint else ("cross",))
         for name, module in denoiser.named_modules():
             if kinds := words.get(name, ("self",) if name.endswith("attn1") else ()):
@@ -155,6 +159,9 @@ class AttentionRecorder:
         self.is_fresh = False
         if self.grid is None:
             self.grid = image_grid(denoiser, args, kwargs)
+
+    def after_evaluation(self, denoiser, args: tuple, output) -> None:
+        self.recording = False
 
     def begin_layer(self, name: str, kinds: Sequence[str], attn, args: tuple, kwargs: dict) -> None:
         """Look at what follows, if it is asked for."""
