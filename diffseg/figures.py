@@ -133,18 +133,36 @@ def first_of_each(pictures: Sequence[tuple], classes: Sequence[int]) -> dict[int
     return found
 
 
-def loss_curves(curves: Mapping[str, Sequence[float]], window: int = 20) -> Figure:
-    """Draw training losses, each averaged over a window of iterations."""
+def training_curves(
+    curves: Mapping[str, Sequence[float]], ylabel: str, is_log: bool = False, window: int = 20
+) -> Figure:
+    """Draw values of each iteration, such as losses, as running means over a window of iterations."""
     figure, axis = plt.subplots(figsize=(5, 3))
-    for name, losses in curves.items():
-        kernel = np.ones(min(window, len(losses)))
-        smooth = np.convolve(losses, kernel / kernel.sum(), "valid")
-        axis.plot(np.arange(len(kernel) - 1, len(losses)), smooth, label=name)  # of the iterations up to here
-    axis.set(xlabel="iteration", ylabel=f"cross-entropy, mean of {window}", yscale="log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.yaxis.set_major_formatter("{x:g}")  # 0.5 rather than 5 x 10^-1
-    axis.minorticks_off()
+    for name, values in curves.items():
+        kernel = np.ones(min(window, len(values)))
+        smooth = np.convolve(values, kernel / kernel.sum(), "valid")
+        axis.plot(np.arange(len(kernel) - 1, len(values)), smooth, label=name)  # of the iterations up to here
+    axis.set(xlabel="iteration", ylabel=f"{ylabel}, mean of {window}")
+    if is_log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter("{x:g}")  # 0.5 rather than 5 x 10^-1
+        axis.minorticks_off()
+    else:
+        axis.set_ylim(0, None)
     axis.legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def dots_with_spread(scores: pd.DataFrame, xlabel: str) -> Figure:
+    """Draw a dot and a bar of one standard deviation to each side for every row: its name (index), mean and spread."""
+    figure, axis = plt.subplots(figsize=(5, 0.35 * len(scores) + 0.8))
+    axis.errorbar(scores["mean"], range(len(scores)), xerr=scores["spread"], fmt="o", color=COLOURS[0], capsize=3)
+    axis.set_yticks(range(len(scores)), scores.index)
+    axis.set(xlabel=xlabel, ylim=(len(scores) - 0.5, -0.5))
+    axis.grid(axis="x", color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
 
