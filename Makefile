@@ -38,7 +38,7 @@ lint: install
 	$(BIN)/lint-imports --no-cache
 
 strip: install  ## remove outputs from the notebooks before a commit
-	$(BIN)/python notebooks/strip.py notebooks/*.ipynb
+	$(BIN)/python notebooks/strip.py notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 clean: install  ## list the results that no run refers to, and remove them when you agree
 	$(BIN)/diffseg clean

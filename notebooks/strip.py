@@ -1,6 +1,7 @@
-"""Strip notebooks to what is committed: python notebooks/strip.py notebooks/*.ipynb
+"""Strip notebooks to what is committed: python notebooks/strip.py notebooks/*.ipynb notebooks/solutions/*.ipynb
 
-Outputs, execution counts and what papermill and JupyterLab add are removed; sources, tags and cell ids stay.
+Outputs, execution counts and what papermill and JupyterLab add are removed; sources, tags and cell ids stay. Cells
+tagged `solution` are folded.
 """
 
 import json
@@ -18,6 +19,8 @@ def strip(notebook: dict) -> dict:
         if "injected-parameters" in tags or "papermill-error-cell-tag" in tags:
             continue
         kept = {**cell, "metadata": {"tags": tags} if tags else {}}
+        if "solution" in tags:
+            kept["metadata"]["jupyter"] = {"source_hidden": True}
         cells.append(kept | {"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else kept)
     metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}

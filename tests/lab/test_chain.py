@@ -21,6 +21,8 @@ from diffseg.lab.parameters import is_parameters, read_cells
 from diffseg.lab.steps import STEPS
 from diffseg.paths import project_root
 
+SOLUTIONS = sorted((project_root() / "notebooks" / "solutions").glob("*.ipynb"))
+SMALL = {"count": 2, "images": 8, "iterations": 2, "scored": 8, "steps": 2}  # parameters of the solutions
 CHANGES = {"sampling_steps": 3, "images": 24, "synthesis_batch": 4}
 
 
@@ -137,3 +139,17 @@ def test_the_notebook_of_the_mini_world_runs(tmp_path):
     figures = {path.stem for path in (run_folder / "figures").glob("*.png")}
     assert {"00_scenes", "00_contact_sheet", "00_drawn", "00_training", "00_words"} <= figures
     assert read_manifest(run_folder / "00_mini_world")["metrics"]["validation"] == 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", SOLUTIONS, ids=lambda path: path.stem)
+def test_starters_and_solutions_run(finished, notebook):
+    folder, _ = finished
+    matplotlib.use("Agg")
+    namespace = {"__name__": "__main__"}
+    for cell in read_cells(notebook):
+        if cell["cell_type"] == "code":
+            exec(cell["source"], namespace)
+        if is_parameters(cell):
+            given = SMALL | {"run": folder.name, "out": str(folder.parents[1])}
+            namespace |= {name: value for name, value in given.items() if name in namespace}

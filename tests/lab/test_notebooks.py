@@ -17,6 +17,7 @@ from diffseg.lab.steps import STEPS
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("0*.ipynb"))  # that for Colab is no step: test_first_try.py
+SOLUTIONS = sorted(FOLDER.glob("solutions/*.ipynb"))
 CHAIN = {name: default for path in NOTEBOOKS[1:7] for name, default in declared(path).items()}
 PARAMETERS = sorted((FOLDER / "params").glob("*.yaml"))
 
@@ -25,13 +26,14 @@ strip = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(strip)
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_of_all = pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=lambda p: str(p.relative_to(FOLDER)))
 
 
 def test_the_notebooks_folder_is_there():
     assert FOLDER.is_dir() and (FOLDER / "params").is_dir()
 
 
-@each_notebook
+@each_of_all
 def test_notebook_is_valid_and_stripped(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     nbformat.validate(nbformat.from_dict(notebook))
@@ -40,7 +42,7 @@ def test_notebook_is_valid_and_stripped(path):
     for cell in notebook["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None
         assert "papermill" not in cell["metadata"] and "execution" not in cell["metadata"]
-    assert notebook["cells"] == strip.strip(notebook)["cells"], "run python notebooks/strip.py"
+    assert notebook["cells"] == strip.strip(notebook)["cells"], "run make strip"
 
 
 @each_notebook
@@ -65,6 +67,28 @@ def test_parameters_cell(path):
 
 
 @each_notebook
+def test_every_exercise_has_a_starter_and_a_solution(path):
+    """test_chain.py executes them."""
+    [text] = [cell["source"] for cell in read_cells(path) if cell["id"] == "exercises"]
+    exercises = re.findall(r"^(\d+)\. \*\*(.+?)\.?\*\*", text, flags=re.M)
+    assert len(exercises) >= 4 and f"(solutions/{path.name})" in text
+    cells = read_cells(FOLDER / "solutions" / path.name)[3:]  # after title, parameters and what all solutions share
+    headings, starters, solutions = cells[::3], cells[1::3], cells[2::3]
+    assert [cell["source"] for cell in headings] == [f"## Exercise {number}: {title}" for number, title in exercises]
+    assert len(starters) == len(solutions) == len(exercises)
+    assert all("# your turn" in cell["source"] for cell in starters)
+    assert all(cell["metadata"]["jupyter"]["source_hidden"] for cell in solutions)
+
+
+def test_the_instructors_slides_show_figures_that_are_there():
+    folder = FOLDER / "instructors"
+    page, slides = ((folder / name).read_text(encoding="utf-8") for name in ("README.md", "slides.ipynb"))
+    named = re.findall(r"\]\((\S+\.png)\)", page)
+    assert len(named) > 9 and named == re.findall(r"!\[\]\((\S+\.png)\)", slides)
+    assert all((folder / name).is_file() for name in named)
+
+
+@each_notebook
 def test_no_absolute_path_and_the_right_name(path):
     sources = [cell["source"] for cell in read_cells(path)]
     for source in sources:
@@ -74,7 +98,7 @@ def test_no_absolute_path_and_the_right_name(path):
         assert any("step.finish(" in source for source in sources)
 
 
-@each_notebook
+@each_of_all
 def test_what_it_imports_from_the_package_is_there(path):
     """A name that the package lost is seen here in a second, not after the cells before it have run."""
     code = [cell["source"] for cell in read_cells(path) if cell["cell_type"] == "code"]
