@@ -1,37 +1,164 @@
-"""Use a trained network on any picture."""
+"""Use a trained network on any picture, or on files and folders of pictures."""
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import resize, to_image
+from tqdm import tqdm
 
-from diffseg.pictures import read_picture
+from diffseg.benchmarks.classes import VOC
+from diffseg.benchmarks.labels import picture_coding, write_label
+from diffseg.errors import DiffsegError
+from diffseg.files import atomic_path, write_rows
+from diffseg.pictures import picture_files, read_picture
 from diffseg.segmenters import load_segmenter
 
+MASKS, OVERLAYS, AREAS, FAILED = "masks", "overlays", "areas.csv", "failed.csv"
+JPEG_QUALITY = 95  # of overlays; our choice
 
-@torch.inference_mode()
+
+@dataclass
+class View:
+    """A picture (uint8 3 x H x W) and what a network sees of it (float32 3 x h x w, 0..1; shorter side `side`)."""
+
+    name: str
+    image: torch.Tensor
+    side: int
+
+    def __post_init__(self) -> None:
+        image = self.image.float() / 255
+        self.seen = resize(image, [self.side], antialias=True) if self.side else image
+
+
 def predict(
-    network: torch.nn.Module | str | os.PathLike, picture: Image.Image | str | os.PathLike, side: int = 0
+    network: torch.nn.Module | str | os.PathLike,
+    picture: Image.Image | str | os.PathLike,
+    side: int | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the label map (int64 H x W, the picture's own size) and the class names; names[id] is a pixel's class.
 
-    network: what `load_segmenter` returns, or the folder of its model.safetensors and config.json. picture: a PIL
-    image or a file, of any size, read as `read_picture` does. side: the picture is scaled so that its shorter side has
-    that many pixels, before the network sees it; 0: its own size. A network knows objects at the size at which it was
-    trained: give the side of its training pictures (mini: 64) for a photograph. Raises DiffsegError for what cannot be
-    read.
+    network: what `load_segmenter` returns, or the folder or hub id that it takes. picture: a PIL image or a file, of
+    any size, read as `read_picture` does. side: the picture is scaled so that its shorter side has that many pixels,
+    before the network sees it; None: as in its training, which is saved with the network, since it knows objects at
+    that size; 0: the picture's own size. Raises a DiffsegError for what cannot be read.
     """
     if not isinstance(network, torch.nn.Module):
-        network = load_segmenter(Path(network))
-    image = to_image(read_picture(picture)).float() / 255
-    size = image.shape[1:]
-    if side:
-        image = resize(image, [side], antialias=True)
+        network = load_segmenter(network)
+    view = View("", to_image(read_picture(picture)), network.side if side is None else side)
+    return label_maps(network, [view])[0], tuple(network.classes)
+
+
+def predict_files(
+    network: torch.nn.Module, places: Sequence[Path], folder: Path, side: int | None = None, batch_size: int = 8
+) -> int:
+    """Predict picture files, and all pictures below folders; return how many there are.
+
+    Written to `folder` are MASKS/<name>.png (palette PNG, a pixel is its class id; beyond 255 classes R + 256 * G),
+    OVERLAYS/<name>.jpg, and AREAS with a row for each class in a picture: its pixels and their share (0..1). The name
+    is the path below a given folder, or the file's name, without its suffix. side: as in `predict`. batch_size:
+    neighbours that have one size for the network are predicted together.
+
+    Raises a DiffsegError before it begins where there is no picture, two have one name, or the network does not say at
+    which side it was trained; and one in the end where some could not be read: FAILED has the reasons.
+    """
+    from diffseg.figures import overlay  # here: `predict` need not wait for matplotlib
+
+    if batch_size < 1 or (side or 0) < 0:
+        raise DiffsegError(f"batch is {batch_size} and side {side}; give a batch from 1 and a side from 0 on.")
+    if side is None and not network.side:
+        raise DiffsegError(
+            "the network's config.json does not say at which side it was trained (diffseg 0.3.0 did not save it); give "
+            "--side, for mini --side 64, or --side 0 for the pictures' own size."
+        )
+    pictures, failed, areas = find_pictures(places, folder), [], []
+    coding = picture_coding(replace(VOC, classes=network.classes, palette=network.palette))
+    side = network.side if side is None else side
+    views = readable(tqdm(pictures.items(), "predicting", unit="picture"), side, failed)
+    for batch in batches(views, batch_size):
+        for view, label in zip(batch, label_maps(network, batch), strict=True):
+            write_label(folder / MASKS / f"{view.name}.png", label, coding)
+            with atomic_path(folder / OVERLAYS / f"{view.name}.jpg") as path:
+                laid_over = overlay(view.image, label, network.palette)
+                Image.fromarray(laid_over).save(path, quality=JPEG_QUALITY, subsampling=0)
+            pixels = np.bincount(label.ravel())
+            for k in pixels.nonzero()[0]:
+                area = {"pixels": pixels[k], "share": f"{pixels[k] / label.size:.6f}"}
+                areas.append({"picture": view.name, "class": network.classes[k], **area})
+    write_rows(folder / AREAS, areas, ["picture", "class", "pixels", "share"])
+    write_rows(folder / FAILED, failed, ["picture", "reason"])
+    if failed:
+        raise DiffsegError(
+            f"{len(failed)} of {len(pictures)} pictures could not be read, the others are done; see {folder / FAILED}, "
+            f"the first: {failed[0]['reason']}"
+        )
+    return len(pictures)
+
+
+@torch.inference_mode()
+def label_maps(network: torch.nn.Module, views: Sequence[View]) -> list[np.ndarray]:
+    """Return the label maps (int64, each of its picture's size) of views of one size."""
     device = next(network.parameters()).device
-    logits = network(image[None].to(device)).float()
-    if side:
-        logits = torch.nn.functional.interpolate(logits, size, mode="bilinear")
-    return logits[0].argmax(dim=0).cpu().numpy(), tuple(network.classes)
+    logits = network(torch.stack([view.seen for view in views]).to(device)).float()
+    return [best_class(own, view.image.shape[1:]).cpu().numpy() for own, view in zip(logits, views, strict=True)]
+
+
+def best_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return the argmax (int64 H x W) of logits (K x h x w) scaled to H x W; of equal ones the first, as argmax does.
+
+    A class at a time: all of them at the size of a photograph of 24 megapixels would take two gigabytes for VOC.
+    """
+    best = torch.full(size, -torch.inf, device=logits.device)
+    label = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    for k, one in enumerate(logits):
+        scaled = interpolate(one[None, None], size, mode="bilinear")[0, 0]
+        label[scaled > best] = k
+        best = torch.maximum(best, scaled)
+    return label
+
+
+def find_pictures(places: Sequence[Path], folder: Path) -> dict[str, Path]:
+    """Return name -> picture file, sorted within each place; what lies below `folder`, the output, is passed over.
+
+    Raises a DiffsegError for a place that is not there, for none at all, and for two pictures of one name.
+    """
+    found: dict[str, Path] = {}
+    for place in places:
+        if not place.exists():
+            raise DiffsegError(f"there is no picture or folder {place}; check the path.")
+        for path in picture_files(place) if place.is_dir() else [place]:
+            if path.resolve().is_relative_to(folder.resolve()):
+                continue
+            name = (path.relative_to(place) if place.is_dir() else Path(path.name)).with_suffix("").as_posix()
+            if name in found:
+                raise DiffsegError(f"{found[name]} and {path} would both become {name}.png; predict them apart.")
+            found[name] = path
+    if not found:
+        raise DiffsegError(f"there is no picture in {', '.join(map(str, places))}; give JPEG or PNG files.")
+    return found
+
+
+def readable(pictures: Iterable[tuple[str, Path]], side: int, failed: list[dict[str, str]]) -> Iterator[View]:
+    """Yield the pictures that can be read, and add to `failed` those that cannot, with the reason."""
+    for name, path in pictures:
+        try:
+            yield View(name, to_image(read_picture(path)), side)
+        except DiffsegError as error:
+            failed.append({"picture": str(path), "reason": str(error)})
+
+
+def batches(views: Iterable[View], size: int) -> Iterator[list[View]]:
+    """Yield lists of up to `size` neighbours whose `seen` have one size."""
+    batch: list[View] = []
+    for view in views:
+        if batch and (len(batch) == size or batch[0].seen.shape != view.seen.shape):
+            yield batch
+            batch = []
+        batch.append(view)
+    if batch:
+        yield batch

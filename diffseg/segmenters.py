@@ -1,6 +1,8 @@
 """Segmentation networks by name, saved as safetensors with a small config beside them."""
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,9 +10,12 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from PIL import ImageColor
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffseg.benchmarks.classes import voc_palette
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
 from diffseg.paths import base_folder, is_short_name, locate
@@ -154,8 +159,10 @@ class Segmenter(nn.Module):
     encoder_weights: for the networks of segmentation-models-pytorch "imagenet", or "mini" or a folder with the weights
     of the encoder alone (`load_encoder`); for those of transformers the hub id or local folder of a whole pretrained
     network; None: from scratch.
-    config: a saved network's configuration, where transformers has one. Raises a DiffsegError for an unknown name
-    and for weights that cannot be had.
+    config: a saved network's configuration, where transformers has one. `side` is the shorter side, in pixels, at which
+    the training showed it images (`diffseg.training.shown_side`; 0: not known), `palette` the classes' colours (R, G, B
+    in 0..255; VOC's until set): `diffseg.inference` reads both. Raises a DiffsegError for an unknown name and for
+    weights that cannot be had.
     """
 
     def __init__(
@@ -165,6 +172,7 @@ class Segmenter(nn.Module):
         if name not in SEGMENTERS:
             raise DiffsegError(f"there is no segmenter {name!r}; choose one of {', '.join(SEGMENTERS)}")
         self.name, self.classes = name, tuple(classes)
+        self.side, self.palette = 0, voc_palette(len(self.classes))
         try:
             if name in TRANSFORMERS_SEGMENTERS:
                 self.network = FromTransformers(name, len(self.classes), encoder_weights, config)
@@ -227,6 +235,7 @@ class Ensemble(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(networks)
         self.name, self.classes, self.config = networks[0].name, networks[0].classes, networks[0].config
+        self.side, self.palette = networks[0].side, networks[0].palette
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return torch.stack([network(image) for network in self.networks]).mean(dim=0)
@@ -239,18 +248,20 @@ def new_networks(
     seed: int,
     encoder_weights: str | None = None,
     initial_network: str = "",
+    palette: Sequence[tuple[int, int, int]] = (),
 ) -> Segmenter | Ensemble:
     """Make one network, or an ensemble of `count` whose initial weights differ (by seeds from `seed` and the index).
 
     initial_network: the folder (a relative one counts from the project's root) of a saved network of the same name
     whose weights are the start (of an ensemble the k-th for the k-th); the last layer starts anew where the classes
-    differ. One folder for two networks gives them the same start but for that layer. Raises a DiffsegError where the
-    architectures differ.
+    differ. One folder for two networks gives them the same start but for that layer. palette: the classes' colours,
+    which are saved with the network; VOC's if empty. Raises a DiffsegError where the architectures differ.
     """
     networks = []
     for index in range(count):
         torch.manual_seed(derive_seed(seed, "network", index))
         networks.append(Segmenter(name, classes, encoder_weights))
+        networks[-1].palette = palette or networks[-1].palette
     if initial_network:
         saved = load_segmenter(base_folder() / initial_network)
         starts = list(saved.networks) if isinstance(saved, Ensemble) else [saved]
@@ -274,10 +285,21 @@ def start_from(network: Segmenter, start: Segmenter) -> None:
     network.load_state_dict(weights, strict=False)
 
 
+def hex_colours(palette: Sequence[tuple[int, int, int]]) -> list[str]:
+    """Return colours (R, G, B in 0..255) as "#rrggbb"."""
+    return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in palette]
+
+
 def save_segmenter(segmenter: Segmenter | Ensemble, folder: Path) -> None:
     """Write config.json and, as the last file, WEIGHTS (contiguous float32) to `folder`."""
-    networks = len(segmenter.networks) if isinstance(segmenter, Ensemble) else 1
-    config = {"name": segmenter.name, "classes": segmenter.classes, "networks": networks, "config": segmenter.config}
+    config = {
+        "name": segmenter.name,
+        "classes": segmenter.classes,
+        "palette": hex_colours(segmenter.palette),
+        "side": segmenter.side,
+        "networks": len(segmenter.networks) if isinstance(segmenter, Ensemble) else 1,
+        "config": segmenter.config,
+    }
     with atomic_path(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=1))
     weights = {key: value.contiguous() for key, value in segmenter.state_dict().items()}
@@ -285,16 +307,40 @@ def save_segmenter(segmenter: Segmenter | Ensemble, folder: Path) -> None:
         save_file(weights, path)
 
 
-def load_segmenter(folder: Path) -> Segmenter | Ensemble:
-    """Read what `save_segmenter` wrote, in evaluation mode: one module, also of an ensemble."""
+def load_segmenter(place: str | os.PathLike) -> Segmenter | Ensemble:
+    """Read what `save_segmenter` wrote, in evaluation mode: one module, also of an ensemble.
+
+    place: the folder, or the id of a copy of it on the Hugging Face hub (owner/name). Raises a DiffsegError where there
+    is no such network, or it cannot be downloaded.
+    """
+    folder = network_folder(place)
     try:
         saved = json.loads((folder / "config.json").read_text())
         count, name, classes, config = saved.get("networks", 1), saved["name"], saved["classes"], saved.get("config")
         networks = [Segmenter(name, classes, config=config) for _ in range(count)]
         segmenter = networks[0] if count == 1 else Ensemble(networks)
         segmenter.load_state_dict(load_file(folder / WEIGHTS))
+        segmenter.side = int(saved.get("side", 0))  # networks of diffseg 0.3.0 and older have neither
+        if "palette" in saved:
+            colours = zip(classes, saved["palette"], strict=True)
+            segmenter.palette = tuple(ImageColor.getrgb(colour) for _, colour in colours)
     except DiffsegError:
         raise
     except Exception as error:  # missing, truncated or foreign files come as many kinds of exception
         raise DiffsegError(f"{folder} holds no usable segmenter ({error}); train it again") from error
     return segmenter.eval()
+
+
+def network_folder(place: str | os.PathLike) -> Path:
+    """Return the folder of a saved network: `place` itself, or where the hub's files of that id were downloaded to."""
+    folder = Path(place)
+    if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+        return folder
+    try:
+        return Path(snapshot_download(str(place), allow_patterns=["config.json", WEIGHTS]))
+    except Exception as error:  # offline, unknown, forbidden: a kind of exception each
+        line = str(error).partition("\n")[0]
+        raise DiffsegError(
+            f"the network {place} is neither a folder here nor to be had from the hub ({line}); give the folder of its "
+            f"{WEIGHTS} and config.json, or go online once."
+        ) from error

@@ -351,6 +351,7 @@ def train_once(
     """
     if not (folder / WEIGHTS).is_file():
         network, state = make_network(), PartialState()
+        network.side = shown_side(dataset[0][1].shape[1:], options)
         checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
         with threads(options.threads):  # another number of threads adds in another order
             history = train(network, dataset, ignore, options, seed, device, title, checkpoint, watch)
@@ -361,6 +362,16 @@ def train_once(
         state.wait_for_everyone()
     rows = read_rows(folder / HISTORY)
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def shown_side(size: tuple[int, int], options: TrainingOptions) -> int:
+    """Return the shorter side, in pixels, at which a training shows images of `size` (height, width).
+
+    Whatever the size on disk, an image is scaled until it fits into the crop, and then by a factor of `scale_jitter`
+    (`Augmented`); of these factors it is the middle one on a logarithmic scale.
+    """
+    smallest, largest = options.scale_jitter
+    return max(1, round(options.crop * min(size) / max(size) * (smallest * largest) ** 0.5))
 
 
 def networks_of(network: Segmenter | Ensemble, options: TrainingOptions) -> list[Segmenter]:

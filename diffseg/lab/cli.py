@@ -1,4 +1,4 @@
-"""The command `diffseg`: run the notebooks of a parameter file or a whole study, list, publish, and clean up."""
+"""The command `diffseg`: run a parameter file's notebooks or a study, list, publish, clean up, predict and export."""
 
 import argparse
 import shlex
@@ -54,7 +54,24 @@ def main(argv: list[str] | None = None) -> int:
     cleaner.add_argument("--out", metavar="DIR", default="", help="folder of steps and runs (default: results)")
     publisher = commands.add_parser("publish", help="copy a run's numbers and notebooks to results/, fill the README")
     publisher.add_argument("run", nargs="?", type=Path, help="such as results/runs/mini-voc; without, the README only")
+    predictor = commands.add_parser("predict", help="masks, overlays and class areas of any pictures")
+    predictor.add_argument("network", help="folder of a trained network (RUN/04_robust_training/synthetic), or hub id")
+    predictor.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="files, and folders of pictures")
+    predictor.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="comes to hold masks/, overlays/, areas.csv"
+    )
+    predictor.add_argument("--side", metavar="PIXELS", type=int, help="shorter side at which the network sees "
+                           "a picture (default: that of its training; 0: the picture's own size)")  # fmt: skip
+    predictor.add_argument("--batch", metavar="N", type=int, default=8, help="pictures of one size seen at once")
+    exporter = commands.add_parser("export", help="a network as ONNX, or the synthetic set of a run for other trainers")
+    exporter.add_argument("source", help="with --onnx a network as for predict, with --format a run's name or folder")
+    target = exporter.add_mutually_exclusive_group(required=True)
+    target.add_argument("--onnx", metavar="FILE", type=Path, help="the file to write")
+    target.add_argument("--format", choices=("coco", "yolo", "hf"), help="COCO, YOLO, or a Hugging Face data set")
+    exporter.add_argument("--out", metavar="DIR", type=Path, help="with --format: a new folder")
     arguments = parser.parse_args(argv)
+    if arguments.command == "export" and bool(arguments.format) != bool(arguments.out):
+        parser.error("export takes --format with --out, and --onnx without it")
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         if processes.count() > 1 and arguments.command != "run":
@@ -79,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.run:
                 publish(arguments.run)
             fill_readme()
+        elif arguments.command == "predict":
+            predict(arguments)
+        elif arguments.command == "export":
+            export(arguments)
         elif arguments.name:
             from diffseg.lab.study_results import write_results  # here: others need not wait for matplotlib
 
@@ -96,6 +117,30 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState  # here: other commands need not wait for torch
+
+    from diffseg.inference import predict_files
+    from diffseg.segmenters import load_segmenter
+
+    network = load_segmenter(arguments.network).to(PartialState().device)  # a GPU if there is one
+    count = predict_files(network, arguments.pictures, arguments.out, arguments.side, arguments.batch)
+    print(f"{count} pictures: masks, overlays and areas.csv in {arguments.out}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    if arguments.format:
+        from diffseg.lab.exporting import export_set  # here: other commands need not wait for torch
+
+        print(export_set(arguments.source, arguments.format, arguments.out))
+        return
+    from diffseg.onnx_files import export_onnx
+    from diffseg.segmenters import load_segmenter
+
+    difference = export_onnx(load_segmenter(arguments.source), arguments.onnx)
+    print(f"{arguments.onnx}; ONNX Runtime's logits differ from PyTorch's by {difference:.1g} of the largest one.")
 
 
 def print_list() -> None:
