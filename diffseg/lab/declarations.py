@@ -364,6 +364,12 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if get("refiner") == "sam" and get("sam_checkpoint") == "":
         remedy = "Set it to a file of Segment Anything's weights, or to mini for the mini world's."
         yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
+    if given("generator") and not is_short_name("generator", get("generator")):
+        is_hub_id = not locate("generator", get("generator")).exists()
+        for name in ("height", "width"):
+            if is_hub_id and get(name, 256) < 256:
+                rule = "be at least 256 for a generator of the hub, as the defaults are those of mini"
+                yield name, rule, "Set `height=512` and `width=512`, or start from own-words-sdxl.yaml."
     if given("class_list", "benchmark"):
         if is_folder and not get("class_list"):
             yield "class_list", "name your classes, as the benchmark is folder", "Set `class_list=[fox, wind turbine]`."

@@ -12,6 +12,7 @@ from diffseg.errors import DiffsegError
 from diffseg.generator import load_tokenizer
 from diffseg.inference import predict
 from diffseg.lab.batch import run
+from diffseg.lab.declarations import check_together
 from diffseg.lab.parameters import declared, read_yaml
 from diffseg.paths import project_root
 from diffseg.prompts import augment
@@ -63,6 +64,14 @@ def test_the_example_needs_no_wordnet_and_the_mini_generator_knows_its_words():
     assert {prompt.prompt for prompt in prompts} >= {"a photo of an owl", "a photo of a fire engine"}
     with pytest.raises(DiffsegError, match="'unicorn'.* generator=stabilityai/sdxl-turbo"):
         select_words(load_class_list([*class_list, "unicorn, none"]), load_tokenizer("mini"))
+
+
+def test_a_generator_of_the_hub_does_not_draw_at_minis_size():
+    own = read_yaml(PARAMETERS) | {"generator": "stabilityai/sdxl-turbo", "height": 64, "width": 64}
+    with pytest.raises(DiffsegError, match="`height` is 64 .* at least 256 .* own-words-sdxl.yaml"):
+        check_together(own, "--set")
+    check_together(own | {"height": 512, "width": 512}, "--set")
+    check_together(own | {"generator": "mini"}, "--set")
 
 
 # the network on any picture
