@@ -163,12 +163,15 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
     """Return the outline of each connected part of a mask (bool H x W) as float N x 2, in pixels (x, y).
 
     The corner of the upper left pixel is (0, 0). Corners lie midway between the centres of pixels inside and outside,
-    so the centres inside an outline are the mask's pixels, exactly. A hole is a further ring of the same line: drawn by
-    the even-odd rule, as trainers do, the way to it and back has no area and the hole stays open.
+    so the centres inside an outline are the mask's pixels, exactly. A hole is a further ring of the same line, which
+    returns to its start after each: the way there and back has no area, and by the even-odd rule the hole stays open.
     """
     padded = np.pad(mask, 1).astype(np.float32)  # an object at the edge of the image is closed, too
-    parts, _ = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2)
-    return [part - 0.5 for part in parts]
+    found = []
+    for part, starts in zip(*contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2), strict=True):
+        outer, *holes = np.split(part - 0.5, starts[1:-1])
+        found.append(np.concatenate([outer, *(ring for hole in holes for ring in (hole, outer[:1]))]))
+    return found
 
 
 def numbers_of(benchmark: Benchmark, first: int) -> dict[int, int]:
