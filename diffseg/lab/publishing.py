@@ -1,4 +1,4 @@
-"""Put a run's numbers into results/ and into the README, so that both tell what was measured."""
+"""Put a run's numbers into results/ and into the pages that quote them, so that all tell what was measured."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST, atomic_path, write_text
 from diffseg.lab.batch import step_notebooks
+from diffseg.lab.quoted import with_numbers
 from diffseg.lab.report import markdown, percent
 from diffseg.lab.runs import trouble
 from diffseg.lab.steps import STEPS
@@ -79,6 +80,15 @@ def publish(run: Path) -> None:
 
 
 def fill_readme() -> None:
-    """Put the tables as they are now into the README, as after a study or a run that was published."""
-    readme = project_root() / "README.md"
-    write_text(readme, readme_with_tables(readme.read_text(encoding="utf-8"), project_root()))
+    """Put tables and quoted numbers as they are now into the pages, as after a study or a run that was published.
+
+    Pages are README.md, those of results/ and notebooks/, and the text of the notebooks.
+    """
+    root = project_root()
+    pages = [root / "README.md", root / "results" / "README.md", root / "notebooks" / "README.md"]
+    for path in (*pages, *sorted(root.glob("notebooks/*.ipynb"))):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            filled = with_numbers(readme_with_tables(text, root), root / "results")
+            if filled != text:
+                write_text(path, filled)
