@@ -1,7 +1,7 @@
-"""Numbers in prose that come from a file of results/: `84.1<!-- mini-voc/summary.json | miou_real * 100 -->`.
+"""Numbers in prose that come from a file of results/: `84.1<!-- mini-voc/summary.json; miou_real * 100 -->`.
 
 The comment directly behind a number names its cell; no reader sees it. `diffseg publish` writes the numbers again, and
-a test compares. After the file, below results/, it says where the number stands, divided by ` | `: in JSON a key or
+a test compares. After the file, below results/, it says where the number stands, divided by `; `: in JSON a key or
 position each, in a CSV file and in a JSON list of objects `column=value` until one row is left, then its column. At the
 end there may be a factor, ` * 100` for a share in % or ` / 3600`. A number keeps its decimals and its commas.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from diffseg.errors import DiffsegError
 
-QUOTED = re.compile(r"(?P<number>\d[\d,]*(?:\.\d+)?)<!-- (?P<file>[^ |]+\.(?:csv|json)) \| (?P<cell>.+?) -->")
+QUOTED = re.compile(r"(?P<number>\d[\d,]*(?:\.\d+)?)<!-- (?P<file>[^ ;]+\.(?:csv|json)); (?P<cell>.+?) -->")
 
 
 def with_numbers(text: str, results: Path) -> str:
@@ -29,7 +29,7 @@ def with_numbers(text: str, results: Path) -> str:
         if scaled := re.fullmatch(r"(.+) ([*/]) ([\d.]+(?:e\d+)?)", match["cell"]):
             steps, factor = scaled[1], float(scaled[3]) ** (1 if scaled[2] == "*" else -1)
         try:
-            value = float(find(read(results / match["file"]), steps.split(" | "))) * factor
+            value = float(find(read(results / match["file"]), steps.split("; "))) * factor
         except (OSError, LookupError, TypeError, ValueError) as error:
             quoted = match[0][len(match["number"]) :]
             raise DiffsegError(

@@ -113,7 +113,7 @@ def unquoted(text: str) -> list[str]:
 def test_a_pages_tables_and_numbers_are_those_of_results(page):
     text = page.read_text(encoding="utf-8")
     assert with_numbers(readme_with_tables(text, ROOT), ROOT / "results") == text, "run diffseg publish"
-    assert not unquoted(text), "write `1.2<!-- FILE | ROW | COLUMN -->`, as diffseg/lab/quoted.py says"
+    assert not unquoted(text), "write `1.2<!-- FILE; ROW; COLUMN -->`, as diffseg/lab/quoted.py says"
 
 
 def test_a_wrong_number_planted_on_a_page_is_found_wherever_it_stands():
@@ -136,23 +136,23 @@ def test_a_wrong_number_planted_on_a_page_is_found_wherever_it_stands():
 @pytest.mark.parametrize(
     "comment, problem",
     [
-        ("ladder.csv | rung=ours | miou", "2 rows fit"),
-        ("ladder.csv | rung=theirs | miou", "0 rows fit"),
-        ("ladder.csv | rung=real | width", "'width'"),
-        ("ladder.csv | rung=real | rung", "could not convert"),
-        ("absent.csv | rung=real | miou", "No such file"),
-        ("a.json | runs | 3", "out of range"),
+        ("ladder.csv; rung=ours; miou", "2 rows fit"),
+        ("ladder.csv; rung=theirs; miou", "0 rows fit"),
+        ("ladder.csv; rung=real; width", "'width'"),
+        ("ladder.csv; rung=real; rung", "could not convert"),
+        ("absent.csv; rung=real; miou", "No such file"),
+        ("a.json; runs; 3", "out of range"),
     ],
 )
 def test_a_comment_without_its_cell_is_named(comment, problem, tmp_path):
     (tmp_path / "ladder.csv").write_text("rung,seed,miou\nreal,0,84.04\nours,0,71\nours,1,72.16\n")
     (tmp_path / "a.json").write_text('{"runs": [{"name": "a", "share": 0.8412}, {"name": "b", "share": 1234.5}]}')
     good = {
-        "84.0": "ladder.csv | rung=real | miou",
-        "72": "ladder.csv | rung=ours | seed=1 | miou",
-        "84.1": "a.json | runs | name=a | share * 100",
-        "1.23": "a.json | runs | 1 | share / 1e3",
-        "1,234": "a.json | runs | name=b | share",
+        "84.0": "ladder.csv; rung=real; miou",
+        "72": "ladder.csv; rung=ours; seed=1; miou",
+        "84.1": "a.json; runs; name=a; share * 100",
+        "1.23": "a.json; runs; 1; share / 1e3",
+        "1,234": "a.json; runs; name=b; share",
     }
     page = "".join(f"{number}<!-- {cell} --> % " for number, cell in good.items())
     wrong = page.replace("84.0<", "11.1<").replace("72<", "99<").replace("84.1<", "0.1<").replace("1,234<", "9,999<")
