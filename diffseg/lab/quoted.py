@@ -3,7 +3,8 @@
 The comment directly behind a number names its cell; no reader sees it. `diffseg publish` writes the numbers again, and
 a test compares. After the file, below results/, it says where the number stands, divided by `; `: in JSON a key or
 position each, in a CSV file and in a JSON list of objects `column=value` until one row is left, then its column. At the
-end there may be a factor, ` * 100` for a share in % or ` / 3600`. A number keeps its decimals and its commas.
+end there may be a factor, ` * 100` for a share in % or ` / 3600`. A number keeps its decimals and its commas. Of
+`84.0 ± 0.2<!-- ...; miou -->` the second number is that of the column `miou_spread`.
 """
 
 import csv
@@ -15,7 +16,11 @@ from typing import Any
 
 from diffseg.errors import DiffsegError
 
-QUOTED = re.compile(r"(?P<number>\d[\d,]*(?:\.\d+)?)<!-- (?P<file>[^ ;]+\.(?:csv|json)); (?P<cell>.+?) -->")
+NUMBER = r"\d[\d,]*(?:\.\d+)?"
+QUOTED = re.compile(
+    rf"(?P<mean>{NUMBER})(?: ± (?P<spread>{NUMBER}))?<!-- (?P<file>[^ ;]+\.(?:csv|json)); (?P<cell>.+?) -->"
+)
+FACTOR = re.compile(r" ([*/]) ([\d.]+(?:e\d+)?)$")
 
 
 def with_numbers(text: str, results: Path) -> str:
@@ -25,19 +30,21 @@ def with_numbers(text: str, results: Path) -> str:
     """
 
     def fill(match: re.Match) -> str:
-        steps, factor = match["cell"], 1.0
-        if scaled := re.fullmatch(r"(.+) ([*/]) ([\d.]+(?:e\d+)?)", match["cell"]):
-            steps, factor = scaled[1], float(scaled[3]) ** (1 if scaled[2] == "*" else -1)
+        comment = f"<!-- {match['file']}; {match['cell']} -->"
+        scaled = FACTOR.search(match["cell"])
+        factor = float(scaled[2]) ** (1 if scaled[1] == "*" else -1) if scaled else 1.0
+        steps = FACTOR.sub("", match["cell"]).split("; ")
+        numbers = []
         try:
-            value = float(find(read(results / match["file"]), steps.split("; "))) * factor
+            for old, suffix in ((match["mean"], ""), (match["spread"], "_spread")):
+                if old:
+                    value = float(find(read(results / match["file"]), [*steps[:-1], steps[-1] + suffix])) * factor
+                    numbers.append(f"{value:{',' if ',' in old else ''}.{len(old.partition('.')[2])}f}")
         except (OSError, LookupError, TypeError, ValueError) as error:
-            quoted = match[0][len(match["number"]) :]
             raise DiffsegError(
-                f"{quoted} quotes no number that stands there ({error}); correct the comment, or the sentence."
+                f"{comment} quotes no number that stands there ({error}); correct the comment, or the sentence."
             ) from None
-        comma = "," if "," in match["number"] else ""
-        number = f"{value:{comma}.{len(match['number'].partition('.')[2])}f}"
-        return number + match[0][len(match["number"]) :]
+        return " ± ".join(numbers) + comment
 
     return QUOTED.sub(fill, text)
 
