@@ -200,7 +200,7 @@ def print_results(folder: Path) -> None:
     from diffseg.lab.report import reproduction, reproduction_text  # here: pandas takes a second to load
 
     summary = json.loads((folder / "06_report" / "summary.json").read_text(encoding="utf-8"))
-    compared = reproduction(folder)
+    compared = reproduction(folder, summary)
     write_text(folder / "summary.json", json.dumps(summary | {"reproduction": compared}, indent=1) + "\n")
     print("\n" + (folder / "06_report" / "table.txt").read_text(encoding="utf-8").rstrip() + "\n")
     if compared:

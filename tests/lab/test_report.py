@@ -339,23 +339,21 @@ def test_a_run_says_whether_it_reproduces_the_published_one(tmp_path, monkeypatc
         tmp_path / "results" / "tables" / "ladder_seeds.csv", f"benchmark,split,rung,images,mode,seed,miou\n{rows}"
     )
 
-    def lay_out(measured: float, **parameters) -> None:
+    def lay_out(**parameters) -> None:
         for step in steps:
             content = {"step": step, "key": "k", "parameters": {"beta": 0.4, "seed": 1, "workers": 2} | parameters}
             write_text(run / step / "one.txt", "x")
             (run / step / "manifest.json").unlink(missing_ok=True)
             write_manifest(run / step, ["one.txt"], content)
-        write_text(run / "06_report" / "summary.json", json.dumps({"miou": measured}))
 
-    lay_out(0.47)
-    assert reproduction(run) is None  # nothing is published
+    lay_out()
+    assert reproduction(run, {"miou": 0.47}) is None  # nothing is published
     write_text(published / "summary.json", json.dumps({"miou": 0.52, "split": "val"}))
     for step in steps:
         write_text(published / "manifests" / f"{step}.json", json.dumps({"parameters": {"beta": 0.4, "seed": 0}}))
-    found = reproduction(run)
+    found = reproduction(run, {"miou": 0.47})
     assert found["reproduced"] and found["tolerance"] == pytest.approx(0.056) and found["published"] == 0.52
     assert "47.0 %; reproduced within 5.6" in reproduction_text(found)
-    lay_out(0.46)
-    assert "NOT reproduced" in reproduction_text(reproduction(run))
-    lay_out(0.52, beta=0.3)
-    assert reproduction(run) is None
+    assert "NOT reproduced" in reproduction_text(reproduction(run, {"miou": 0.46}))
+    lay_out(beta=0.3)
+    assert reproduction(run, {"miou": 0.52}) is None
