@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ CLASSES = CITYSCAPES.classes
 def folder(tmp_path_factory):
     """A network that was never trained, saved as step 4 saves it."""
     place = tmp_path_factory.mktemp("network")
-    network = new_networks(1, "resunet-resnet10t", CLASSES, 0)
-    network.side, network.palette = 32, CITYSCAPES.palette
+    network = new_networks(1, "resunet-resnet10t", CLASSES, 0, palette=CITYSCAPES.palette)
+    network.side = 32
     save_segmenter(network, place)
     return place
 
@@ -51,11 +52,7 @@ def test_what_a_training_shows_is_remembered(tmp_path):
     options = TrainingOptions(1, 2, 32, (0.9, 1.1), 0.1, 1e-3, 0.0, "fp32", 0)
     data = [("wide", torch.zeros(3, 24, 48, dtype=torch.uint8), torch.zeros(24, 48, dtype=torch.int64))] * 2
 
-    def untrained():
-        network = new_networks(2, "resunet-resnet10t", CLASSES, 0)
-        network.palette = CITYSCAPES.palette
-        return network
-
+    untrained = partial(new_networks, 2, "resunet-resnet10t", CLASSES, 0, palette=CITYSCAPES.palette)
     train_once(tmp_path / "network", untrained, data, 255, replace(options, training_mode="ensemble"), 0)
     network = load_segmenter(tmp_path / "network")
     assert network.side == 16 and network.palette == CITYSCAPES.palette and network.classes == CLASSES

@@ -14,8 +14,8 @@ from diffseg.segmenters import new_networks
 
 
 def network(name: str, count: int = 1) -> torch.nn.Module:
-    made = new_networks(count, name, CITYSCAPES.classes, 0).eval()
-    made.side, made.palette = 64, CITYSCAPES.palette
+    made = new_networks(count, name, CITYSCAPES.classes, 0, palette=CITYSCAPES.palette).eval()
+    made.side = 64
     return made
 
 
