@@ -1,15 +1,24 @@
-"""The figures: grids of pictures, masks and curves, in VOC's colours and readable at column width."""
+"""The figures: grids of images and masks, and charts. Readable at column width and without red or green.
+
+A figure is at most 6.9 inches wide (a page's width; half of it is a column), its text 8 points large. Classes have
+colours that also deuteranopes and protanopes tell apart; each figure with masks says in a legend which is which.
+"""
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
+from scipy.special import stdtrit
 
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.labels import read_prediction
@@ -17,8 +26,42 @@ from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.files import atomic_path
 
 Picture = np.ndarray | torch.Tensor
-# Okabe and Ito's, told apart by the colour-blind
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+# of lines and dots: Okabe and Ito's, without the one that deuteranopes take for its green
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#56B4E9", "#000000", "#D55E00"]
+MARKERS = ["o", "s", "^", "D", "v", "P"]
+# of classes: after three of Okabe and Ito's always the one that is farthest (CIELAB) from all before, from black and
+# from white, to the worst of normal sight, deuteranopia and protanopia: 22 or more among twelve, 17 among twenty
+CLASS_COLOURS = [
+    *("#0072B2", "#E69F00", "#009E73", "#6900FF", "#B41E00", "#C3C3FF", "#FFE187", "#4B78FF", "#3C6978", "#C3964B"),
+    *("#87A5B4", "#F0F000", "#B40F3C", "#4BA5FF", "#D2C387", "#FFE15A", "#693CC3", "#E14B00", "#5A96C3", "#F04B69"),
+]
+IGNORED = "#E0E0C0"
+# of error maps
+ERRORS = {"correct": "#56B4E9", "missed": "#F0E442", "false object": "#D55E00", "wrong class": "#FFFFFF"}
+WIDTH, COLUMN, POINTS = 6.9, 3.3, 8.0  # inches, inches, size of the text
+LETTER, LINE = 0.56 * POINTS / 72, 1.35 * POINTS / 72  # inches of a letter, about, and of a line
+
+plt.rcParams.update(
+    {"font.size": POINTS, "axes.titlesize": POINTS, "legend.fontsize": POINTS, "legend.frameon": False}
+    | {"axes.labelsize": POINTS, "xtick.labelsize": POINTS, "ytick.labelsize": POINTS}
+    | {"axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 4}
+    | {"axes.prop_cycle": cycler(color=COLOURS, marker=MARKERS), "lines.linewidth": 1.2}
+)
+
+
+# grids of images and masks
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A place in a grid: an image, a label map, or a label map laid over an image, and a few letters in its corner.
+
+    image: H x W x 3, uint8, or a tensor with the channels first, or H x W, a heat map of 0..1. label: H x W class ids.
+    """
+
+    image: Picture | None = None
+    label: Picture | None = None
+    note: str = ""
 
 
 def as_array(picture: Picture) -> np.ndarray:
@@ -28,92 +71,166 @@ def as_array(picture: Picture) -> np.ndarray:
     return np.asarray(picture)
 
 
-def paint(label: Picture, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return a label map in colours, uint8 H x W x 3; ids beyond the palette (ignored) are cream."""
-    colours = np.array([*palette, (224, 224, 192)], np.uint8)
-    return colours[np.minimum(as_array(label).astype(int), len(palette))]
+def rgb(colour: str) -> tuple[int, int, int]:
+    """Return "#RRGGBB" as three numbers of 0..255."""
+    return tuple(bytes.fromhex(colour[1:]))
 
 
-def overlay(image: Picture, label: Picture, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return the picture with its label map laid over it; background stays as it is."""
-    image, label = as_array(image), as_array(label)
-    mixed = 0.4 * image + 0.6 * paint(label, palette)
-    return np.where((label > 0)[..., None], mixed, image).astype(np.uint8)
+def class_colours(labels: Sequence[Picture], classes: Sequence[str]) -> dict[int, str]:
+    """Return id -> "#RRGGBB" of the classes that the label maps show, in the classes' order; background is black.
 
-
-def picture_rows(rows: Mapping[str, Sequence[Picture]], titles: Sequence[str] = (), size: float = 1.0) -> Figure:
-    """Draw named rows of pictures, `size` inches wide, one column each; H x W arrays become heat maps of 0..1.
-
-    The text grows with the figure's width, so that it can be read where a wide figure is scaled to a column. A title
-    that is wider than its picture is broken into lines.
+    The colours are dealt out per figure, as a dozen can be told apart and no hundred. With more than twenty classes
+    they repeat. Ids beyond the classes are not scored or not trained on ("ignored").
     """
-    columns, gap = max(len(pictures) for pictures in rows.values()), 0.03
-    height, width = as_array(next(iter(rows.values()))[0]).shape[:2]
-    row_height = size * height / width
-    font = max(9.0, columns * size)
-    letters = max(8, int(size * 72 / (0.6 * font)))  # of a line above a picture
-    above = ["\n".join(textwrap.fill(line, letters) for line in title.split("\n")) for title in titles]
-    left = 0.1 + max(map(len, rows)) * 0.6 * font / 72
-    top = 0.1 + max((title.count("\n") + 1 for title in above), default=0) * 1.3 * font / 72
-    full = left + columns * (size + gap), top + len(rows) * (row_height + gap)
-    figure, axes = plt.subplots(
-        len(rows),
-        columns,
-        figsize=full,
-        squeeze=False,
-        gridspec_kw={"left": left / full[0], "right": 1, "bottom": 0, "top": 1 - top / full[1]}
-        | {"wspace": gap / size, "hspace": gap / row_height},
-    )
-    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=font)
-        for axis, picture in zip(row, [*pictures, *[None] * (columns - len(pictures))], strict=True):
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if picture is not None:
-                axis.imshow(as_array(picture), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    for axis, title in zip(axes[0], above, strict=False):
-        axis.set_title(title, fontsize=font, pad=4)
-    return figure
+    shown = np.unique(np.concatenate([as_array(label).ravel() for label in labels])).tolist() if labels else []
+    start = 1 if classes and classes[0] == "background" else 0
+    found = {0: "#000000"} if start else {}
+    for place, k in enumerate(k for k in shown if start <= k < len(classes)):
+        found[k] = CLASS_COLOURS[place % len(CLASS_COLOURS)]
+    return found | {k: IGNORED for k in shown if k >= len(classes)}
+
+
+def paint(label: Picture, colours: Mapping[int, str]) -> np.ndarray:
+    """Return a label map in colours, uint8 H x W x 3."""
+    label = as_array(label)
+    painted = np.zeros((*label.shape, 3), np.uint8)
+    for k, colour in colours.items():
+        painted[label == k] = rgb(colour)
+    return painted
+
+
+def overlay(image: Picture, label: Picture, colours: Mapping[int, str]) -> np.ndarray:
+    """Return the image with its label map laid over it, each region with a rim; black background stays the image."""
+    image, label = as_array(image), as_array(label).astype(int)
+    painted = paint(label, colours)
+    padded = np.pad(label, 1, mode="edge")
+    around = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    rim = np.any([label != other for other in around], axis=0)
+    mixed = np.where(rim[..., None], painted, 0.3 * image + 0.7 * painted)
+    bare = np.isin(label, [k for k, colour in colours.items() if colour == "#000000"])
+    return np.where(bare[..., None], image, mixed).astype(np.uint8)
+
+
+def error_masks(label: Picture, prediction: Picture, benchmark: Benchmark) -> dict[str, np.ndarray]:
+    """Return where a prediction of one image is right or wrong, kind of `ERRORS` -> bool H x W; background is no kind.
+
+    label, prediction: H x W class ids; ignored pixels of the label are nowhere.
+    """
+    label, prediction = as_array(label).astype(int), as_array(prediction).astype(int)
+    background = 0 if benchmark.classes[0] == "background" else -1
+    counted = label != benchmark.ignore
+    objects, found = counted & (label != background), counted & (prediction != background)
+    return {
+        "correct": objects & (label == prediction),
+        "missed": objects & ~found,
+        "false object": found & ~objects,
+        "wrong class": objects & found & (label != prediction),
+    }
+
+
+def image_iou(label: Picture, prediction: Picture, benchmark: Benchmark) -> str:
+    """Return the IoU of all objects of one image in %: the correct ones of all pixels that are an object in either."""
+    kinds = error_masks(label, prediction, benchmark)
+    either = sum(int(where.sum()) for where in kinds.values())
+    return f"{100 * int(kinds['correct'].sum()) / either:.0f} %" if either else ""
+
+
+def error_tile(image: Picture, label: Picture, prediction: Picture, benchmark: Benchmark) -> Tile:
+    """Return where a prediction is right and wrong, in the colours of `ERRORS` over the grey image, and its IoU."""
+    shown = np.repeat(0.35 * as_array(image).mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
+    for kind, where in error_masks(label, prediction, benchmark).items():
+        shown[where] = rgb(ERRORS[kind])
+    return Tile(shown, note=image_iou(label, prediction, benchmark))
+
+
+def picture_rows(
+    rows: Mapping[str, Sequence[Picture | Tile | None]],
+    titles: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    legend: Mapping[str, str] | None = None,
+) -> Figure:
+    """Draw named rows of tiles, one column each; see `story`."""
+    return story([("", titles, rows)], classes, legend)
 
 
 def story(
-    parts: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[Picture | None]]]], width: float = 9
+    parts: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[Picture | Tile | None]]]],
+    classes: Sequence[str] = (),
+    legend: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Draw parts one below the other, `width` inches wide: a line of text, titles of columns, named rows of pictures.
+    """Draw parts one below the other: a bold line of text, titles of columns, named rows of tiles.
 
-    A part is (text, titles, rows); it may have no rows, None leaves a picture's place empty, and all pictures have one
-    size. The text is 10 points large, to be read where the figure is scaled to 900 pixels.
+    A part is (text, titles, rows); text, titles and rows may be empty, and None leaves a place empty. Arrays stand for
+    tiles without label map. A column is as wide as the page allows, but no tile is higher than 1.3 inches. `classes`
+    are the names of the ids in label maps; below stand those that occur, and `legend`, name -> colour.
     """
-    font, gap, line = 10.0, 0.04, 0.19  # points; inches between pictures; inches a line of text
-    letter = 0.56 * font / 72  # inches, about
-    columns = max(len(titles) for _, titles, _ in parts)
-    left = 0.15 + letter * max(len(line) for *_, rows in parts for name in rows for line in name.split("\n"))
-    side = (width - left) / columns - gap
-    shape = next(as_array(p).shape for *_, rows in parts for row in rows.values() for p in row if p is not None)
-    tall = side * shape[0] / shape[1]
+    gap = 0.04  # inches
+    parts = [
+        (text, titles, {name: [as_tile(one) for one in row] for name, row in rows.items()})
+        for text, titles, rows in parts
+    ]
+    tiles = [tile for *_, rows in parts for row in rows.values() for tile in row if tile is not None]
+    colours = class_colours([tile.label for tile in tiles if tile.label is not None], classes)
+    columns = max(len(row) for *_, rows in parts for row in rows.values())
+    left = 0.15 + LETTER * max(len(line) for *_, rows in parts for name in rows for line in name.split("\n"))
+    height, width = as_array(tiles[0].label if tiles[0].image is None else tiles[0].image).shape[:2]
+    side = min((WIDTH - left) / columns - gap, 1.3 * max(1, width / height))
+    tall, full = side * height / width, max(left + columns * (side + gap), COLUMN)
     drawn, y = [], 0.0  # what is drawn at which place, inches from the upper left
     for text, titles, rows in parts:
-        wrapped = textwrap.fill(text, int(width / (1.25 * letter)))  # bold is wider
-        drawn.append((0, y, wrapped, {"weight": "bold", "va": "top"}))
-        y += 0.08 + line * (wrapped.count("\n") + 1)
-        titles = [textwrap.fill(title.replace("_", " "), max(8, int(side / letter))) for title in titles]
-        y += line * max((title.count("\n") + 1 for title in titles), default=0)
-        for j, title in enumerate(titles):
+        if text:
+            wrapped = textwrap.fill(text, int(full / (1.1 * LETTER)))  # bold is wider
+            drawn.append((0, y, wrapped, {"weight": "bold", "va": "top"}))
+            y += 0.08 + LINE * (wrapped.count("\n") + 1)
+        letters = max(5, int(side / LETTER))
+        above = [
+            "\n".join(textwrap.fill(line, letters, break_long_words=False) for line in title.split("\n"))
+            for title in titles
+        ]
+        y += LINE * max((title.count("\n") + 1 for title in above), default=0) + (0.06 if above else 0)
+        for j, title in enumerate(above):
             drawn.append((left + j * (side + gap) + side / 2, y - 0.04, title, {"ha": "center", "va": "bottom"}))
-        for name, pictures in rows.items():
-            drawn.append((left - 0.1, y + tall / 2, name, {"ha": "right", "va": "center"}))
-            drawn += [(left + j * (side + gap), y, picture, {}) for j, picture in enumerate(pictures)]
+        for name, row in rows.items():
+            drawn.append((left - 0.08, y + tall / 2, name, {"ha": "right", "va": "center"}))
+            drawn += [(left + j * (side + gap), y, tile, {}) for j, tile in enumerate(row) if tile is not None]
             y += tall + gap
-        y += 0.12
-    figure = plt.figure(figsize=(width, y))
+        y += 0.04
+    patches = {classes[k]: colour for k, colour in colours.items() if k < len(classes) and colour != "#000000"}
+    patches |= {"ignored": IGNORED} if IGNORED in colours.values() else {}
+    legends = [patches for patches in (patches, legend) if patches]  # the classes', and the other one below it
+    abreast = [min(len(one), max(1, int(full / (0.45 + LETTER * max(map(len, one)))))) for one in legends]
+    below = [LINE * -(-len(one) // columns) + 0.05 for one, columns in zip(legends, abreast, strict=True)]
+    y += sum(below)
+    figure = plt.figure(figsize=(full, y))
     for x, top, what, style in drawn:
         if isinstance(what, str):
-            figure.text(x / width, 1 - top / y, what, fontsize=font, **style)
-        elif what is not None:
-            axis = figure.add_axes((x / width, 1 - (top + tall) / y, side / width, tall / y))
-            axis.imshow(as_array(what), interpolation="nearest", aspect="auto")
-            axis.set_axis_off()
+            figure.text(x / full, 1 - top / y, what, **style)
+        else:
+            axis = figure.add_axes((x / full, 1 - (top + tall) / y, side / full, tall / y))
+            draw_tile(axis, what, colours)
+    spacing = {"handlelength": 1, "handletextpad": 0.4, "columnspacing": 1, "borderpad": 0, "labelspacing": 0.2}
+    for k, (one, columns) in enumerate(zip(legends, abreast, strict=True)):
+        handles = [Patch(facecolor=colour, edgecolor="0.5", linewidth=0.5, label=name) for name, colour in one.items()]
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, sum(below[k + 1 :]) / y)}
+        figure.legend(handles=handles, ncols=columns, borderaxespad=0.1, **place, **spacing)
     return figure
+
+
+def as_tile(what: Picture | Tile | None) -> Tile | None:
+    return what if what is None or isinstance(what, Tile) else Tile(what)
+
+
+def draw_tile(axis: Axes, tile: Tile, colours: Mapping[int, str]) -> None:
+    """Draw one tile of a grid."""
+    if tile.label is None:
+        shown = as_array(tile.image)
+    else:
+        shown = paint(tile.label, colours) if tile.image is None else overlay(tile.image, tile.label, colours)
+    axis.imshow(shown, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_axis_off()
+    if tile.note:
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        axis.text(0.03, 0.04, tile.note, transform=axis.transAxes, fontsize=7, va="bottom", bbox=box)
 
 
 def first_of_each(pictures: Sequence[tuple], classes: Sequence[int]) -> dict[int, int]:
@@ -133,63 +250,118 @@ def first_of_each(pictures: Sequence[tuple], classes: Sequence[int]) -> dict[int
     return found
 
 
-def training_curves(
-    curves: Mapping[str, Sequence[float]], ylabel: str, is_log: bool = False, window: int = 20
+# charts
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Return half of the 95 % interval of a mean (Student's t); nan for fewer than two values."""
+    if len(values) < 2:
+        return float("nan")
+    return float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def dots(axis: Axes, places: Sequence[float], values: Sequence[Sequence[float]], **look) -> None:
+    """Draw rows of a dot plot: in each the mean, its 95 % interval over the values, and the values themselves."""
+    for place, some in zip(places, values, strict=True):
+        axis.plot(some, [place] * len(some), linestyle="", marker="|", markersize=7, color="0.55", zorder=1)
+    means, halves = [np.mean(some) for some in values], [half_interval(some) for some in values]
+    axis.errorbar(means, places, xerr=halves, linestyle="", capsize=2, zorder=2, **look)
+
+
+def curves(
+    lines: Mapping[str, Sequence[float]], ylabel: str, window: int = 20, log: bool = False, mark: float | None = None
 ) -> Figure:
-    """Draw values of each iteration, such as losses, as running means over a window of iterations."""
-    figure, axis = plt.subplots(figsize=(5, 3))
-    for name, values in curves.items():
+    """Draw what training recorded in each iteration, averaged over a window; `mark` is an iteration to point at."""
+    figure, axis = plt.subplots(figsize=(COLUMN, 2.2))
+    for k, (name, values) in enumerate(lines.items()):
         kernel = np.ones(min(window, len(values)))
-        smooth = np.convolve(values, kernel / kernel.sum(), "valid")
-        axis.plot(np.arange(len(kernel) - 1, len(values)), smooth, label=name)  # of the iterations up to here
-    axis.set(xlabel="iteration", ylabel=f"{ylabel}, mean of {window}")
-    if is_log:
-        axis.set_yscale("log")
+        smooth = np.convolve(values, kernel / kernel.sum(), "valid")  # of the iterations up to here
+        axis.plot(np.arange(len(kernel) - 1, len(values)), smooth, ["-", "--", ":", "-."][k % 4], marker="", label=name)
+    axis.set(xlabel="iteration", ylabel=f"{ylabel}, mean of {window}", yscale="log" if log else "linear")
+    if log:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter("{x:g}")  # 0.5 rather than 5 x 10^-1
         axis.minorticks_off()
     else:
         axis.set_ylim(0, None)
-    axis.legend(frameon=False)
+    if mark is not None:
+        axis.axvline(mark, color="0.5", linestyle=":", linewidth=1)
+    axis.legend()
     figure.tight_layout()
     return figure
 
 
 def dots_with_spread(scores: pd.DataFrame, xlabel: str) -> Figure:
     """Draw a dot and a bar of one standard deviation to each side for every row: its name (index), mean and spread."""
-    figure, axis = plt.subplots(figsize=(5, 0.35 * len(scores) + 0.8))
+    figure, axis = plt.subplots(figsize=(COLUMN, 0.25 * len(scores) + 0.6))
     axis.errorbar(scores["mean"], range(len(scores)), xerr=scores["spread"], fmt="o", color=COLOURS[0], capsize=3)
     axis.set_yticks(range(len(scores)), scores.index)
     axis.set(xlabel=xlabel, ylim=(len(scores) - 0.5, -0.5))
     axis.grid(axis="x", color="0.9")
-    axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
 
 
-def iou_bars(per_class: Mapping[str, Mapping[str, float | None]]) -> Figure:
-    """Draw per-class IoU as horizontal bars, one colour a network; of more than 40 classes the 15 best and worst."""
+def class_scores(
+    per_class: Mapping[str, Mapping[str, float | None]], overall: Mapping[str, tuple[float, float, float]]
+) -> Figure:
+    """Draw the IoU of each class as dots, one kind a network, below the mIoU with its interval.
+
+    per_class: network -> class -> IoU in 0..1, None or nan where undefined. overall: network -> mIoU, lower and upper
+    end of its interval. Classes are ordered by the first network's IoU; of more than 40 the 15 best and worst stay.
+    """
     first = next(iter(per_class.values()))
-    names = list(first)
-    if len(names) > 40:
-        ranked = sorted(names, key=lambda name: -np.nan_to_num(first[name] or 0))
-        names = [*ranked[:15], *ranked[-15:]]
-    figure, axis = plt.subplots(figsize=(5, 0.28 * len(names) + 1))
-    height = 0.8 / len(per_class)
-    for k, (network, values) in enumerate(per_class.items()):
-        positions = np.arange(len(names)) + (k - (len(per_class) - 1) / 2) * height
-        axis.barh(positions, [100 * np.nan_to_num(values[name] or 0) for name in names], height, label=network)
-    axis.set_yticks(range(len(names)), names, fontsize=9)
-    axis.margins(y=0.01)
+    names = sorted(first, key=lambda name: -np.nan_to_num(first[name] or 0))
+    names = [*names[:15], *names[-15:]] if len(names) > 40 else names
+    figure, axis = plt.subplots(figsize=(COLUMN, 0.16 * (len(names) + 1) + 0.8))
+    rows = np.arange(1, len(names) + 1)
+    values = {
+        network: np.array([np.nan if iou[name] is None else iou[name] for name in names], float)
+        for network, iou in per_class.items()
+    }
+    axis.hlines(rows, np.nanmin([*values.values()], axis=0) * 100, np.nanmax([*values.values()], axis=0) * 100, "0.8")
+    for (network, ious), colour, marker in zip(values.items(), COLOURS, MARKERS, strict=False):
+        axis.plot(100 * ious, rows, linestyle="", marker=marker, color=colour, label=network)
+        mean, low, high = 100 * np.array(overall[network])
+        axis.errorbar(mean, 0, xerr=[[mean - low], [high - mean]], marker=marker, color=colour, capsize=3, ms=3)
+    axis.set_yticks(range(len(names) + 1), ["mIoU, 95 % interval", *names])
+    axis.margins(y=0.02)
     axis.invert_yaxis()
-    axis.set(xlabel="IoU (%)", xlim=(0, 100))
-    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(per_class))
+    axis.grid(axis="x", color="0.92")
+    axis.set(xlabel="IoU (%)", xlim=(10 * np.floor(10 * np.nanmin([*values.values()])), 100))
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=len(per_class), borderpad=0)
+    figure.tight_layout()
+    return figure
+
+
+def confusion_map(counts: np.ndarray, names: Sequence[str], most: int = 21) -> Figure:
+    """Draw which share of a class's pixels (rows) is predicted as which class (columns).
+
+    counts: K x K pixels, rows ground truth, columns prediction. Of more than `most` classes those with the largest
+    confusions stay. The colour is the square root of the share, so that a few per cent show; 5 % and more are written.
+    """
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    if len(names) > most:
+        wrong = shares - np.diag(shares.diagonal())
+        kept = np.sort(np.argsort(-np.maximum(wrong.max(axis=0), wrong.max(axis=1)))[:most])
+        shares, names = shares[np.ix_(kept, kept)], [names[k] for k in kept]
+    side = 0.85 + 0.27 * len(names)
+    figure, axis = plt.subplots(figsize=(side, side))
+    axis.imshow(np.sqrt(shares), cmap="cividis", vmin=0, vmax=1)
+    for t, p in zip(*np.nonzero(shares >= 0.05), strict=True):
+        colour = "black" if shares[t, p] > 0.3 else "white"
+        axis.text(p, t, f"{100 * shares[t, p]:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="predicted as", ylabel="ground truth (% of its pixels)")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     figure.tight_layout()
     return figure
 
 
 def study_scores(scores: pd.DataFrame, changes: Mapping[str, Mapping]) -> Figure:
-    """Draw each configuration's mean scores with the seeds as points; over the images if only these differ.
+    """Draw each configuration's mean scores with 95 % intervals and the seeds; over the images if only these differ.
 
     scores: one row for each configuration, seed, network and score, with its value in %. changes: configuration ->
     what it changes.
@@ -198,60 +370,81 @@ def study_scores(scores: pd.DataFrame, changes: Mapping[str, Mapping]) -> Figure
     others = [{k: v for k, v in changed.items() if k != "images"} for changed in changes.values()]
     is_curve = len(sizes) > 2 and None not in sizes.values() and all(other == others[0] for other in others)
     shown = list(scores.groupby(["network", "score"], sort=False))
-    height = 0.8 / len(shown)
-    bars = 4.5, 0.25 * len(changes) * (len(shown) + 0.5) + 0.9
-    figure, axis = plt.subplots(figsize=(4.5, 3) if is_curve else bars)
-    points = {"linestyle": "", "marker": "o", "color": "black", "markersize": 3, "markerfacecolor": "white"}
+    tall = 2.4 if is_curve else 0.14 * len(changes) * (len(shown) + 0.5) + 0.9
+    figure, axis = plt.subplots(figsize=(COLUMN, tall))
     for k, ((network, score), rows) in enumerate(shown):
-        look = {"color": COLOURS[k % len(COLOURS)], "label": f"{network}, {'mIoU' if score == 'miou' else score}"}
+        look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+        look["label"] = f"{network}, {'mIoU' if score == 'miou' else score}"
+        values = {name: rows.value[rows.configuration == name].dropna().tolist() for name in changes}
+        values = {name: some for name, some in values.items() if some}
         if is_curve:
-            place = rows.configuration.map(sizes)
-            means = rows.value.groupby(place).mean()
-            axis.plot(means.index, means, **look)
-            axis.plot(place, rows.value, **points)
+            place = [sizes[name] for name in values]
+            means, halves = [np.mean(some) for some in values.values()], [*map(half_interval, values.values())]
+            for at, some in zip(place, values.values(), strict=True):
+                axis.plot([at] * len(some), some, linestyle="", marker="_", color="0.55")
+            axis.errorbar(place, means, yerr=halves, capsize=2, **look)
         else:
-            place = rows.configuration.map(list(changes).index) + (k - (len(shown) - 1) / 2) * height
-            means = rows.value.groupby(place).mean()
-            axis.barh(means.index, means, 0.9 * height, **look)
-            axis.plot(rows.value, place, **points)
+            offset = (k - (len(shown) - 1) / 2) * 0.7 / len(shown)
+            dots(axis, [list(changes).index(name) + offset for name in values], list(values.values()), **look)
     if is_curve:
         axis.set(xscale="log", xlabel="synthetic images", ylabel="mIoU (%)", ylim=(0, None))
         axis.set_xticks(list(sizes.values()), list(map(str, sizes.values())))
         axis.minorticks_off()
     else:
         axis.set_yticks(range(len(changes)), list(changes))
-        axis.invert_yaxis()
-        axis.set(xlabel="mIoU (%)" if all(score == "miou" for (_, score), _ in shown) else "IoU (%)", xlim=(0, None))
-    axis.spines[["top", "right"]].set_visible(False)
+        axis.set(ylim=(len(changes) - 0.5, -0.5), xlim=(max(0, axis.get_xlim()[0]), None))
+        axis.grid(axis="x", color="0.92")
+        axis.set(xlabel="mIoU (%)" if all(score == "miou" for (_, score), _ in shown) else "IoU (%)")
     if len(shown) > 1:
-        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(shown), 3), fontsize=8)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=2, borderpad=0, columnspacing=1)
+    figure.tight_layout()
+    return figure
+
+
+def gains(studies: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Draw what each technique adds: means and 95 % intervals of differences that are paired by seed.
+
+    studies: a heading (benchmark and baseline) -> technique -> differences in mIoU, percentage points, one a seed.
+    """
+    count = sum(len(rows) + 1 for rows in studies.values())
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.18 * count + 0.5))
+    place, ticks = 0, {}
+    for heading, rows in studies.items():
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.text(0, place, heading, weight="bold", va="center", transform=axis.get_yaxis_transform(), bbox=box)
+        dots(axis, range(place + 1, place + 1 + len(rows)), list(rows.values()), color=COLOURS[0], marker="o")
+        ticks |= {place + 1 + k: name for k, name in enumerate(rows)}
+        place += len(rows) + 1
+    axis.axvline(0, color="0.3", linewidth=1)
+    axis.set_yticks(list(ticks), list(ticks.values()))
+    axis.set(ylim=(place - 0.5, -0.7), xlabel="gain in mIoU (percentage points)")
+    axis.grid(axis="x", color="0.92")
     figure.tight_layout()
     return figure
 
 
 def study_predictions(
-    folders: Mapping[str, Path], benchmark: Benchmark, data_root: str, split: str, columns: int = 8
+    folders: Mapping[str, Path], benchmark: Benchmark, data_root: str, split: str, columns: int = 6
 ) -> Figure:
-    """Draw images evenly spaced over the evaluated split, their ground truth, and the predictions in each folder.
+    """Draw images evenly spaced over the evaluated split, their ground truth, and each folder's errors and IoU.
 
     folders: name of a row -> folder of label maps, as evaluation writes them. Of wide images a row has half as many.
     Raises a DiffsegError for predictions that are not whole.
     """
     validation = open_split(benchmark, data_folder(data_root), split)
     _, height, width = validation[0][1].shape
-    size = 2.0 if width > 1.5 * height else 1.0
-    count = min(round(columns / size), len(validation))
+    count = min(columns // 2 if width > 1.5 * height else columns, len(validation))
     shown = [validation[k] for k in np.linspace(0, len(validation) - 1, count).astype(int)]
-    rows = {
-        "image": [image for _, image, _ in shown],
-        "ground truth": [overlay(image, label, benchmark.palette) for _, image, label in shown],
+    rows: dict[str, list[Tile]] = {
+        "image": [Tile(image) for _, image, _ in shown],
+        "ground truth": [Tile(image, label) for _, image, label in shown],
     }
     for row, folder in folders.items():
         rows[row] = [
-            overlay(image, read_prediction(folder, name, benchmark, tuple(label.shape)), benchmark.palette)
+            error_tile(image, label, read_prediction(folder, name, benchmark, tuple(label.shape)), benchmark)
             for name, image, label in shown
         ]
-    return picture_rows(rows, size=size)
+    return picture_rows(rows, classes=benchmark.classes, legend=ERRORS)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -17,7 +17,7 @@ from diffseg.benchmarks.labels import picture_coding, write_label
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, write_rows
 from diffseg.pictures import picture_files, read_picture
-from diffseg.segmenters import load_segmenter
+from diffseg.segmenters import hex_colours, load_segmenter
 
 MASKS, OVERLAYS, AREAS, FAILED = "masks", "overlays", "areas.csv", "failed.csv"
 JPEG_QUALITY = 95  # of overlays; our choice
@@ -78,13 +78,14 @@ def predict_files(
         )
     pictures, failed, areas = find_pictures(places, folder), [], []
     coding = picture_coding(replace(VOC, classes=network.classes, palette=network.palette))
+    colours = dict(enumerate(hex_colours(network.palette)))
     side = network.side if side is None else side
     views = readable(tqdm(pictures.items(), "predicting", unit="picture"), side, failed)
     for batch in batches(views, batch_size):
         for view, label in zip(batch, label_maps(network, batch), strict=True):
             write_label(folder / MASKS / f"{view.name}.png", label, coding)
             with atomic_path(folder / OVERLAYS / f"{view.name}.jpg") as path:
-                laid_over = overlay(view.image, label, network.palette)
+                laid_over = overlay(view.image, label, colours)
                 Image.fromarray(laid_over).save(path, quality=JPEG_QUALITY, subsampling=0)
             pixels = np.bincount(label.ravel())
             for k in pixels.nonzero()[0]:

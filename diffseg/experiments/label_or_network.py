@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import pictures_set
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.figures import save_figure
+from diffseg.figures import WIDTH, save_figure
 from diffseg.files import MANIFEST, sha256_file, write_rows, write_text
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
@@ -71,17 +71,17 @@ def accuracies(
 def reliability_figure(rows: Sequence[dict]) -> Figure:
     """Draw accuracy over the tenth of the margin: a panel for all pixels and one for objects, a line an opinion."""
     regions = list(dict.fromkeys(row["region"] for row in rows))
-    figure, axes = plt.subplots(1, len(regions), figsize=(3.3 * len(regions), 2.8), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(1, len(regions), figsize=(WIDTH, 2.5), squeeze=False, sharex=True)
     for axis, region in zip(axes[0], regions, strict=True):
         for opinion in dict.fromkeys(row["opinion"] for row in rows):
             found = [row for row in rows if row["region"] == region and row["opinion"] == opinion]
             values = [100 * row["accuracy"] for row in found]
             style = {"color": "black", "linestyle": "--"} if opinion == "label" else {}
-            axis.plot([row["tenth"] for row in found], values, marker="o", markersize=3, label=opinion, **style)
+            axis.plot([row["tenth"] for row in found], values, label=opinion, **style)
         axis.set(title=region, xlabel="tenth of the margins (1: largest)", ylim=(None, 100))
     axes[0][0].set_ylabel("agrees with the oracle (%)")
-    axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=3)
     return figure
 
 

@@ -28,7 +28,7 @@ from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.figures import save_figure
+from diffseg.figures import COLOURS, WIDTH, dots, save_figure
 from diffseg.files import read_rows, sha256_text, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest
@@ -156,21 +156,21 @@ def means(rows: Sequence[dict]) -> list[dict]:
 
 
 def ladder_figure(rows: Sequence[dict]) -> Figure:
-    """Draw the mean of each rung as a bar and each seed as a point, a panel a benchmark."""
+    """Draw the mean of each rung, its 95 % interval over seeds and each seed, a panel a benchmark."""
     names = list(dict.fromkeys(row["benchmark"] for row in rows))
     rungs = [rung for rung in RUNGS.values() if any(row["rung"] == rung for row in rows)]
-    size = (2.6 + 2.6 * len(names), 0.9 + 0.35 * len(rungs))  # the rungs' names stand once, at the left
+    size = (min(WIDTH, 3.3 + 2 * len(names)), 0.7 + 0.25 * len(rungs))  # the rungs' names stand once, at the left
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
     for axis, name in zip(axes[0], names, strict=True):
         for place, rung in enumerate(rungs):
             scores = [float(row["miou"]) for row in rows if row["benchmark"] == name and row["rung"] == rung]
             if scores:
-                axis.barh(place, mean(scores), color="0.75")
-                axis.plot(scores, [place] * len(scores), "k.", markersize=4)
-                axis.text(1, place, f"{mean(scores):.1f}", va="center", fontsize=8)
-        axis.set(title=name, xlabel="mIoU (%)", xlim=(0, 100))
+                dots(axis, [place], [scores], color=COLOURS[0], marker="o")
+                axis.text(mean(scores), place - 0.25, f"{mean(scores):.1f}", ha="center", va="bottom", fontsize=7)
+        axis.set(title=name, xlabel="mIoU (%)", ylim=(len(rungs) - 0.5, -0.8))
+        axis.margins(x=0.12)
+        axis.grid(axis="x", color="0.92")
         axis.set_yticks(range(len(rungs)), rungs)
-    axes[0][0].invert_yaxis()
     figure.tight_layout()
     return figure
 

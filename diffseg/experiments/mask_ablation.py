@@ -18,8 +18,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import to_dtype, to_image
@@ -31,6 +33,7 @@ from diffseg.benchmarks.metrics import ConfusionMatrix, bootstrap_interval, mean
 from diffseg.drawing import draw_rows
 from diffseg.errors import DiffsegError
 from diffseg.experiments.speed import time_in_turn
+from diffseg.figures import COLOURS, COLUMN, MARKERS, WIDTH
 from diffseg.files import MANIFEST, atomic_path
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.miniworld.oracle import ClassOracle, load_oracle
@@ -274,6 +277,44 @@ def along(table: pd.DataFrame, base: Variant, name: str) -> pd.DataFrame:
     """Return the rows that differ from the base in `name` alone ("resolutions", "steps", "refiner"), all betas."""
     fixed = {column: value for column, value in base.columns.items() if column != name}
     return table[(table[list(fixed)] == pd.Series(fixed)).all(axis=1)]
+
+
+def best_beta(table: pd.DataFrame) -> pd.DataFrame:
+    """Return each variant's row with the beta of the highest mIoU."""
+    return table.loc[table.groupby(["resolutions", "steps", "refiner"], sort=False).miou.idxmax()]
+
+
+def betas_figure(table: pd.DataFrame, base: Variant) -> Figure:
+    """Draw mIoU over beta with 95 % intervals over images: a panel for each thing that was varied, a line a value."""
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.1), sharey=True)
+    for axis, name in zip(axes, ("resolutions", "steps", "refiner"), strict=True):
+        shown = along(table, base, name)
+        shown = shown[~shown.steps.str.isdecimal()] if name == "steps" else shown
+        values = list(shown.groupby(name, sort=False))
+        for k, (value, rows) in enumerate(values):
+            off = 0.012 * (k - (len(values) - 1) / 2)  # beside each other, or the intervals would hide each other
+            bounds = 100 * (rows.miou - rows.low), 100 * (rows.high - rows.miou)
+            look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "label": value}
+            axis.errorbar(rows.beta + off, 100 * rows.miou, bounds, elinewidth=0.8, **look)
+        axis.set(xlabel="beta")
+        axis.legend(title=name, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=1, borderpad=0)
+    axes[0].set(ylabel="mask mIoU (%)")
+    figure.tight_layout()
+    return figure
+
+
+def steps_figure(table: pd.DataFrame, base: Variant, sampling_steps: int) -> Figure:
+    """Draw the mIoU of every single denoising step at its best beta, with the 95 % interval over images."""
+    single = along(best_beta(table), base, "steps").replace({"steps": {"middle": str(sampling_steps // 2)}})
+    single = single[single.steps.str.isdecimal()].sort_values("steps", key=lambda column: column.astype(int))
+    figure, axis = plt.subplots(figsize=(COLUMN, 2.2))
+    index = single.steps.astype(int)
+    axis.fill_between(index, 100 * single.low, 100 * single.high, alpha=0.2, label="95 % interval over images")
+    axis.plot(index, 100 * single.miou)
+    axis.set(xlabel=f"denoising step that is read, of {sampling_steps}", ylabel="mask mIoU (%), best beta")
+    axis.legend(loc="lower right")
+    figure.tight_layout()
+    return figure
 
 
 def publish(folder: Path, root: Path | None = None) -> list[Path]:

@@ -31,7 +31,7 @@ from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.metrics import ConfusionMatrix, mean_iou
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.errors import DiffsegError
-from diffseg.figures import save_figure
+from diffseg.figures import COLOURS, MARKERS, WIDTH, half_interval, save_figure
 from diffseg.files import atomic_path, read_rows, write_rows
 from diffseg.lab.manifests import read_json
 from diffseg.lab.provenance import provenance
@@ -46,11 +46,7 @@ from diffseg.training import NETWORKS, TrainingOptions, train
 STRENGTHS = {"dilation": (3, 6), "shift": (4, 8), "dropped": (0.25, 0.5), "wrong class": (0.25, 0.5)}
 MODES = ("ensemble", "cotrain")
 START = "results/runs/mini-imagenet-s/04_robust_training/synthetic"  # 300 steps from scratch make no teacher
-LINES = {
-    "baseline": ("baseline", "#0072B2"),
-    "ensemble": ("ensemble of two", "#E69F00"),
-    "cotrain": ("co-trained", "#009E73"),
-}
+LINES = {"baseline": "baseline", "ensemble": "ensemble of two", "cotrain": "co-trained"}  # mode -> its name
 FARTHEST = 16  # pixels from an edge beyond which reliability no longer grows; a quarter of a picture, our choice
 COLUMNS = ("kind", "strength", "mode", "seed", "label_miou", "miou", "seconds")  # mIoU in %
 
@@ -142,27 +138,23 @@ def means(rows: list[dict]) -> list[dict]:
 
 
 def noise_figure(rows: list[dict]) -> Figure:
-    """Draw mIoU over strength (0: true masks), a panel a kind and a line a mode: mean and range over seeds."""
+    """Draw mIoU over strength (0: true masks), a panel a kind, a line a mode: means, 95 % intervals over seeds."""
     kinds = [kind for kind in STRENGTHS if any(row["kind"] == kind for row in rows)]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(3 * len(kinds), 2.8), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 2.3), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        for mode, (name, colour) in LINES.items():
+        for (mode, name), colour, marker in zip(LINES.items(), COLOURS, MARKERS, strict=False):
             scores: dict[float, list[float]] = {}
             for row in rows:
                 if row["mode"] == mode and row["kind"] in ("none", kind):
                     scores.setdefault(float(row["strength"]), []).append(float(row["miou"]))
             strengths = sorted(scores)
-            means = np.array([np.mean(scores[s]) for s in strengths])
-            below = means - [min(scores[s]) for s in strengths]
-            above = [max(scores[s]) for s in strengths] - means
             if strengths:
-                axis.errorbar(
-                    strengths, means, (below, above), marker="o", markersize=3, capsize=2, label=name, color=colour
-                )
+                means, halves = zip(*((np.mean(scores[s]), half_interval(scores[s])) for s in strengths), strict=True)
+                axis.errorbar(strengths, means, halves, marker=marker, capsize=2, label=name, color=colour)
         axis.set(title=kind, xlabel="pixels" if kind in ("dilation", "shift") else "probability per object")
     axes[0, 0].set(ylabel="mIoU on mini VOC val (%)", ylim=(0, None))
-    axes[0, -1].legend(frameon=False)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(LINES))
     return figure
 
 

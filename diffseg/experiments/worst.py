@@ -4,7 +4,7 @@ python -m diffseg.experiments.worst     results/figures/mini_oracle_worst.png an
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.experiments.generator.heldout import iou
 from diffseg.experiments.oracle import Scenes, stream
 from diffseg.experiments.small_sam import Prompts, choose, decode, pixel_of
-from diffseg.figures import overlay, picture_rows, save_figure
+from diffseg.figures import Tile, picture_rows, save_figure
 from diffseg.miniworld import WEIGHTS
 from diffseg.miniworld.oracle import CLASS_OF_PICTURE, class_probabilities, load_oracle, picture_probabilities
 from diffseg.paths import project_root
@@ -51,16 +51,16 @@ def mean_iou(truth: torch.Tensor, found: torch.Tensor) -> float:
     return float(np.mean([iou(found == k, truth == k) for k in truth.unique() if k > 0]))
 
 
-def save_worst(answers: Iterator[Answer], path: Path, columns: int = 12) -> list[float]:
-    """Write a sheet of the worst answers, the worst first; return their IoUs in 0..1."""
+def save_worst(answers: Iterator[Answer], path: Path, classes: Sequence[str], columns: int = 8) -> list[float]:
+    """Write a sheet of the worst answers, the worst first; return their IoUs in 0..1. classes: the labels' names."""
     rated = sorted(((mean_iou(*answer[1:]), answer) for answer in answers), key=lambda one: one[0])
     worst = [answer for _, answer in rated[:columns]]
-    pictures = [image.permute(1, 2, 0).numpy() for image, _, _ in worst]
-    rows = {"scene": pictures}
-    for name, part in (("truth", 1), ("answer", 2)):
-        labels = [answer[part].numpy().astype(np.uint8) for answer in worst]
-        rows[name] = [overlay(image, label, VOC.palette) for image, label in zip(pictures, labels, strict=True)]
-    save_figure(picture_rows(rows, size=0.8), path)
+    rows = {
+        "scene": [image for image, _, _ in worst],
+        "ground truth": [Tile(image, truth) for image, truth, _ in worst],
+        "answer, IoU": [Tile(image, found, f"{100 * rate:.0f} %") for rate, (image, _, found) in rated[:columns]],
+    }
+    save_figure(picture_rows(rows, classes=classes), path)
     return [rate for rate, _ in rated[:columns]]
 
 
@@ -70,8 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=None, help="where to write; the project's results/ otherwise")
     options = parser.parse_args(arguments)
     folder = (options.results or project_root() / "results") / "figures"
-    for name, answers in (("oracle", oracle_answers), ("sam", sam_answers)):
-        ious = save_worst(answers(options.scenes), folder / f"mini_{name}_worst.png")
+    for name, answers, classes in (
+        ("oracle", oracle_answers, VOC.classes),
+        ("sam", sam_answers, ("background", "object under the click")),
+    ):
+        ious = save_worst(answers(options.scenes), folder / f"mini_{name}_worst.png", classes)
         print(f"{name}: IoUs from {ious[0]:.1%} to {ious[-1]:.1%}")
 
 

@@ -52,16 +52,18 @@ def readme_with_tables(readme: str, root: Path) -> str:
 def publish(run: Path) -> None:
     """Copy a finished run's summary, table, figures and manifests to results/, and write the table of all such runs.
 
-    Its executed notebooks become pages, results/notebooks/<run>/<step>.html, for readers without Python. Raises a
-    DiffsegError when a step of the run is not finished, and for a study, which writes its results itself.
+    Its executed notebooks become pages for readers without Python (`write_pages`). A run that holds only executed
+    notebooks outside the chain, 00 or 07, becomes pages only. Raises a DiffsegError when a step of the run is not
+    finished, and for a study, which writes its results itself.
     """
-    from diffseg.lab.pages import page  # here: nbconvert takes seconds to load, and the README's tables need none of it
-
     results = project_root() / "results"
     if not run.is_dir():
         raise DiffsegError(f"there is no run {run}; `diffseg list` names those in results/runs.")
     if run.name in [path.stem for path in study_files()]:
         raise DiffsegError(f"{run} is a study; diffseg study {run.name} has written its results.")
+    executed = sorted(path.stem for path in (run / "notebooks").glob("*.ipynb"))
+    if executed and not set(executed) & set(step_notebooks()):
+        return write_pages(run, executed)
     target = results / run.name
     files = {target / "figures" / figure.name: figure for figure in (run / "figures").glob("*.png")}
     for step in (run / name for name in STEPS):
@@ -70,13 +72,31 @@ def publish(run: Path) -> None:
         files[target / "manifests" / f"{step.name}.json"] = step / MANIFEST
     for name in ("summary.json", "table.txt", "figures.txt"):
         files[target / name] = run / "06_report" / name
-    pages = {name: page(run / "notebooks" / f"{name}.ipynb", list(step_notebooks())) for name in step_notebooks()}
+    write_pages(run, list(step_notebooks()))
     for path, source in files.items():
         with atomic_path(path) as temporary:
             shutil.copyfile(source, temporary)
-    for name, html in pages.items():
-        write_text(results / "notebooks" / run.name / f"{name}.html", html)
     write_text(results / "tables" / "benchmarks.md", benchmarks_table(sorted(results.glob("*/summary.json"))))
+
+
+def write_pages(run: Path, names: Sequence[str]) -> None:
+    """Write results/notebooks/<run>/<name>.html of a run's executed notebooks, and the index of all pages.
+
+    A page links to the others of its run, and to those of 00 and 07 in whichever run they were published. So publish
+    these two first. Raises a DiffsegError when an executed notebook is missing, before anything is written.
+    """
+    from diffseg.lab.pages import index_page, page  # here: nbconvert takes seconds to load
+
+    folder = project_root() / "results" / "notebooks"
+    links = {path.stem: f"../{path.parent.name}/{path.name}" for path in sorted(folder.glob("*/0*.html"))}
+    outside = {name: address for name, address in links.items() if name not in step_notebooks()}
+    links = dict(sorted((outside | {name: f"{name}.html" for name in names}).items()))
+    for name, html in {name: page(run / "notebooks" / f"{name}.ipynb", links) for name in names}.items():
+        write_text(folder / run.name / f"{name}.html", html)
+    runs: dict[str, dict[str, str]] = {}
+    for path in sorted(folder.glob("*/*.html")):
+        runs.setdefault(path.parent.name, {})[path.stem] = f"{path.parent.name}/{path.name}"
+    write_text(folder / "index.html", index_page(runs))
 
 
 def fill_readme() -> None:

@@ -37,7 +37,7 @@ def write_results(study: Study) -> None:
         from diffseg.figures import save_figure, study_predictions, study_scores  # here: they load torch
 
         texts[results / "tables" / f"{name}.md"] = readable_table(record)
-        shown = f"Means over seeds {', '.join(map(str, study.seeds))}, one point a seed"
+        shown = f"Means and 95 % intervals over seeds {', '.join(map(str, study.seeds))}, one tick a seed"
         figures = {name: (study_scores(scores, study.configurations), shown)}
         if folders := prediction_folders(study):
             values = step_parameters(notebook_of("05_evaluation"), study.runs[0].values)

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.evaluation import predict_labels, score
-from diffseg.figures import overlay
+from diffseg.figures import class_colours, overlay
 
 SAMPLES = 4  # predictions that are shown
 
@@ -47,7 +47,7 @@ class Watcher:
                 prediction = predict_labels(network, image[None].to(self.device), self.benchmark)[0].cpu()
                 pairs.append((label, prediction))
                 if number < SAMPLES:
-                    shown = overlay(image, prediction, self.benchmark.palette)
+                    shown = overlay(image, prediction, class_colours([label, prediction], self.benchmark.classes))
                     self.writer.add_image(f"prediction/{number}", shown, step, dataformats="HWC")
         network.train()
         self.writer.add_scalar("development/miou", score(pairs, self.benchmark, "single scale", bootstrap=1).miou, step)

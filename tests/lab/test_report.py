@@ -11,18 +11,33 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from nbconvert.filters.markdown_mistune import MarkdownWithMath
 from PIL import Image
 
 import diffseg
+from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
 from diffseg.experiments.generator.measure import quality_tables
 from diffseg.experiments.generator.versions import version_rows
-from diffseg.figures import first_of_each, story
+from diffseg.figures import (
+    CLASS_COLOURS,
+    COLOURS,
+    ERRORS,
+    IGNORED,
+    WIDTH,
+    Tile,
+    error_masks,
+    error_tile,
+    first_of_each,
+    half_interval,
+    rgb,
+    story,
+)
 from diffseg.files import read_rows, write_text
 from diffseg.lab.cli import main
 from diffseg.lab.manifests import write_manifest
-from diffseg.lab.pages import page, with_formulas
-from diffseg.lab.publishing import benchmarks_table, readme_with_tables
+from diffseg.lab.pages import Renderer, formula, page
+from diffseg.lab.publishing import benchmarks_table, readme_with_tables, write_pages
 from diffseg.lab.report import (
     OURS,
     beside_published,
@@ -144,19 +159,79 @@ def test_the_first_picture_of_each_class_is_the_one_that_shows_most_of_it():
 
 
 def test_a_story_draws_every_picture_in_its_shape_and_its_text_inside_the_figure():
-    picture = np.zeros((10, 20, 3), np.uint8)
-    rows = {"drawn": [picture, picture, picture], "mask from\nattention": [picture, None, picture]}
-    figure = story([("words " * 40, ["a", "b", "long words " * 5], rows), ("result", [], {})], width=6)
-    assert len(figure.axes) == 5 and figure.get_size_inches()[0] == 6
+    picture, label = np.zeros((10, 20, 3), np.uint8), np.array([[0] * 10 + [2] * 9 + [255]] * 10)
+    rows = {
+        "drawn": [picture, Tile(picture, label), picture],
+        "mask from\nattention": [Tile(label=label), None, picture],
+    }
+    parts = [("words " * 40, ["a", "b", "long words " * 5], rows), ("result", [], {})]
+    figure = story(parts, ("background", "cat", "dog"), {"missed": "#F0E442"})
+    assert len(figure.axes) == 5 and figure.get_size_inches()[0] <= WIDTH
     figure.canvas.draw()
     boxes = [axis.get_window_extent() for axis in figure.axes]
     assert all(box.width / box.height == pytest.approx(2) for box in boxes)
-    for text in figure.texts:
+    for text in [*figure.texts, *figure.legends]:
         extent = text.get_window_extent()
-        assert not any(extent.overlaps(box) for box in boxes), text.get_text()
+        assert not any(extent.overlaps(box) for box in boxes), text
         for (low, high), limit in zip(extent.get_points().T, figure.bbox.size, strict=True):
-            assert -1 <= low and high <= limit + 1, text.get_text()
+            assert -1 <= low and high <= limit + 1, text
+    # the background needs no legend, and the cat is not there
+    names = [[text.get_text() for text in legend.get_texts()] for legend in figure.legends]
+    assert names == [["dog", "ignored"], ["missed"]]
+    painted = figure.axes[3].images[0].get_array()  # the first of the second row
+    assert [tuple(painted[0, k]) for k in (0, 12, 19)] == [(0, 0, 0), rgb(CLASS_COLOURS[0]), rgb(IGNORED)]
     plt.close(figure)
+
+
+def test_errors_of_an_image_by_hand():
+    label, found = np.array([[0, 1, 1, 2, 255]]), np.array([[1, 1, 0, 1, 1]])
+    kinds = error_masks(label, found, VOC)
+    assert {kind: np.flatnonzero(where).tolist() for kind, where in kinds.items()} == {
+        "correct": [1],
+        "missed": [2],
+        "false object": [0],
+        "wrong class": [3],
+    }
+    tile = error_tile(np.full((1, 5, 3), 100, np.uint8), label, found, VOC)
+    assert tile.note == "25 %" and [tuple(colour) for colour in tile.image[0]] == [
+        *(rgb(ERRORS[kind]) for kind in ("false object", "correct", "missed", "wrong class")),
+        (35, 35, 35),
+    ]
+    nothing = np.zeros((1, 5), int)
+    assert error_tile(np.zeros((1, 5, 3), np.uint8), nothing, nothing, VOC).note == ""
+
+
+def cielab(colours: list[str], sight: np.ndarray) -> np.ndarray:
+    """CIELAB (D65) of "#RRGGBB" as seen through a matrix on linear RGB."""
+    values = np.array([rgb(colour) for colour in colours]) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = (linear @ sight.T).clip(0, 1) @ to_xyz.T / to_xyz.sum(axis=1)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1.0
+DEUTERANOPIA = np.array(
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
+)
+
+
+@pytest.mark.parametrize(
+    "colours, least",
+    [(CLASS_COLOURS[:12], 20), (CLASS_COLOURS, 15), ([*ERRORS.values()], 30), (COLOURS, 18)],
+    ids=["twelve classes", "twenty classes", "errors", "lines"],
+)
+def test_colours_differ_for_normal_sight_and_for_deuteranopes(colours, least):
+    for sight in (np.eye(3), DEUTERANOPIA):
+        seen = cielab(colours, sight)
+        distances = np.linalg.norm(seen[:, None] - seen, axis=2) + 1e3 * np.eye(len(colours))
+        assert distances.min() >= least
+
+
+def test_the_interval_of_a_mean_is_students():
+    assert half_interval([50, 51, 52]) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)  # t of 2 degrees of freedom
+    assert np.isnan(half_interval([50]))
 
 
 # the claims
@@ -241,7 +316,11 @@ def png(figure: bool) -> str:
 def write_executed(path: Path) -> None:
     """A notebook by hand with all that must be tidied: progress bars, foreign folders, large pictures, formulas."""
     output = nbformat.v4.new_output
-    begin = nbformat.v4.new_code_cell('out = "/far/away"\nstep.folder')
+    given = nbformat.v4.new_code_cell('out = ""  # folder\nseed = 0  # π', metadata={"tags": ["parameters"]})
+    injected = nbformat.v4.new_code_cell(
+        '# Parameters\nout = "/far/away"\nseed = -3', metadata={"tags": ["injected-parameters"]}
+    )
+    begin = nbformat.v4.new_code_cell("step.folder")
     begin.outputs = [
         output("execute_result", {"text/plain": "PosixPath('/far/away/runs/tiny/05_evaluation')"}),
         output(
@@ -256,42 +335,47 @@ def write_executed(path: Path) -> None:
         output("display_data", {"image/png": png(figure), "text/plain": "<Figure>"}) for figure in (True, False)
     ]
     text = nbformat.v4.new_markdown_cell(
-        "# Title\n\nIoU of $x_i$ for `$HOME` costs 3$ or 4$.\n\n$$\\mathrm{IoU} = \\frac{a}{b}$$\n\n"
-        "| a | b |\n|---|---|\n| $\\frac{1}{|I|}$ | c |\n"
+        "# Title\n\n## The *score* of $y$\n\nIoU of $x_i$ for `$HOME`.\n\n$$\\mathrm{IoU} = \\frac{a}{b}$$\n\n"
+        "| a | b |\n|---|---|\n| $\\frac{1}{2}$ | c |\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=[text, begin, draw]), path)
+    nbformat.write(nbformat.v4.new_notebook(cells=[text, given, injected, begin, draw]), path)
 
 
 def test_a_page_needs_no_other_file_and_names_no_foreign_folder(tmp_path):
     executed = tmp_path / "runs" / "tiny" / "notebooks" / "05_evaluation.ipynb"
     write_executed(executed)
-    html = page(executed, ["04_robust_training", "05_evaluation"])
+    html = page(executed, {"04_robust_training": "04_robust_training.html", "05_evaluation": "05_evaluation.html"})
     assert html.startswith("<!DOCTYPE html>") and "<h1" in html and "05_evaluation (tiny)" in html
     assert "far/away" not in html and "results/runs/tiny/05_evaluation" in html and "3 &lt; 4" in html
     assert "wrote results/runs/tiny and results/runs/other/03" in html
     assert "5/5" not in html and "<script" not in html and not re.search(r"""(src|href)=["']?(https?:)?//""", html)
     assert '<a href="04_robust_training.html">' in html and "<b>05_evaluation</b>" in html
-    assert html.count("<td") == 2  # the bar of |I| did not end the cell
+    assert "← 04_robust_training" in html and "next:" not in html and 'href="../index.html"' in html
+    assert '<a href="#section-1">The <em>score</em> of <img' in html and '<h2 id="section-1">' in html
+    # each parameter once, with its value and its comment
+    code = re.sub("<[^>]+>", "", html)
+    assert code.count("seed = -3  # π") == 1 and "seed = 0" not in code and "# Parameters" not in code
     images = [base64.b64decode(data) for data in re.findall(r"data:image/webp;base64,([^\"]+)", html)]
     assert [Image.open(io.BytesIO(data)).size for data in images] == [(200, 200), (200, 200)]
     for coded, figure in zip(images, (True, False), strict=True):
         assert len(coded) < 0.6 * len(base64.b64decode(png(figure)))
     formulas = re.findall(r'<img alt="([^"]+)" src="data:image/png', html)
-    assert formulas == ["x_i", r"\mathrm{IoU} = \frac{a}{b}", r"\frac{1}{|I|}"]
-    assert "<code>$HOME</code>" in html and "costs 3$ or 4$" in html
+    assert formulas == ["y", "y", "x_i", r"\mathrm{IoU} = \frac{a}{b}", r"\frac{1}{2}"]
+    assert "<code>$HOME</code>" in html
 
 
-def test_code_stays_and_a_formula_that_cannot_be_drawn_stays_tex():
-    assert with_formulas("```\n$x$\n```\nand `$y$`") == "```\n$x$\n```\nand `$y$`"
-    assert with_formulas(r"$\begin{cases}a\end{cases}$") == r"$\begin{cases}a\end{cases}$"
+def test_a_formula_that_cannot_be_drawn_stays_tex():
+    tex = r"\begin{cases}a\end{cases}"
+    assert formula(tex) == "" and Renderer().inline_math(tex) == f"${tex}$"
 
 
 def test_every_formula_of_the_notebooks_can_be_drawn_but_those_with_a_brace_below():
     for path in sorted((project_root() / "notebooks").glob("*.ipynb")):
         for cell in nbformat.read(path, 4).cells:
             if cell.cell_type == "markdown":
-                rest = re.sub(r"<img [^>]*>|```.*?```|`[^`]*`", "", with_formulas(cell.source), flags=re.DOTALL)
+                html = MarkdownWithMath(renderer=Renderer()).render(cell.source)
+                rest = re.sub(r"<img [^>]*>|<pre>.*?</pre>|<code>.*?</code>", "", html, flags=re.DOTALL)
                 left = [tex for tex in re.findall(r"\$+[^$]+\$+", rest) if r"\underbrace" not in tex]
                 assert not left, f"{path.name}, cell {cell.id}: write it in the words of matplotlib's mathtext"
 
@@ -321,6 +405,7 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     assert main(["publish", str(run)]) == 0
     pages = sorted((tmp_path / "results" / "notebooks" / "tiny").iterdir())
     assert [path.name for path in pages] == [f"{path.stem}.html" for path in notebooks]
+    assert '<a href="tiny/05_evaluation.html">' in (tmp_path / "results" / "notebooks" / "index.html").read_text()
     assert all(path.stat().st_size < 600e3 for path in pages)
     target = tmp_path / "results" / "tiny"
     assert sorted(path.stem for path in (target / "manifests").iterdir()) == sorted(STEPS)
@@ -357,3 +442,19 @@ def test_a_run_says_whether_it_reproduces_the_published_one(tmp_path, monkeypatc
     assert "NOT reproduced" in reproduction_text(reproduction(run, {"miou": 0.46}))
     lay_out(beta=0.3)
     assert reproduction(run, {"miou": 0.52}) is None
+
+
+def test_a_run_of_one_notebook_becomes_a_page_to_which_the_others_link(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "README.md").write_text("nothing to fill\n")
+    for name in ("mini-world/notebooks/00_mini_world", "tiny/notebooks/05_evaluation"):
+        write_executed(tmp_path / "results" / "runs" / f"{name}.ipynb")
+    assert main(["publish", str(tmp_path / "results" / "runs" / "mini-world")]) == 0
+    write_pages(tmp_path / "results" / "runs" / "tiny", ["05_evaluation"])
+    pages = tmp_path / "results" / "notebooks"
+    assert (
+        '<a href="../mini-world/00_mini_world.html">← 00_mini_world'
+        in (pages / "tiny" / "05_evaluation.html").read_text()
+    )
+    assert (pages / "index.html").read_text().count("<li>") == 2

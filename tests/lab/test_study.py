@@ -17,7 +17,7 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import write_prediction
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.errors import DiffsegError
-from diffseg.figures import as_array, study_predictions
+from diffseg.figures import ERRORS, as_array, rgb, study_predictions
 from diffseg.files import sha256_file
 from diffseg.lab import runs, studies, study_results
 from diffseg.lab.cli import main
@@ -244,7 +244,9 @@ def test_tables_record_and_figure_by_hand(root, capsys):
     assert class_table(record).to_csv(index=False) == (results / "tables" / "robust_classes.csv").read_text()
 
     words = " ".join((results / "figures" / "robust.txt").read_text().split())
-    assert words.startswith("does it help? Means over seeds 0, 1, 2, one point a seed; 600 voc images;")
+    assert words.startswith(
+        "does it help? Means and 95 % intervals over seeds 0, 1, 2, one tick a seed; 600 voc images;"
+    )
     assert "20 synthetic images" in words and re.search(r"\d cores? of", words)
     (root / "README.md").write_text("<!-- table: results/tables/robust.md -->\n<!-- /table -->\n")
     assert main(["publish"]) == 0
@@ -274,13 +276,17 @@ def test_predictions_of_a_study_lie_side_by_side(tmp_path, monkeypatch):
             write_prediction(folder, name, seen, VOC, label.shape)
     figure = study_predictions(study_results.prediction_folders(study), VOC, "mini", VOC.evaluation_split, columns=2)
     drawn = [axis.images[0].get_array() for axis in figure.axes]
-    titles = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
-    assert len(drawn) == 4 * 2 and set(titles) <= {"image", "ground truth", right, wrong}
+    titles = [text.get_text() for text in figure.texts]
+    assert len(drawn) == 4 * 2 and titles == ["image", "ground truth", right, wrong]
+    notes = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert notes == [[]] * 4 + [["100 %"]] * 2 + [["0 %"]] * 2
     for k, (_, image, label) in enumerate(shown):
         shown_image, truth, first, second = drawn[k::2]
-        assert (shown_image == as_array(image)).all() and (second == shown_image).all()
-        valid = label.numpy() != VOC.ignore
-        assert (first[valid] == truth[valid]).all() and (first[valid] != shown_image[valid]).any()
+        assert (shown_image == as_array(image)).all()
+        objects = (label.numpy() > 0) & (label.numpy() != VOC.ignore)
+        assert (truth[objects] != shown_image[objects]).any()
+        assert (first[objects] == rgb(ERRORS["correct"])).all() and (second[objects] == rgb(ERRORS["missed"])).all()
+        assert (first[~objects] == second[~objects]).all()
 
 
 def test_an_incomplete_study_says_so(root, capsys):

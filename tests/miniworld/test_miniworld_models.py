@@ -383,7 +383,7 @@ def test_the_sheet_of_worst_answers_begins_with_the_worst(tmp_path):
     half, other = truth.clone(), truth.clone()
     half[16:32], other[:32] = 0, 5  # an IoU of one half, and none
     answers = [(image, truth, found) for found in (truth, half, other)]
-    assert worst.save_worst(iter(answers), tmp_path / "sheet.png", columns=2) == [0.0, 0.5]
+    assert worst.save_worst(iter(answers), tmp_path / "sheet.png", worst.VOC.classes, columns=2) == [0.0, 0.5]
     assert (tmp_path / "sheet.png").is_file()
     seen = list(worst.sam_answers(4))
     assert len(seen) == 4 and min(worst.mean_iou(truth, found) for _, truth, found in seen) > 0.5

@@ -21,7 +21,7 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.experiments.generator.asked import Asked, pair_prompts, scene_of, single_prompts
 from diffseg.experiments.generator.heldout import held_out, iou
 from diffseg.experiments.generator.pretrain import trainings
-from diffseg.figures import overlay, picture_rows, save_figure
+from diffseg.figures import Tile, save_figure, story
 from diffseg.files import write_text
 from diffseg.generator import load_generator, locate_generator
 from diffseg.lab.provenance import provenance
@@ -96,6 +96,7 @@ def judge(asked: Asked, image: np.ndarray, label: torch.Tensor, probabilities: t
     place, distance = place_of(image, ~objects.numpy())
     return {
         "class": asked.prompt.classes[0],
+        "word": asked.prompt.words[0],
         "relation": asked.prompt.relations[0],
         "present": bool(areas.max() > 0 and areas.argmax() == ids[0]),
         "both": all(areas[i].item() >= LEAST_AREA * classes.numel() for i in ids),
@@ -226,16 +227,17 @@ def per_class(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def save_sheets(judged: Judged, folder: Path) -> None:
-    """Save sheets of the 24 worst, best and first pictures by mask IoU, each with its mask."""
+    """Save sheets of the 24 worst, best and first images by mask IoU, each with its word, its mask and the IoU."""
     order = np.argsort([row["iou"] for row in judged.rows])
     for name, chosen in (("worst", order[:24]), ("best", order[::-1][:24]), ("usual", np.arange(24))):
         chosen = chosen[chosen < len(judged.rows)]
-        rows = {}
-        for part in range(0, len(chosen), 12):
-            some = chosen[part : part + 12]
-            rows[f"{name} {part + 1}+ drawn"] = [judged.images[k] for k in some]
-            rows[f"{name} {part + 1}+ mask"] = [overlay(judged.images[k], judged.labels[k], VOC.palette) for k in some]
-        save_figure(picture_rows(rows, size=0.8), folder / f"mini_generator_{name}.png")
+        parts = []
+        for part in range(0, len(chosen), 8):
+            some = chosen[part : part + 8]
+            masks = [Tile(judged.images[k], judged.labels[k], f"{100 * judged.rows[k]['iou']:.0f} %") for k in some]
+            rows = {"image": [judged.images[k] for k in some], "mask, IoU": masks}
+            parts.append(("", [judged.rows[k]["word"] for k in some], rows))
+        save_figure(story(parts, VOC.classes), folder / f"mini_generator_{name}.png")
 
 
 def quality_tables(report: Mapping) -> str:

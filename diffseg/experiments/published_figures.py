@@ -1,0 +1,139 @@
+"""Draw again what stands in results/figures and follows from tables and records: no training, no generator.
+
+python -m diffseg.experiments.published_figures
+
+Figures of predictions and sheets of images need the runs; `diffseg study NAME`, `diffseg publish RUN` and the commands
+in results/README.md draw them. `techniques_gains` sums up all studies of a technique, `pipeline` shows the method's
+steps; notebooks/figures holds it once a notebook, with that notebook's step marked.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from diffseg.experiments.label_or_network import reliability_figure
+from diffseg.experiments.ladder import ladder_figure
+from diffseg.experiments.mask_ablation import Variant, betas_figure, steps_figure
+from diffseg.experiments.noise import noise_figure
+from diffseg.figures import COLOURS, WIDTH, gains, save_figure, study_scores
+from diffseg.files import atomic_path, read_rows
+from diffseg.lab.manifests import read_json
+from diffseg.lab.study_results import score_rows
+from diffseg.paths import project_root
+
+STUDIES = ("augmentation", "robust", "lora", "techniques", "pretraining")  # whose first configuration is a baseline
+# notebook -> where its box stands, and its text
+BOXES = {
+    "01": ((1.1, 1), "01 prompts"),
+    "02": ((1.1, 0), "02 LoRA"),
+    "00": ((1.1, 2), "00 mini world"),
+    "03": ((2.35, 1), "03 images, masks"),
+    "07": ((2.35, 0), "07 mask ablation"),
+    "04": ((3.6, 1), "04 network"),
+    "05": ((4.75, 1), "05 scores"),
+    "06": ((5.9, 1), "06 report"),
+}
+INPUTS = {"words": (0, 1), "target\nimages": (0, 0)}
+ARROWS = [("words", "01"), ("target\nimages", "02"), ("01", "03"), ("02", "03"), ("00", "03"), ("07", "03")]
+ARROWS += [("03", "04"), ("04", "05"), ("00", "05"), ("05", "06")]
+LABELS = {("00", "03"): "generator", ("00", "05"): "benchmark", ("07", "03"): "constants"}
+
+
+def pipeline_figure(here: str = "") -> Figure:
+    """Draw the notebooks as boxes and what they hand on as arrows; the box of notebook `here` is filled."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.7))
+    half = {name: (0.3, 0.2) for name in INPUTS} | {name: (0.5, 0.22) for name in BOXES}
+    places = INPUTS | {name: place for name, (place, _) in BOXES.items()}
+    for name, (x, y) in places.items():
+        width, height = half[name]
+        if name in BOXES:
+            look = {"facecolor": COLOURS[0] if name == here else "white", "edgecolor": COLOURS[0]}
+            axis.add_patch(
+                FancyBboxPatch((x - width, y - height), 2 * width, 2 * height, "round,pad=0,rounding_size=0.08", **look)
+            )
+        text = BOXES[name][1] if name in BOXES else name
+        colour = "white" if name == here else "black"
+        axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=7.5)
+    for start, end in ARROWS:
+        (x0, y0), (x1, y1) = places[start], places[end]
+        above = y1 > y0 if y0 != y1 else None
+        if above is None:
+            tail, head = (x0 + half[start][0], y0), (x1 - half[end][0], y1)
+        elif x0 == x1:
+            tail, head = (x0, y0 + half[start][1]), (x1, y1 - half[end][1])
+        else:
+            tail, head = (x0 + half[start][0], y0), (x1 - half[end][0] * 0.6, y1 + half[end][1] * (-1 if above else 1))
+        axis.add_patch(
+            FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=8, color="0.4", shrinkA=0, shrinkB=0)
+        )
+        if label := LABELS.get((start, end)):
+            x, y = (tail[0] + head[0]) / 2 + 0.06, (tail[1] + head[1]) / 2 + (0.06 if x0 != x1 else 0)
+            axis.text(x, y, label, va="bottom" if x0 != x1 else "center", fontsize=7, color="0.3")
+    axis.set(xlim=(-0.35, 6.45), ylim=(-0.3, 2.3))
+    axis.set_axis_off()
+    figure.subplots_adjust(0, 0, 1, 1)
+    return figure
+
+
+def technique_gains(records: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Return heading -> configuration -> differences in mIoU to the study's first configuration, paired by seed."""
+    found = {}
+    for record in records:
+        scores = score_rows(record)
+        scores = scores[(scores.score == "miou") & (scores.network == "synthetic")]
+        table = scores.pivot(index="seed", columns="configuration", values="value")
+        first, *others = record["configurations"]
+        versions = ", ".join(sorted({each["diffseg"] for each in record["versions"]}))
+        heading = f"{record['study']}: {record['base']}, baseline {first}, version {versions}"
+        found[heading] = {name: (table[name] - table[first]).dropna().tolist() for name in others if name in table}
+    return found
+
+
+def ablation_figures(tables: Path) -> dict[str, Figure]:
+    """Return the charts of notebook 07 from its published table and manifest."""
+    table = pd.read_csv(tables / "mask_ablation.csv", dtype={"resolutions": str, "steps": str}, keep_default_na=False)
+    manifest = read_json(tables / "mask_ablation.manifest.json")
+    used = manifest["metrics"]["base"]
+    base = Variant(tuple(map(int, used["resolutions"].split("+"))), used["steps"], used["refiner"])
+    return {
+        "mask_ablation_betas": betas_figure(table, base),
+        "mask_ablation_single_steps": steps_figure(table, base, manifest["parameters"]["sampling_steps"]),
+    }
+
+
+def main() -> None:
+    results, notebooks = project_root() / "results", project_root() / "notebooks"
+    tables = results / "tables"
+    records = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((results / "studies").glob("*.json"))}
+    reliability = [
+        row | {"tenth": int(row["tenth"]), "accuracy": float(row["accuracy"])}
+        for row in read_rows(tables / "reliability.csv")
+    ]
+    figures = {
+        **{name: study_scores(score_rows(record), record["configurations"]) for name, record in records.items()},
+        **ablation_figures(tables),
+        "noise": noise_figure(read_rows(tables / "noise_seeds.csv")),
+        "ladder": ladder_figure(read_rows(tables / "ladder_seeds.csv")),
+        "reliability": reliability_figure(reliability),
+        "techniques_gains": gains(technique_gains([records[name] for name in STUDIES if name in records])),
+        "pipeline": pipeline_figure(),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, results / "figures" / f"{name}.png")
+        plt.close(figure)
+    (notebooks / "figures").mkdir(exist_ok=True)
+    for name in BOXES:
+        figure = pipeline_figure(name)
+        with atomic_path(notebooks / "figures" / f"pipeline_{name}.svg") as temporary:
+            with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "diffseg"}):
+                figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    print("\n".join(str(results / "figures" / f"{name}.png") for name in figures))
+
+
+if __name__ == "__main__":
+    main()
