@@ -36,7 +36,7 @@ def test_the_notebook_for_colab_runs_with_a_small_generator_of_the_hubs_class(tm
         "out": str(tmp_path / "out"),
         "words": ["cat, none", "dog, none"],
         "images": 3,
-        "templates": ["a {}"],
+        "templates": ["{}"],
         "height": 32,
         "width": 32,
         "attention_resolutions": [8],

@@ -89,3 +89,7 @@ def test_the_wheel_runs_in_a_fresh_environment_outside_the_clone(tmp_path):
     manifest = json.loads((tmp_path / "work/results/runs/smoke/06_report/manifest.json").read_text())
     assert manifest["git"] is None and manifest["versions"]["diffseg"] == diffseg.__version__
     assert "smoke" in command(script, "list", cwd=tmp_path / "work" / "notebooks")
+    made = tmp_path / "work" / "results" / "runs" / "smoke"
+    network, image = made / "04_robust_training" / "synthetic", made / "03_synthesis" / "JPEGImages" / "000000.jpg"
+    command(script, "predict", str(network), str(image), "--out", "predicted", cwd=tmp_path)
+    assert (tmp_path / "predicted" / "masks" / "000000.png").is_file()
