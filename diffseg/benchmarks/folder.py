@@ -1,9 +1,10 @@
 """A labelled data set of one's own below one folder, as annotation tools export it.
 
 - VOC's layout: `JPEGImages/<name>.<any image suffix>`, `SegmentationClass/<name>.png`,
-  `ImageSets/Segmentation/<split>.txt`. What a label image's values mean stands in `labelmap.txt` (CVAT's "Segmentation
-  mask": a line `name:R,G,B::` a class, label images in these colours, or in one channel with the number of the line),
-  else in `class_names.txt` (labelme: a line a class, from 0), else in the class list (0 is the background).
+  `ImageSets/Segmentation/<split>.txt` (labelme writes no such list: write it, a name a line). What a label image's
+  values mean stands in `labelmap.txt` (CVAT's "Segmentation mask": a line `name:R,G,B::` a class, label images in these
+  colours, or in one channel with the number of the line), else in `class_names.txt` (labelme: a line a class, from 0),
+  else in the class list (0 is the background).
 - COCO's: `annotations/instances_<split>.json`, images below `images/<split>`, `images` or `<split>`.
 
 The names of classes are the data's. `Benchmark.data_names` says which class each stands for; a name that stands for
@@ -14,6 +15,7 @@ import contextlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -60,7 +62,8 @@ def open_folder(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, "I
     """Return (name, image path, label path) of a split, and what reads a label: called with name and path, it returns
     int64 H x W.
 
-    Raises a DiffsegError for a folder in neither layout, an unknown split, and images or labels that are missing.
+    Raises a DiffsegError for a folder in neither layout, an unknown split, images or labels that are missing, and two
+    images of one name, since labels and predictions are found by it.
     """
     if (root / "SegmentationClass").is_dir():
         items, labels = _voc_layout(benchmark, root, split)
@@ -77,7 +80,12 @@ def open_folder(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, "I
             f"{len(missing)} images or labels of the split {split} are missing below {root}, the first is "
             f"{missing[0]}; export the annotations with their images, or shorten the split."
         )
-    for name, *_ in items:  # predictions are written by these names
+    for name, count in Counter(name for name, *_ in items).items():  # predictions are written by these names
+        if count > 1:
+            raise DiffsegError(
+                f"the split {split} below {root} has {count} images named {name} (suffixes do not count); give each "
+                "its own name, or list it once."
+            )
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DiffsegError(f"the split {split} below {root} names {name}, outside of the data set; rename it.")
     return items, labels
@@ -127,7 +135,12 @@ def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, Im
     lists = root / "ImageSets" / "Segmentation"
     names = [line.strip() for line in read_text(_of_split(lists, "", split, ".txt")).splitlines() if line.strip()]
     images = root / "JPEGImages"
-    found = {path.relative_to(images).with_suffix("").as_posix(): path for path in picture_files(images)}
+    found: dict[str, Path] = {}
+    for path in picture_files(images):
+        name = path.relative_to(images).with_suffix("").as_posix()
+        if name in found:
+            raise DiffsegError(f"{found[name]} and {path} would both have the label {name}.png; move one away.")
+        found[name] = path
     items = [
         (name, found.get(name, images / f"{name}.jpg"), root / "SegmentationClass" / f"{name}.png") for name in names
     ]
@@ -140,6 +153,9 @@ def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, Im
                 raise DiffsegError(f"{source} holds the line {line!r}; write name:R,G,B:: as CVAT does.")
         classes = [part[1].strip() for part in parts]
         colours = tuple((int(part[2]), int(part[3]), int(part[4])) for part in parts)
+        if len(set(colours)) < len(colours):
+            colour, _ = Counter(colours).most_common(1)[0]
+            raise DiffsegError(f"{source} gives the colour {colour} to two names; give each its own, and export again.")
     elif (source := root / "class_names.txt").is_file():
         classes = [line.strip() for line in read_text(source).splitlines() if line.strip()]
     else:
@@ -166,10 +182,14 @@ def _of_split(folder: Path, before: str, split: str, after: str) -> Path:
     path = folder / f"{before}{split}{after}"
     if not path.is_file():
         there = sorted(p.name.removeprefix(before).removesuffix(after) for p in folder.glob(f"{before}*{after}"))
-        raise DiffsegError(
-            f"{path} is missing; the splits there are: {', '.join(there) or 'none'}. Set evaluation_split to score "
-            "another one; real images for the training are the split train."
+        remedy = (
+            "Set evaluation_split to score another one; real images for the training are the split train."
+            if there
+            else "Write it: the names of its images without suffix, one a line."
+            if after == ".txt"
+            else "Give the export's file that name."
         )
+        raise DiffsegError(f"{path} is missing; the splits there are: {', '.join(there) or 'none'}. {remedy}")
     return path
 
 
@@ -185,22 +205,24 @@ class CocoLabels:
     """
 
     coco: object  # pycocotools.coco.COCO
-    image_ids: dict[str, int]  # by name
+    images: dict[str, tuple[int, int, int]]  # name -> id, height, width
     ids: dict[int, int]  # category id -> class id
     ignore: int
 
     def __call__(self, name: str, path: Path) -> np.ndarray:
-        image = self.coco.imgs[self.image_ids[name]]
-        label = np.zeros((image["height"], image["width"]), np.int64)
-        for annotation in self.coco.imgToAnns[image["id"]]:
-            number = self.ids[annotation["category_id"]]
-            if number and not annotation.get("segmentation"):
+        image, height, width = self.images[name]
+        label = np.zeros((height, width), np.int64)
+        for annotation in self.coco.imgToAnns[image]:
+            number, shape = self.ids[annotation["category_id"]], annotation.get("segmentation")
+            if number and not shape:
                 raise DiffsegError(
                     f"annotation {annotation['id']} of {path} has no segmentation (a box only); export polygons or "
                     "masks, or map its category to background in data_names."
                 )
             if number:
                 try:
+                    if isinstance(shape, list) and min(map(len, shape)) < 6:  # pycocotools takes four for a box
+                        raise ValueError("a polygon has fewer than three corners")
                     mask = self.coco.annToMask(annotation) > 0
                     if mask.shape != label.shape:
                         raise ValueError(f"it is {mask.shape[0]} x {mask.shape[1]}, its image {label.shape}")
@@ -224,7 +246,12 @@ def _coco_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, C
         coco.dataset = json.loads(read_text(path))
         with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
             coco.createIndex()
-        files = {image["id"]: image["file_name"] for image in coco.dataset["images"]}
+        keys = ("id", "file_name", "height", "width")
+        listed = [tuple(image[key] for key in keys) for image in coco.dataset["images"]]
+        if len({number for number, *_ in listed}) < len(listed) or not isinstance(coco.dataset["annotations"], list):
+            raise ValueError("two images have one id, or there is no list of annotations")
+        if not all(isinstance(length, int) for *_, height, width in listed for length in (height, width)):
+            raise ValueError("an image has no size")
         names = {number: category["name"] for number, category in coco.cats.items()}
         used = {annotation["category_id"] for annotation in coco.anns.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -233,10 +260,10 @@ def _coco_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, C
         raise DiffsegError(f"{path} uses the category {min(used - names.keys())}, which it does not list; add it.")
     ids = dict(zip(names, class_ids(list(names.values()), benchmark, path).tolist(), strict=True))
     folders = [root / "images" / split, root / "images", root / split]
-    items, image_ids = [], {}
-    for number, file in files.items():
+    items, images = [], {}
+    for number, file, height, width in listed:
         places = [folder / file for folder in folders]
         name = PurePosixPath(file).with_suffix("").as_posix()
         items.append((name, next((place for place in places if place.is_file()), places[0]), path))
-        image_ids[name] = number
-    return items, CocoLabels(coco, image_ids, ids, benchmark.ignore)
+        images[name] = number, height, width
+    return items, CocoLabels(coco, images, ids, benchmark.ignore)

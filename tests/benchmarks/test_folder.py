@@ -202,6 +202,11 @@ def test_cocos_json_is_drawn_and_overlaps_of_two_classes_are_ignored(tmp_path, c
         (lambda c: c["images"][0].update(file_name="three.jpg"), "1 images or labels .* are missing"),
         (lambda c: c["images"][0].update(file_name="../val/one.jpg"), "outside of the data set"),
         (lambda c: c["images"][0].update(height=21), "annotation 4 of .* cannot be drawn"),
+        (lambda c: c["images"][0].update(height=None), "is no COCO JSON of instances .*no size"),
+        (lambda c: c["images"][0].update(id=4), "is no COCO JSON of instances .*one id"),
+        (lambda c: c.pop("annotations"), "is no COCO JSON of instances .*annotations"),
+        # which pycocotools draws as a box of that corner, width and height
+        (lambda c: c["annotations"][0].update(segmentation=[[2, 2, 12, 10]]), "annotation 1 of .* three corners"),
     ],
 )
 def test_a_coco_json_that_does_not_fit_is_named(tmp_path, change, sentence):
@@ -215,6 +220,15 @@ def test_a_coco_json_that_does_not_fit_is_named(tmp_path, change, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_two_images_of_one_name_are_refused_because_one_would_get_the_others_label(tmp_path):
+    pytest.importorskip("pycocotools")
+    path = coco(tmp_path) / "annotations" / "instances_val.json"
+    picture(np.zeros((20, 30)), "", tmp_path / "images" / "val", "one.png")
+    path.write_text(path.read_text().replace("far/two.png", "one.png"))
+    with pytest.raises(DiffsegError, match="2 images named one "):
+        open_split(benchmark(), tmp_path, "val")
+
+
 # what is refused
 
 
@@ -223,6 +237,10 @@ def test_a_coco_json_that_does_not_fit_is_named(tmp_path, change, sentence):
     [
         (lambda root: (root / "labelmap.txt").write_text("fox\n"), "holds the line 'fox'"),
         (lambda root: (root / "labelmap.txt").write_text(LABELMAP.replace("51,", "52,")), r"\(51, 221, 255\), which"),
+        (lambda root: (root / "labelmap.txt").write_text(LABELMAP.replace("51,221,255", "0,0,0")), "to two names"),
+        (lambda root: picture(LABEL, ".jpg", root / "JPEGImages", "two"), "two.jpg would both have the label two.png"),
+        (lambda root: (root / "ImageSets/Segmentation/default.txt").write_text("two\n\ntwo"), "2 images named two"),
+        (lambda root: (root / "ImageSets/Segmentation/default.txt").unlink(), "there are: none. Write it: the names"),
         (lambda root: (root / "JPEGImages" / "two.PNG").unlink(), "1 images or labels .*two.jpg; export"),
         (lambda root: (root / "SegmentationClass" / "two.png").unlink(), "1 images or labels .*two.png; export"),
         (lambda root: save(np.zeros((5, 4, 4)), root / "SegmentationClass", "two"), "two.png is a RGBA image"),
