@@ -13,7 +13,7 @@ from diffseg.lab.batch import run
 from diffseg.lab.cleaning import clean
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import parse_assignments
-from diffseg.lab.runs import trouble
+from diffseg.lab.runs import trouble, writing
 from diffseg.lab.steps import STEPS, linked_keys, results_folder, step_key
 from diffseg.lab.studies import print_studies, run_study, study_files
 from diffseg.lab.working_copy import init
@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         is_term = isinstance(error, Terminated)
         what = "terminated" if is_term else "interrupted"
-        print(f"\ndiffseg: {what}; the same command continues where it stopped.", file=sys.stderr)
+        resumes = "continues where it stopped" if arguments.command in ("run", "study") else "starts again"
+        print(f"\ndiffseg: {what}; the same command {resumes}.", file=sys.stderr)
         return 143 if is_term else 130
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -126,7 +127,8 @@ def predict(arguments: argparse.Namespace) -> None:
     from diffseg.segmenters import load_segmenter
 
     network = load_segmenter(arguments.network).to(PartialState().device)  # a GPU if there is one
-    count = predict_files(network, arguments.pictures, arguments.out, arguments.side, arguments.batch)
+    with writing(arguments.out):
+        count = predict_files(network, arguments.pictures, arguments.out, arguments.side, arguments.batch)
     print(f"{count} pictures: masks, overlays and areas.csv in {arguments.out}")
 
 
@@ -139,7 +141,9 @@ def export(arguments: argparse.Namespace) -> None:
     from diffseg.onnx_files import export_onnx
     from diffseg.segmenters import load_segmenter
 
-    difference = export_onnx(load_segmenter(arguments.source), arguments.onnx)
+    network = load_segmenter(arguments.source)
+    with writing(arguments.onnx):
+        difference = export_onnx(network, arguments.onnx)
     print(f"{arguments.onnx}; ONNX Runtime's logits differ from PyTorch's by {difference:.1g} of the largest one.")
 
 

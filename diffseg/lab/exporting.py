@@ -1,6 +1,7 @@
 """Export the synthetic set of a run (`diffseg.benchmarks.formats`)."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import diffseg
 from diffseg.benchmarks.classes import get_benchmark
@@ -15,8 +16,9 @@ from diffseg.lab.steps import run_folder
 def export_set(run: str, form: str, out: Path) -> str:
     """Write a run's synthetic set to `out` in one of FORMATS; return a sentence that says what was written.
 
-    run: the name of a run, or its folder. Raises a DiffsegError where the set is not finished, `out` holds something
-    already, or a package of the format is missing.
+    run: the name of a run, or its folder. An export that fails or is interrupted leaves nothing in `out`. Raises a
+    DiffsegError where the set is not finished, `out` holds something already or cannot be written, or a package of the
+    format is missing.
     """
     source = (Path(run) if Path(run).is_dir() else run_folder(run)) / "03_synthesis"
     if problem := trouble(source):
@@ -36,7 +38,12 @@ def export_set(run: str, form: str, out: Path) -> str:
         "Left out": f"{left_out} images from which no mask could be cut",
         "Made by": f"diffseg {diffseg.__version__}, run {manifest['run']}",
     }
+    benchmark = get_benchmark(values["benchmark"], values["class_list"])
     with writing(out):
-        FORMATS[form](source, get_benchmark(values["benchmark"], values["class_list"]), out, about)
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", dir=out) as folder:
+            FORMATS[form](source, benchmark, Path(folder), about)
+            for path in Path(folder).iterdir():
+                path.rename(out / path.name)
     count = len(read_rows(source / "index.csv"))
     return f"{count} images as {form} in {out}; {left_out} without a mask left out."

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from diffseg.benchmarks import formats
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import write_picture_label
 from diffseg.lab.cli import main
@@ -46,6 +47,33 @@ def test_a_run_is_exported_with_what_made_it(run, tmp_path, capsys):
     assert "# Generator: owner/model\n# LoRA: tuned in step 2\n" in text and "# Left out: 1 images" in text
     assert yaml.safe_load(text)["names"][7] == "cat"
     assert (out / "labels" / "train" / "000000.txt").read_text().startswith("7 ")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_what_is_interrupted_leaves_nothing_and_is_made_by_the_same_command(run, tmp_path, capsys, monkeypatch, kind):
+    """By a hand, or by a full disk."""
+    command, write_text = ["export", str(run), "--format", "yolo", "--out", str(tmp_path / "out")], formats.write_text
+
+    def cut(path, text):
+        if path.suffix == ".yaml":
+            raise kind
+        write_text(path, text)
+
+    monkeypatch.setattr(formats, "write_text", cut)
+    assert main(command) == (130 if kind is KeyboardInterrupt else 1)
+    error = capsys.readouterr().err
+    assert ("starts again" if kind is KeyboardInterrupt else "cannot write to") in error
+    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.setattr(formats, "write_text", write_text)
+    assert main(command) == 0 and (tmp_path / "out" / "data.yaml").is_file()
+
+
+def test_a_file_in_a_folders_place_is_one_sentence(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["export", str(run), "--format", "yolo", "--out", str(out)]) == 1
+        error = capsys.readouterr().err
+        assert f"cannot write to {out}" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("form, package", [("coco", "pycocotools.mask"), ("hf", "datasets")])
