@@ -34,7 +34,9 @@ from diffseg.families import denoiser_of, family_of, image_grid, key_ranges, lay
 from diffseg.word_maps import WordMaps, average
 
 SOFTMAXES = ("joint", "text")
-AT_ONCE = 2**24  # probabilities that are computed at once, 64 MB in float32
+# probabilities that are computed at once: on a CPU 4 MB in float32, which its caches hold; on a GPU 64 MB, as it waits
+# for the start of each kernel
+AT_ONCE, AT_ONCE_ON_GPU = 2**20, 2**24
 
 
 class AttentionRecorder:
@@ -107,7 +109,7 @@ class AttentionRecorder:
         ]
         words = dict.fromkeys(layer_names(self.pipeline), ("cross", "self") if self.family.joint else ("cross",))
         for name, module in denoiser.named_modules():
-            if kinds := words.get(name, ("self",) if name.endswith("attn1") else ()):
+            if kinds := words.get(name, ("self",) if self.self_resolution and name.endswith("attn1") else ()):
                 begin, end = functools.partial(self.begin_layer, name, kinds), functools.partial(self.end_layer, name)
                 self.hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
                 # the recorder that came last leaves first, as its mode lies above the others'
@@ -332,21 +334,29 @@ def attend(
 ) -> torch.Tensor:
     """Return softmax(Q K^T scale + mask), the mean over heads, float32 batch x query x key.
 
-    weights: batch x key x word; the result is multiplied by it, to batch x query x word. A few heads at a time: all 24
-    of a large transformer at once would take gigabytes.
+    weights: batch x key x word; the result is multiplied by it, to batch x query x word. A few heads and queries at a
+    time: all 24 heads of a large transformer at once would take gigabytes.
     """
-    heads = query.shape[1]
+    heads, queries = query.shape[1:3]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    some = max(1, AT_ONCE // (len(query) * query.shape[2] * key.shape[2]))
-    total = 0
+    at_once = AT_ONCE if query.device.type == "cpu" else AT_ONCE_ON_GPU
+    rows = max(1, at_once // (len(query) * key.shape[2]))  # queries, of all heads together
+    some = max(1, rows // queries)  # heads
+    words = key.shape[2] if weights is None else weights.shape[2]
+    total = torch.zeros(len(query), queries, words, dtype=torch.float32, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
-        for start in range(0, heads, some):
-            part = slice(start, start + some)
-            scores = (query[:, part].float() * scale) @ key[:, part].float().transpose(-1, -2)
-            if mask is not None and mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask[:, part], float("-inf"))
-            elif mask is not None:
-                scores = scores + mask[:, part].float()
-            found = scores.softmax(dim=-1).sum(dim=1)
-            total = total + (found if weights is None else found @ weights)
+        for head in range(0, heads, some):
+            part = slice(head, head + some)
+            keys = key[:, part].float().transpose(-1, -2)
+            for start in range(0, queries, rows):
+                these = slice(start, start + rows)
+                scores = (query[:, part, these].float() * scale) @ keys
+                if mask is not None:
+                    masked = mask[:, part, these if mask.shape[2] > 1 else slice(None)]
+                    if mask.dtype == torch.bool:
+                        scores = scores.masked_fill(~masked, float("-inf"))
+                    else:
+                        scores = scores + masked.float()
+                found = scores.softmax(dim=-1).sum(dim=1)
+                total[:, these] += found if weights is None else found @ weights
     return total / heads

@@ -20,6 +20,7 @@ from tiny_pipelines import clip_encoder, clip_tokenizer
 from torch.overrides import _len_torch_function_stack
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from diffseg import attention
 from diffseg.attention import AttentionRecorder
 from diffseg.errors import DiffsegError
 from diffseg.experiments.generator.networks import build_tokenizer
@@ -311,6 +312,23 @@ def test_self_attention_is_that_computed_by_hand(sd1):
         draw(sd1, [PROMPT])
     with pytest.raises(DiffsegError, match="no self-attention was asked for"):
         recorder.self_attention()
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 2 * 7 * 5 * 2, 2**20])  # one query, four, two heads, all
+@pytest.mark.parametrize("masked", ["nothing", "bool", "float", "float for each query"])
+def test_a_few_heads_and_queries_at_a_time_give_the_same(monkeypatch, at_once, masked):
+    monkeypatch.setattr(attention, "AT_ONCE", at_once)
+    torch.manual_seed(0)
+    query, key, weights = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 5, 4), torch.rand(2, 5, 2)
+    mask, bias = None, torch.zeros(2, 3, 7, 5)
+    if masked == "bool":
+        mask = (torch.arange(5) < 3).expand(2, 3, 1, 5)
+        bias = torch.where(mask, 0.0, float("-inf"))
+    elif masked != "nothing":
+        mask = bias = torch.randn(2, 3, 1 if masked == "float" else 7, 5)
+    expected = (query @ key.transpose(-1, -2) / 2 + bias).softmax(dim=-1).mean(dim=1)
+    torch.testing.assert_close(attention.attend(query, key, mask, None), expected)
+    torch.testing.assert_close(attention.attend(query, key, mask, None, weights), expected @ weights)
 
 
 # ------------------------------------------------------------------------------------------- steps
