@@ -25,6 +25,7 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 # what waits on the CPU while it is not needed: nothing, whole models, groups of layers, or every layer
 OFFLOADS = ("none", "model", "group", "sequential")
 SCHEDULERS = ("dpm++", "own")
+BAR_AFTER = 10  # seconds
 
 
 def locate_generator(name: str) -> str:
@@ -83,7 +84,8 @@ def load_generator(
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
             pipeline.scheduler.config, algorithm_type="dpmsolver++"
         )
-    pipeline.set_progress_bar_config(disable=True)
+    # a batch that takes long, as on a CPU, would be silent: the bars around it count whole batches
+    pipeline.set_progress_bar_config(desc="denoising", leave=False, delay=BAR_AFTER)
     if offload == "none":
         return pipeline.to(device)
     offload_pipeline(pipeline, device, offload)
