@@ -65,14 +65,16 @@ def sd15_networks() -> tuple[CLIPTextModel, UNet2DConditionModel, AutoencoderKL]
     return clip(CLIP_L), unet.eval(), vae(sample_size=512)
 
 
-def sdxl_unet() -> UNet2DConditionModel:
+def sdxl_unet(heads: int = 10) -> UNet2DConditionModel:
+    """Return the UNet of Stable Diffusion XL. heads: of its layers with 64 x 64 positions, an even number; fewer than
+    10 make all layers narrower, with heads of the real size."""
     return UNet2DConditionModel(
         sample_size=128,
-        block_out_channels=(320, 640, 1280),
+        block_out_channels=(32 * heads, 64 * heads, 128 * heads),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=[1, 2, 10],
-        attention_head_dim=[5, 10, 20],
+        attention_head_dim=[heads // 2, heads, 2 * heads],  # in diffusers the number of heads, for a UNet
         cross_attention_dim=2048,
         use_linear_projection=True,
         addition_embed_type="text_time",

@@ -9,9 +9,15 @@ in the machine's load meets plain and captured pictures alike. Pipelines (random
 - sd15-quarter: Stable Diffusion 1.5 with 2 of its 8 heads: 64 x 64 latents, 77 tokens, all 16 cross-attention layers,
   real head sizes (40, 80, 160, 160), but widths of 80 to 320 in place of 320 to 1280, so that two cores can run it.
   The convolutions shrink sixteenfold and the attention maps fourfold: the ratio is harder to hold than at full size;
-- sd15: the full-size UNet, one denoising step on a CPU (2 text layers and the quarter's VAE, which capture never sees).
+- sd15: the full-size UNet, one denoising step on a CPU (2 text layers and the quarter's VAE, which capture never sees);
+- sdxl-fifth: XL with a fifth of its heads: 128 x 128 latents, 77 tokens, all 70 cross-attention layers at 64 x 64 and
+  32 x 32 positions, heads of 64, but widths of 64 to 256 in place of 320 to 1280; harder to hold, too;
+- flux-quarter: Flux schnell with 6 of its 24 heads of 128, 256 tokens, but 32 x 32 of its 64 x 64 positions, so that
+  attention and the linear layers keep about their proportion; 2 of its 19 double blocks and 4 of its 38 single ones.
 
-Where the package attention-map-diffusers (1.0, MIT) is installed, it is timed on the same layers and steps.
+Where the package attention-map-diffusers (1.0, MIT) is installed, it is timed on the same layers and steps, for the
+same tokens: as it comes, when it keeps queries and keys for later ("fast"), and when it computes at once ("exact").
+Peak memory is that of a process which makes one call, one process for each variant.
 On a GPU, if there is one: sd15 in fp16 at batch 1, 4 and 8. No GPU was at hand when this was written.
 """
 
@@ -26,12 +32,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC
 from diffseg.drawing import draw_rows
+from diffseg.experiments.full_size import NOISE, sdxl_unet
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import write_text
 from diffseg.generator import load_generator, load_tokenizer
@@ -43,25 +60,55 @@ from diffseg.synthesis import SynthesisOptions, draw_with_masks
 from diffseg.tokens import key_positions
 from diffseg.words import load_words, select_words
 
-# name -> heads (None: the shipped generator), and on a CPU: pictures at once, denoising steps, repetitions
-PIPELINES = {"mini": (None, 4, 12, 7), "sd15-quarter": (2, 1, 4, 5), "sd15": (8, 1, 1, 3)}
 GUIDANCE = 4.0
+PEER = "attention-map-diffusers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A pipeline to be measured. resolutions: of its attention maps, the one that is used first."""
+
+    build: Callable[[], DiffusionPipeline]
+    side: int  # pixels
+    resolutions: tuple[int, ...]
+    batch: int
+    steps: int
+    repetitions: int
+    memory_steps: tuple[int, ...]
+    refined: bool = False  # with the refiners, too
+
+
+def tokenizer():
+    """Return the shipped tokenizer, with CLIP's number of positions: the words do not matter here."""
+    found = load_tokenizer("mini")
+    found.model_max_length = 77
+    return found
+
+
+def text_encoder(width: int, kind: type = CLIPTextModel):
+    words = tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 64,
+        projection_dim=width,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+    )
+    return kind(config).eval()
+
+
+def vae(**config) -> AutoencoderKL:
+    options = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "latent_channels": 4} | config
+    downs, ups = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    return AutoencoderKL(down_block_types=downs, up_block_types=ups, **options).eval()
 
 
 def build_sd15(heads: int) -> StableDiffusionPipeline:
     """Return a pipeline of Stable Diffusion 1.5's shape with that many of its 8 heads, and random weights."""
     torch.manual_seed(0)
-    tokenizer = load_tokenizer("mini")  # the words do not matter here, their number of positions does
-    tokenizer.model_max_length = 77
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=2,
-        num_attention_heads=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     unet = UNet2DConditionModel(
         sample_size=64,
         block_out_channels=tuple(heads * size for size in (40, 80, 160, 160)),
@@ -69,33 +116,65 @@ def build_sd15(heads: int) -> StableDiffusionPipeline:
         cross_attention_dim=768,
         norm_num_groups=4 * heads,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 64, 128, 128),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=tokenizer,
+    return StableDiffusionPipeline(
+        vae=vae(sample_size=512),
+        text_encoder=text_encoder(768),
+        tokenizer=tokenizer(),
         unet=unet.eval(),
-        scheduler=DPMSolverMultistepScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        ),
+        scheduler=DPMSolverMultistepScheduler(**NOISE),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def build_sdxl(heads: int) -> StableDiffusionXLPipeline:
+    """Return a pipeline of XL's shape with that many of its 10 heads at 64 x 64 positions, and random weights."""
+    torch.manual_seed(0)
+    return StableDiffusionXLPipeline(
+        vae(sample_size=1024, block_out_channels=(16, 32, 64, 64), norm_num_groups=16),
+        text_encoder(768),
+        text_encoder(1280, CLIPTextModelWithProjection),
+        tokenizer(),
+        tokenizer(),
+        sdxl_unet(heads),
+        DPMSolverMultistepScheduler(**NOISE),
+    )
+
+
+def build_flux(heads: int, double: int, single: int) -> FluxPipeline:
+    """Return a pipeline of Flux schnell's shape with that many heads (of 24) and blocks, and random weights."""
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=128, num_layers=double, num_single_layers=single,
+        guidance_embeds=False,
+    )  # fmt: skip
+    words = tokenizer()
+    t5 = T5Config(vocab_size=len(words), d_model=transformer.config.joint_attention_dim, d_ff=1024, num_layers=1)
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        vae(block_out_channels=(16, 32, 64, 64), norm_num_groups=16, latent_channels=16, shift_factor=0.1),
+        text_encoder(768),
+        tokenizer(),
+        T5EncoderModel(t5).eval(),
+        words,
+        transformer.eval(),
+    )
+
+
+PIPELINES = {
+    "mini": Shape(lambda: load_generator("mini"), 64, (16, 8, 4), 4, 12, 7, (5, 40), refined=True),
+    "sd15-quarter": Shape(lambda: build_sd15(2), 512, (16, 64, 32, 8), 1, 4, 5, (1, 4), refined=True),
+    "sd15": Shape(lambda: build_sd15(8), 512, (16, 64, 32, 8), 1, 1, 3, (1,)),
+    "sdxl-fifth": Shape(lambda: build_sdxl(2), 1024, (32, 64), 1, 1, 3, (1, 2)),
+    "flux-quarter": Shape(lambda: build_flux(6, 2, 4), 512, (32,), 1, 2, 5, (1, 4)),
+}
+
+
+def build(name: str) -> DiffusionPipeline:
+    pipeline = PIPELINES[name].build()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def build(name: str) -> StableDiffusionPipeline:
-    heads = PIPELINES[name][0]
-    return load_generator(name) if heads is None else build_sd15(heads)
 
 
 def prompts_for(pipeline, count: int) -> list[Prompt]:
@@ -103,9 +182,9 @@ def prompts_for(pipeline, count: int) -> list[Prompt]:
     return augment(words, count, templates=["a photo of {} {place}"], places=["on the grass"])
 
 
-def options_for(pipeline, steps: int) -> SynthesisOptions:
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    return SynthesisOptions(side, side, steps, GUIDANCE, (16,), "all", 0.2, "none")
+def options_for(shape: Shape, steps: int | None = None) -> SynthesisOptions:
+    steps = steps or shape.steps
+    return SynthesisOptions(shape.side, shape.side, steps, GUIDANCE, shape.resolutions[:1], "all", 0.2, "none")
 
 
 def capture(pipeline, rows: Sequence[Prompt], options: SynthesisOptions, **how) -> AttentionRecorder:
@@ -117,34 +196,44 @@ def capture(pipeline, rows: Sequence[Prompt], options: SynthesisOptions, **how) 
     return recorder
 
 
-def capture_by_peer(pipeline, rows: Sequence[Prompt], options: SynthesisOptions) -> None:
+def capture_by_peer(pipeline, rows: Sequence[Prompt], options: SynthesisOptions, mode: str) -> None:
     """Draw the rows while the package attention-map-diffusers records every layer and step, and compute its maps."""
     from attention_map_diffusers import AttentionCapture
 
-    with AttentionCapture(pipeline, timesteps="all") as recorder:
+    tokens = {k for row in rows for word in key_positions(pipeline, row.prompt, row.spans) for k in word}
+    with AttentionCapture(pipeline, timesteps="all", mode=mode, tokens=sorted(tokens)) as recorder:
         draw_rows(pipeline, rows, options)
     recorder.compute()
 
 
-def variants(pipeline, rows, options: SynthesisOptions, sam_checkpoint: str, sam_model: str) -> dict[str, Callable]:
-    """Return the calls that are compared, by name, "plain" first.
+def captures(pipeline, rows: Sequence[Prompt], options: SynthesisOptions, shape: Shape) -> dict[str, Callable]:
+    """Return the plain call, "plain", and those that record every denoising step, the dearest choice, by name.
 
-    All captured ones record every denoising step, which is the dearest choice. A refiner that is not at hand is
-    left out, and so is the package attention-map-diffusers.
+    The package attention-map-diffusers, if it is at hand, records every layer that reads the prompt; so does the
+    variant before it.
     """
-    levels = len(pipeline.unet.config.block_out_channels) - (pipeline.unet.config.sample_size == 16)
-    every = [pipeline.unet.config.sample_size >> k for k in range(levels)]
+    first, every = shape.resolutions[:1], sorted(shape.resolutions, reverse=True)
     calls: dict[str, Callable] = {
         "plain": lambda: draw_rows(pipeline, rows, options),
-        "capture 16": lambda: capture(pipeline, rows, options, resolutions=[16]),
-        f"capture {'+'.join(map(str, every))}": lambda: capture(pipeline, rows, options, resolutions=every),
+        f"capture {first[0]}": lambda: capture(pipeline, rows, options, resolutions=first),
     }
+    if len(every) > 1:
+        calls[f"capture {'+'.join(map(str, every))}"] = lambda: capture(pipeline, rows, options, resolutions=every)
+    if importlib.util.find_spec("attention_map_diffusers"):
+        for mode in ("fast", "exact"):
+            calls[f"{PEER}, {mode}"] = lambda mode=mode: capture_by_peer(pipeline, rows, options, mode)
+    return calls
+
+
+def refinements(
+    pipeline, rows: Sequence[Prompt], options: SynthesisOptions, sam_checkpoint: str, sam_model: str
+) -> dict[str, Callable]:
+    """Return the calls from prompt to mask with each refiner that is at hand, by name."""
+    calls = {}
     for refiner in refiners_at_hand(list(REFINERS), sam_checkpoint):
         own = dataclasses.replace(options, refiner=refiner, sam_checkpoint=sam_checkpoint, sam_model=sam_model)
-        calls[f"capture 16, {refiner}"] = lambda own=own: draw_with_masks(pipeline, rows, VOC, own)
-    if importlib.util.find_spec("attention_map_diffusers"):
-        calls["capture of all layers"] = lambda: capture(pipeline, rows, options, resolutions=None)
-        calls["attention-map-diffusers"] = lambda: capture_by_peer(pipeline, rows, options)
+        name = f"capture {options.attention_resolutions[0]}, {refiner}"
+        calls[name] = lambda own=own: draw_with_masks(pipeline, rows, VOC, own)
     return calls
 
 
@@ -180,46 +269,36 @@ def recorder_bytes(recorder: AttentionRecorder) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def memory_here(name: str, steps: int, captured: bool) -> dict[str, int]:
-    """Return this process's peak of resident memory after one call, and the recorder's own tensors, in bytes."""
-    pipeline = build(name)
-    rows, options = prompts_for(pipeline, 1), options_for(pipeline, steps)
-    held = 0
-    if captured:
-        held = recorder_bytes(capture(pipeline, rows, options, resolutions=[8, 16], self_resolution=16))
-    else:
-        draw_rows(pipeline, rows, options)
+def memory_here(name: str, steps: int, variant: str) -> dict[str, int]:
+    """Return this process's peak of resident memory after one call, and our recorder's own tensors, in bytes."""
+    shape, pipeline = PIPELINES[name], build(name)
+    rows, options = prompts_for(pipeline, 1), options_for(shape, steps)
+    made = captures(pipeline, rows, options, shape)[variant]()
+    held = recorder_bytes(made) if isinstance(made, AttentionRecorder) else 0
     # getrusage would give the parent's peak where that is larger: it survives the start of a process
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return {"peak": int(peak.split()[1]) * 1024, "recorder": held}
 
 
-def measure_memory(name: str, step_counts: Sequence[int]) -> list[dict]:
-    """Measure peak memory for several numbers of steps, plain and captured, each in a process of its own."""
+def measure_memory(name: str, variants: Sequence[str]) -> list[dict]:
+    """Measure peak memory of each variant for several numbers of steps, each in a process of its own."""
     found = []
-    for steps in step_counts:
-        for captured in (False, True):
-            command = [
-                sys.executable,
-                "-m",
-                "diffseg.experiments.speed.capture",
-                "--memory",
-                name,
-                str(steps),
-                str(int(captured)),
-            ]
+    for steps in PIPELINES[name].memory_steps:
+        for variant in variants:
+            command = [sys.executable, "-m", "diffseg.experiments.speed.capture", "--memory", name, str(steps), variant]
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found.append({"steps": steps, "captured": captured, **json.loads(printed.splitlines()[-1])})
+            found.append({"steps": steps, "variant": variant, **json.loads(printed.splitlines()[-1])})
     return found
 
 
 def measure_gpu(sam_checkpoint: str, sam_model: str) -> dict:
     """Compare on the GPU: sd15 in fp16 at batch 1, 4 and 8, 20 steps, and the GPU memory's peak for each."""
-    pipeline = build("sd15").to("cuda", torch.float16)
+    shape, pipeline = PIPELINES["sd15"], build("sd15").to("cuda", torch.float16)
     found = {}
     for batch in (1, 4, 8):
-        rows, options = prompts_for(pipeline, batch), options_for(pipeline, 20)
-        calls = variants(pipeline, rows, options, sam_checkpoint, sam_model)
+        rows, options = prompts_for(pipeline, batch), options_for(shape, 20)
+        calls = captures(pipeline, rows, options, shape)
+        calls |= refinements(pipeline, rows, options, sam_checkpoint, sam_model)
         found[f"batch {batch}"] = compare(calls, batch, 5)
         for name, call in calls.items():
             torch.cuda.reset_peak_memory_stats()
@@ -230,7 +309,7 @@ def measure_gpu(sam_checkpoint: str, sam_model: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=["mini", "sd15-quarter"])
+    parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     parser.add_argument("--repetitions", type=int, help="in place of each pipeline's own number")
     parser.add_argument("--sam-checkpoint", default="", help="file of Segment Anything's weights, to time that refiner")
     parser.add_argument("--sam-model", default="vit_b", help="which of its models the file holds")
@@ -239,31 +318,36 @@ def main() -> None:
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # the processes of measure_memory
     arguments = parser.parse_args()
     if arguments.memory:
-        name, steps, captured = arguments.memory
-        print(json.dumps(memory_here(name, int(steps), bool(int(captured)))))
+        name, steps, variant = arguments.memory
+        print(json.dumps(memory_here(name, int(steps), variant)))
         return
-    report: dict = {"guidance_scale": GUIDANCE, "threads": torch.get_num_threads(), "pipelines": {}}
+    # the pipelines that are not measured now keep what an earlier run found
+    report = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"pipelines": {}}
     for name in arguments.pipelines:
-        _, batch, steps, repetitions = PIPELINES[name]
-        repetitions = arguments.repetitions or repetitions
-        pipeline = build(name)
-        rows, options = prompts_for(pipeline, batch), options_for(pipeline, steps)
-        calls = variants(pipeline, rows, options, arguments.sam_checkpoint, arguments.sam_model)
-        print(f"{name}: batch {batch}, {steps} steps, {repetitions} repetitions of {', '.join(calls)}")
-        compared = compare(calls, batch, repetitions)
+        shape, pipeline = PIPELINES[name], build(name)
+        repetitions = arguments.repetitions or shape.repetitions
+        rows, options = prompts_for(pipeline, shape.batch), options_for(shape)
+        calls = captures(pipeline, rows, options, shape)
+        variants = list(calls)
+        if shape.refined:
+            calls |= refinements(pipeline, rows, options, arguments.sam_checkpoint, arguments.sam_model)
+        print(f"{name}: batch {shape.batch}, {shape.steps} steps, {repetitions} repetitions of {', '.join(calls)}")
+        compared = compare(calls, shape.batch, repetitions)
         del pipeline, calls
-        report["pipelines"][name] = {"batch": batch, "steps": steps, "repetitions": repetitions, "variants": compared}
+        found = {"guidance_scale": GUIDANCE, "threads": torch.get_num_threads(), "batch": shape.batch,
+                 "steps": shape.steps, "repetitions": repetitions, "variants": compared}  # fmt: skip
         for variant, values in compared.items():
             print(f"  {variant:30} {values['images_per_second']:8.3f} images/s, time x {values['ratio']:.3f}, "
                   f"CPU time x {values['cpu_ratio']:.3f}")  # fmt: skip
-        if not arguments.no_memory and name != "sd15":
-            report["pipelines"][name]["memory"] = measure_memory(name, (5, 40) if name == "mini" else (1, 4))
+        if not arguments.no_memory:
+            found["memory"] = measure_memory(name, variants)
+        report["pipelines"][name] = found | provenance()
+        write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     report["gpu"] = (
         measure_gpu(arguments.sam_checkpoint, arguments.sam_model)
         if torch.cuda.is_available()
         else "no GPU was at hand"
     )
-    report |= provenance()
     write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(arguments.output)
 
