@@ -357,6 +357,7 @@ def attend(
                         scores = scores.masked_fill(~masked, float("-inf"))
                     else:
                         scores = scores + masked.float()
-                found = scores.softmax(dim=-1).sum(dim=1)
-                total[:, these] += found if weights is None else found @ weights
+                found = scores.softmax(dim=-1)
+                # words first: the sum over the heads then reads a few columns
+                total[:, these] += (found if weights is None else found @ weights[:, None]).sum(dim=1)
     return total / heads
