@@ -322,7 +322,8 @@ def main() -> None:
         print(json.dumps(memory_here(name, int(steps), variant)))
         return
     # the pipelines that are not measured now keep what an earlier run found
-    report = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"pipelines": {}}
+    kept = json.loads(arguments.output.read_text())["pipelines"] if arguments.output.is_file() else {}
+    report: dict = {"pipelines": {name: kept[name] for name in PIPELINES if name in kept}}
     for name in arguments.pipelines:
         shape, pipeline = PIPELINES[name], build(name)
         repetitions = arguments.repetitions or shape.repetitions
