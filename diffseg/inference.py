@@ -16,7 +16,7 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import picture_coding, write_label
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, write_rows
-from diffseg.pictures import picture_files, read_picture
+from diffseg.pictures import check_name, picture_files, read_picture
 from diffseg.segmenters import hex_colours, load_segmenter
 
 MASKS, OVERLAYS, AREAS, FAILED = "masks", "overlays", "areas.csv", "failed.csv"
@@ -126,7 +126,8 @@ def best_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def find_pictures(places: Sequence[Path], folder: Path) -> dict[str, Path]:
     """Return name -> picture file, sorted within each place; what lies below `folder`, the output, is passed over.
 
-    Raises a DiffsegError for a place that is not there, for none at all, and for two pictures of one name.
+    Raises a DiffsegError for a place that is not there, for none at all, for two pictures of one name, and for a name
+    that is not UTF-8, which no table could hold.
     """
     found: dict[str, Path] = {}
     for place in places:
@@ -136,6 +137,7 @@ def find_pictures(places: Sequence[Path], folder: Path) -> dict[str, Path]:
             if path.resolve().is_relative_to(folder.resolve()):
                 continue
             name = (path.relative_to(place) if place.is_dir() else Path(path.name)).with_suffix("").as_posix()
+            check_name(Path(name))
             if name in found:
                 raise DiffsegError(f"{found[name]} and {path} would both become {name}.png; predict them apart.")
             found[name] = path

@@ -68,11 +68,17 @@ def is_visible(path: Path, folder: Path) -> bool:
 
     Raises a DiffsegError for a visible name that is not UTF-8, because no list or table could hold it.
     """
-    parts = path.relative_to(folder).parts
-    hidden = any(part.startswith(".") for part in parts)
-    if not hidden and any("\udc80" <= letter <= "\udcff" for part in parts for letter in part):
-        raise DiffsegError(f"the file name {os.fsencode(path)!r} is not UTF-8; rename the file.")
+    path = path.relative_to(folder)
+    hidden = any(part.startswith(".") for part in path.parts)
+    if not hidden:
+        check_name(path)
     return not hidden
+
+
+def check_name(path: Path) -> None:
+    """Raise a DiffsegError for a path that is not UTF-8."""
+    if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
+        raise DiffsegError(f"the file name {os.fsencode(path)!r} is not UTF-8; rename the file.")
 
 
 def read_text(path: str | os.PathLike) -> str:

@@ -327,7 +327,11 @@ def load_segmenter(place: str | os.PathLike) -> Segmenter | Ensemble:
     except DiffsegError:
         raise
     except Exception as error:  # missing, truncated or foreign files come as many kinds of exception
-        raise DiffsegError(f"{folder} holds no usable segmenter ({error}); train it again") from error
+        line = str(error).partition("\n")[0]
+        raise DiffsegError(
+            f"{folder} holds no usable segmenter ({line}); give the folder of a network's config.json and {WEIGHTS}, "
+            "in a run 04_robust_training/synthetic, or train it again."
+        ) from error
     return segmenter.eval()
 
 

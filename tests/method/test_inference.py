@@ -1,6 +1,7 @@
 """A trained network on files and folders of pictures, from Python and from the command line."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -142,6 +143,20 @@ def test_wrong_arguments_are_one_sentence(folder, pictures, tmp_path, capsys, mo
     assert main(["predict", str(folder), str(pictures), *more, "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.strip()
     assert sentence in error and "\n" not in error and not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(folder, pictures, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["predict", str(folder), str(pictures), "--out", str(tmp_path / "file")]) == 1
+    assert f"diffseg: cannot write to {tmp_path / 'file'} (" in capsys.readouterr().err
+
+
+def test_a_name_that_no_table_holds_is_refused_before_anything_is_predicted(pictures, tmp_path):
+    odd = pictures / os.fsdecode(b"caf\xe9.png")
+    shutil.copyfile(pictures / "b.png", odd)
+    for place in (odd, pictures):
+        with pytest.raises(DiffsegError, match="is not UTF-8"):
+            find_pictures([place], tmp_path / "out")
 
 
 def test_two_pictures_of_one_name_and_no_picture_are_refused(pictures, tmp_path):
