@@ -321,6 +321,8 @@ def load_segmenter(place: str | os.PathLike) -> Segmenter | Ensemble:
         segmenter = networks[0] if count == 1 else Ensemble(networks)
         segmenter.load_state_dict(load_file(folder / WEIGHTS))
         segmenter.side = int(saved.get("side", 0))  # networks of diffseg 0.3.0 and older have neither
+        if segmenter.side < 0:
+            raise ValueError(f"its side is {segmenter.side}")
         if "palette" in saved:
             colours = zip(classes, saved["palette"], strict=True)
             segmenter.palette = tuple(ImageColor.getrgb(colour) for _, colour in colours)

@@ -62,9 +62,10 @@ def test_what_a_training_shows_is_remembered(tmp_path):
     del saved["side"], saved["palette"]  # as diffseg 0.3.0 wrote it
     (tmp_path / "network" / "config.json").write_text(json.dumps(saved))
     assert load_segmenter(tmp_path / "network").side == 0
-    (tmp_path / "network" / "config.json").write_text(json.dumps(saved | {"palette": ["#804080"]}))
-    with pytest.raises(DiffsegError, match="no usable segmenter"):
-        load_segmenter(tmp_path / "network")
+    for wrong in ({"palette": ["#804080"]}, {"side": -5}):
+        (tmp_path / "network" / "config.json").write_text(json.dumps(saved | wrong))
+        with pytest.raises(DiffsegError, match="no usable segmenter"):
+            load_segmenter(tmp_path / "network")
 
 
 @pytest.mark.parametrize(
