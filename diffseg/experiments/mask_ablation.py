@@ -329,8 +329,8 @@ def publish(folder: Path, root: Path | None = None) -> list[Path]:
         folder / "ablation.csv": root / "tables" / "mask_ablation.csv",
         folder / MANIFEST: root / "tables" / "mask_ablation.manifest.json",
     }
-    for figure in [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.pdf"))]:
-        targets[figure] = root / "figures" / f"mask_ablation_{figure.name}"
+    for figure in sorted((folder.parent / "figures").glob("07_*")):  # figures are the run's, not the step's
+        targets[figure] = root / "figures" / f"mask_ablation_{figure.name.removeprefix('07_')}"
     for source, target in targets.items():
         with atomic_path(target) as path:
             shutil.copyfile(source, path)

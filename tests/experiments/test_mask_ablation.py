@@ -200,11 +200,12 @@ def test_publish_copies_table_manifest_and_figures(tmp_path):
     step.mkdir()
     with pytest.raises(DiffsegError, match="run notebook 07 first"):
         publish(step, tmp_path / "results")
-    for name in ("ablation.csv", "words.png", "words.pdf", "manifest.json"):
-        (step / name).write_text(name)
+    (tmp_path / "figures").mkdir()
+    for path in (step / "ablation.csv", step / "manifest.json", tmp_path / "figures" / "07_words.png"):
+        path.write_text(path.name)
     publish(step, tmp_path / "results")
     assert (tmp_path / "results" / "tables" / "mask_ablation.csv").read_text() == "ablation.csv"
-    assert (tmp_path / "results" / "figures" / "mask_ablation_words.png").read_text() == "words.png"
+    assert (tmp_path / "results" / "figures" / "mask_ablation_words.png").read_text() == "07_words.png"
     assert (tmp_path / "results" / "tables" / "mask_ablation.manifest.json").is_file()
 
 

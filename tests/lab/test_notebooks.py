@@ -165,3 +165,20 @@ def test_no_method_cell_uses_what_a_figure_cell_makes(path):
             loaded = {node.id for node in names if isinstance(node.ctx, ast.Load)} - stored
             assert not {name for name in loaded if made.get(name)}, cell["id"]
         made |= dict.fromkeys(stored, is_figure)
+
+
+def test_what_a_notebook_reads_of_another_step_is_an_output_of_that_step():
+    """The report of a tuned run once asked a step for a figure, which is the run's."""
+    finished = {
+        path.stem: "".join(cell["source"] for cell in read_cells(path) if ".finish(" in cell["source"])
+        for path in NOTEBOOKS
+    }
+    finished["03_drawing"] = finished["03_synthesis"]
+    read = [
+        (step, name)
+        for path in NOTEBOOKS
+        for cell in read_cells(path)
+        for step, name in re.findall(r'\.input\("(\d\d_\w+)", "([^"{]+)"\)', cell["source"])
+    ]
+    assert len(read) > 2
+    assert [(step, name) for step, name in read if f'"{name}"' not in finished[step]] == []
