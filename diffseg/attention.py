@@ -358,6 +358,6 @@ def attend(
                     else:
                         scores = scores + masked.float()
                 found = scores.softmax(dim=-1)
-                # words first: the sum over the heads then reads a few columns
-                total[:, these] += (found if weights is None else found @ weights[:, None]).sum(dim=1)
+                found = found.sum(dim=1) if found.shape[1] > 1 else found[:, 0]  # a sum of one would copy it
+                total[:, these] += found if weights is None else found @ weights
     return total / heads
