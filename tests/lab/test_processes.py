@@ -21,7 +21,7 @@ from diffseg.lab.manifests import read_listing, read_manifest
 from diffseg.lab.parameters import read_cells
 from diffseg.lab.steps import STEPS, notebook_of
 
-DIVIDED = re.compile(r"\b(draw_set|cut_set|train|train_network|train_or_load|tune|evaluate)\(")
+DIVIDED = re.compile(r"\b(draw_set|cut_set|train|side_by_side|train_or_load|tune|evaluate)\(")
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_shards_and_ranks_together_are_one_division(monkeypatch, second_of_two):
 @pytest.mark.parametrize("step", [step for step in STEPS if step != "03_drawing"])
 def test_the_others_leave_after_the_last_cell_that_divides_its_work(step):
     cells = [cell for cell in read_cells(notebook_of(step)) if cell["cell_type"] == "code"]
-    dividing = [cell["id"] for cell in cells if DIVIDED.search(cell["source"].replace("def train_network(", ""))]
+    dividing = [cell["id"] for cell in cells if DIVIDED.search(cell["source"])]
     part = processes.divided(notebook_of(step))
     assert bool(part) == bool(dividing)
     if part:
