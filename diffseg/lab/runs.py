@@ -124,7 +124,12 @@ class Step:
             "metrics": as_json(metrics or {}),
         }
         with writing(self.folder):
-            manifest = write_manifest(self.folder, names, content)
+            try:
+                manifest = write_manifest(self.folder, names, content)
+            except DiffsegError:
+                if finished := read_manifest(self.folder):  # another share ended in the same moment
+                    return finished
+                raise
             for path in [path for pattern in drop for path in self.folder.glob(pattern)]:
                 path.unlink()
         _finished[0] = time.time()
