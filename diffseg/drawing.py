@@ -101,8 +101,9 @@ def draw_set(
     CPU, with one thread and a copy of the generator each; 0: this process.
     """
     batches = batches_of(rows, batch_size, share)
-    there = [all(is_drawn(folder, row) for row in batch) for batch in batches]
-    todo = [batch for batch, is_there in zip(batches, there, strict=True) if not is_there]
+    done, todo = [], []
+    for batch in batches:
+        (done if all(is_drawn(folder, row) for row in batch) else todo).append(batch)
     made = (
         by_workers(pipeline, todo, folder, options, workers)
         if workers
@@ -110,7 +111,7 @@ def draw_set(
     )
     bar = tqdm(total=sum(map(len, batches)), desc="drawing images", unit="image", smoothing=0.1)
     with bar, beside or nullcontext(lambda row: None) as take:
-        for batch in chain((batch for batch, is_there in zip(batches, there, strict=True) if is_there), made):
+        for batch in chain(done, made):
             bar.update(len(batch))
             for row in batch:
                 take(row)

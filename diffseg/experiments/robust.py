@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import t as student
 
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.errors import DiffsegError
 from diffseg.experiments.ladder import options_of, score, trained
+from diffseg.figures import half_interval
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest
@@ -75,9 +75,7 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
             row |= {"miou": scores[arm].mean(), "miou_spread": scores[arm].std()}
             for name, other in (("ensemble", "ensemble"), ("baseline", "ensemble, first network")):
                 difference = scores[arm] - scores[other]
-                half = (
-                    student.ppf(0.975, len(difference) - 1) * difference.sem() if len(difference) > 1 else float("nan")
-                )
+                half = half_interval(difference)
                 row |= {
                     f"over_{name}": difference.mean(),
                     f"over_{name}_low": difference.mean() - half,

@@ -37,9 +37,11 @@ class Watcher:
     def __call__(self, step: int, network: torch.nn.Module, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(f"training/{name}", value, step)
+        if self.development is not None and step % self.every == 0:
+            self.show_development(step, network)
         self.writer.flush()  # the process may end without closing it
-        if self.development is None or step % self.every:
-            return
+
+    def show_development(self, step: int, network: torch.nn.Module) -> None:
         network.eval()
         pairs = []
         with torch.inference_mode():
@@ -51,4 +53,3 @@ class Watcher:
                     self.writer.add_image(f"prediction/{number}", shown, step, dataformats="HWC")
         network.train()
         self.writer.add_scalar("development/miou", score(pairs, self.benchmark, "single scale", bootstrap=1).miou, step)
-        self.writer.flush()
