@@ -282,6 +282,21 @@ def test_a_step_keeps_its_files_while_its_key_is_the_same_and_another_key_is_ano
     assert everything(fresh.parents[2]) == whole
 
 
+def test_of_two_shares_that_finish_at_once_the_second_takes_the_firsts_manifest(fresh, monkeypatch):
+    first, second = (runs.begin("01_prompt_augmentation", values()) for _ in range(2))
+    (first.folder / "a.txt").write_text("a")
+    write = runs.write_manifest
+
+    def interleaved(*arguments):  # the second has found no manifest; now the first writes its own
+        monkeypatch.setattr(runs, "write_manifest", write)
+        first.finish(["a.txt"], {"share": 1})
+        return write(*arguments)
+
+    monkeypatch.setattr(runs, "write_manifest", interleaved)
+    assert second.finish(["a.txt"], {"share": 2})["metrics"] == {"share": 1}
+    assert runs.read_manifest(first.folder)["metrics"] == {"share": 1}
+
+
 def test_finish_checks_the_outputs(fresh):
     step = runs.begin("01_prompt_augmentation", values())
     (step.folder / "a.txt").write_text("a")
