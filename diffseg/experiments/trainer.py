@@ -97,7 +97,7 @@ class Trainer:
     def run(self, loss_of_batch, steps: int, seconds: float, batch: int, every: int, watch=None) -> None:
         """Call `loss_of_batch(rng)` until the budget is used: `steps`, or `seconds` of training where given."""
         bar = tqdm(total=1000, desc=self.folder.name, unit="‰")
-        total, since = 0.0, time.monotonic()
+        total, since = torch.zeros((), device=self.parameters[0].device), time.monotonic()
         values = [value for module in self.modules.values() for value in module.state_dict().values()]
         average = [value for state in self.average.values() for value in state.values()]
         while True:
@@ -115,23 +115,24 @@ class Trainer:
             with torch.no_grad():
                 weight = min(self.decay, (self.step + 1) / (self.step + 10))
                 torch._foreach_lerp_(average, values, 1 - weight)
-            total += loss.item()  # waits for the device, so the step's time is whole
+            total += loss.detach()  # stays on the device: reading it would make a GPU wait for every step
             now = time.monotonic()
             self.count(batch, now - since)
             since = now
             bar.update(round(1000 * used) - bar.n)
-            bar.set_postfix(step=self.step, loss=f"{loss.item():.4f}", refresh=False)
             if self.step % every == 0:
-                if not np.isfinite(total):
+                mean = total.item() / every
+                if not np.isfinite(mean):
                     raise FloatingPointError(f"the loss is not finite at step {self.step}; lower --rate and resume")
                 row = {"step": self.step, "samples": self.samples, "seconds": round(self.seconds, 1)}
                 row |= {
-                    "loss": round(total / every, 5),
+                    "loss": round(mean, 5),
                     "rate": round(self.optimizer.param_groups[0]["lr"], 7),
                 }
                 with open(self.folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
-                total = 0.0
+                bar.set_postfix(step=self.step, loss=f"{mean:.4f}", refresh=False)
+                total.zero_()
                 self.save()
                 if watch is not None:
                     watch(self)

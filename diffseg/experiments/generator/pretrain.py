@@ -141,7 +141,9 @@ def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, cha
     changes = changes or {}
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
-    latents = np.load(corpus / "latents.npy", mmap_mode="r")
+    latents = torch.from_numpy(np.load(corpus / "latents.npy"))
+    if device.type == "cuda":
+        latents = latents.to(device)  # some hundred megabytes, read at random in every step
     tokenizer = build_tokenizer()
     captions = json.loads((corpus / "captions.json").read_text())
     ids = tokenizer(captions, padding="max_length", return_tensors="np").input_ids
@@ -166,7 +168,7 @@ def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, cha
         rows = rng.integers(len(latents), size=options.batch)
         tokens = ids[rows]
         tokens[rng.random(len(rows)) < 0.1] = empty  # for classifier-free guidance
-        x = torch.from_numpy(latents[rows].astype(np.float32)).to(device, memory_format=torch.channels_last)
+        x = latents[torch.from_numpy(rows).to(latents.device)].float().to(device, memory_format=torch.channels_last)
         noise = torch.randn_like(x)
         t = torch.randint(len(alphas), (len(rows),), device=device)
         noised = scheduler.add_noise(x, noise, t)

@@ -1,6 +1,7 @@
 """What do capture and refiners cost? Pictures per second beside the plain pipeline, in one run.
 
-python -m diffseg.experiments.speed.capture      writes results/benchmarks/capture.json
+python -m diffseg.experiments.speed.capture            writes results/benchmarks/capture.json, on a CPU
+python -m diffseg.experiments.speed.capture --gpu      the part of it that needs a GPU
 
 Every repetition calls all variants in turn, and a ratio is the median of the ratios within a repetition, so a change
 in the machine's load meets plain and captured pictures alike. Pipelines (random weights but for `mini`):
@@ -19,11 +20,12 @@ in the machine's load meets plain and captured pictures alike. Pipelines (random
 Where the package attention-map-diffusers (1.0, MIT) is installed, it is timed on the same layers and steps, for the
 same tokens: as it comes, when it keeps queries and keys for later ("fast"), and when it computes at once ("exact").
 Peak memory is that of a process which makes one call, one process for each variant.
-On a GPU, if there is one: sd15 in fp16 at batch 1, 4 and 8. No GPU was at hand when this was written.
+`--gpu` measures generators of full size on a GPU instead (ON_GPU), with the peak of the GPU's memory.
 """
 
 import argparse
 import dataclasses
+import gc
 import importlib.util
 import json
 import statistics
@@ -49,7 +51,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC
 from diffseg.drawing import draw_rows
-from diffseg.experiments.full_size import NOISE, sdxl_unet
+from diffseg.experiments.full_size import GENERATORS, NOISE, sdxl_unet
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import write_text
 from diffseg.generator import load_generator, load_tokenizer
@@ -292,20 +294,66 @@ def measure_memory(name: str, variants: Sequence[str]) -> list[dict]:
     return found
 
 
-def measure_gpu(sam_checkpoint: str, sam_model: str) -> dict:
-    """Compare on the GPU: sd15 in fp16 at batch 1, 4 and 8, 20 steps, and the GPU memory's peak for each."""
-    shape, pipeline = PIPELINES["sd15"], build("sd15").to("cuda", torch.float16)
-    found = {}
-    for batch in (1, 4, 8):
-        rows, options = prompts_for(pipeline, batch), options_for(shape, 20)
-        calls = captures(pipeline, rows, options, shape)
-        calls |= refinements(pipeline, rows, options, sam_checkpoint, sam_model)
-        found[f"batch {batch}"] = compare(calls, batch, 5)
-        for name, call in calls.items():
-            torch.cuda.reset_peak_memory_stats()
+def full_flux() -> FluxPipeline:
+    """Return Flux schnell's transformer at full size, in bf16 from the start: float32 would not fit beside it."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return build_flux(24, 19, 38)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# Full-size generators, half precision, on a GPU: how they are built, side, resolutions, batch, steps, repetitions.
+ON_GPU = {
+    "sd15, batch 1": Shape(GENERATORS["sd15"], 512, (16, 64, 32, 8), 1, 20, 5, ()),
+    "sd15, batch 8": Shape(GENERATORS["sd15"], 512, (16, 64, 32, 8), 8, 10, 3, ()),
+    "sdxl": Shape(GENERATORS["sdxl"], 1024, (32, 64), 1, 5, 3, ()),
+    "sd35-medium": Shape(GENERATORS["sd35-medium"], 1024, (64,), 1, 5, 3, ()),
+    "flux-schnell": Shape(full_flux, 1024, (64,), 1, 4, 3, ()),
+}
+
+
+def timed_on_gpu(call: Callable) -> Callable:
+    """Return the call with all of the GPU's work in it."""
+
+    def whole() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return whole
+
+
+def measure_gpu(shape: Shape) -> dict:
+    """Compare one of ON_GPU on the GPU, with the GPU memory's peak of each variant. The weights are random."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):  # random weights of this size take minutes on a CPU
+        pipeline = shape.build()
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # its tables belong on the CPU
+    pipeline.to("cuda", torch.bfloat16 if shape.build is full_flux else torch.float16)
+    pipeline.set_progress_bar_config(disable=True)
+    rows, options, peaks = prompts_for(pipeline, shape.batch), options_for(shape), {}
+    calls = {name: timed_on_gpu(call) for name, call in captures(pipeline, rows, options, shape).items()}
+    for name, call in list(calls.items()):
+        torch.cuda.reset_peak_memory_stats()
+        try:
             call()
-            found[f"batch {batch}"][name]["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+        except Exception as error:  # the peer does not serve every family in every mode; ours must
+            if not name.startswith(PEER):
+                raise
+            peaks[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            del calls[name]
+        else:
+            peaks[name] = {"peak_bytes": torch.cuda.max_memory_allocated()}
+        torch.cuda.empty_cache()
+    compared = compare(calls, shape.batch, shape.repetitions)
+    return {
+        "guidance_scale": GUIDANCE,
+        "batch": shape.batch,
+        "steps": shape.steps,
+        "side": shape.side,
+        "repetitions": shape.repetitions,
+        "variants": {name: compared.get(name, {}) | peaks[name] for name in peaks},
+    }
 
 
 def main() -> None:
@@ -314,6 +362,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, help="in place of each pipeline's own number")
     parser.add_argument("--sam-checkpoint", default="", help="file of Segment Anything's weights, to time that refiner")
     parser.add_argument("--sam-model", default="vit_b", help="which of its models the file holds")
+    parser.add_argument("--gpu", action="store_true", help="measure full-size generators on a GPU, and nothing else")
     parser.add_argument("--no-memory", action="store_true", help="leave out the measurements of memory")
     parser.add_argument("--output", type=Path, default=project_root() / "results" / "benchmarks" / "capture.json")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # the processes of measure_memory
@@ -323,9 +372,17 @@ def main() -> None:
         print(json.dumps(memory_here(name, int(steps), variant)))
         return
     # the pipelines that are not measured now keep what an earlier run found
-    kept = json.loads(arguments.output.read_text())["pipelines"] if arguments.output.is_file() else {}
-    report: dict = {"pipelines": {name: kept[name] for name in PIPELINES if name in kept}}
-    for name in arguments.pipelines:
+    kept = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    report: dict = {"pipelines": {name: row for name, row in kept.get("pipelines", {}).items() if name in PIPELINES}}
+    report["gpu"] = {name: row for name, row in kept.get("gpu", {}).items() if name in ON_GPU}
+    for name in ON_GPU if arguments.gpu else []:
+        report["gpu"][name] = measure_gpu(ON_GPU[name]) | provenance()
+        for variant, values in report["gpu"][name]["variants"].items():
+            print(f"{name:15} {variant:30}", {key: values.get(key) for key in ("seconds", "ratio", "peak_bytes", "error")})
+        gc.collect()  # a pipeline is in a circle of references
+        torch.cuda.empty_cache()
+        write_text(arguments.output, json.dumps(report, indent=1) + "\n")
+    for name in [] if arguments.gpu else arguments.pipelines:
         shape, pipeline = PIPELINES[name], build(name)
         repetitions = arguments.repetitions or shape.repetitions
         rows, options = prompts_for(pipeline, shape.batch), options_for(shape)
@@ -345,12 +402,6 @@ def main() -> None:
             found["memory"] = measure_memory(name, variants)
         report["pipelines"][name] = found | provenance()
         write_text(arguments.output, json.dumps(report, indent=1) + "\n")
-    report["gpu"] = (
-        measure_gpu(arguments.sam_checkpoint, arguments.sam_model)
-        if torch.cuda.is_available()
-        else "no GPU was at hand"
-    )
-    write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(arguments.output)
 
 
