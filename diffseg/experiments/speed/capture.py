@@ -378,7 +378,7 @@ def main() -> None:
     for name in ON_GPU if arguments.gpu else []:
         report["gpu"][name] = measure_gpu(ON_GPU[name]) | provenance()
         for variant, values in report["gpu"][name]["variants"].items():
-            print(f"{name:15} {variant:30}", {key: values.get(key) for key in ("seconds", "ratio", "peak_bytes", "error")})
+            print(f"{name}, {variant}:", {key: values.get(key) for key in ("seconds", "ratio", "peak_bytes", "error")})
         gc.collect()  # a pipeline is in a circle of references
         torch.cuda.empty_cache()
         write_text(arguments.output, json.dumps(report, indent=1) + "\n")
