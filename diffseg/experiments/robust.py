@@ -42,8 +42,8 @@ ARMS = {
 }
 
 
-def scores_of(parameters: dict, run: Path, seeds: int, split: str, folder: Path) -> list[dict]:
-    """Train every arm and seed that is not in `folder` yet; return a row for each network and pair, mIoU in %.
+def scores_of(parameters: dict, run: Path, arms: Sequence[str], seeds: int, split: str, folder: Path) -> list[dict]:
+    """Train each of these arms and seeds that is not in `folder` yet; return a row for each network and pair, mIoU in %.
 
     parameters: those of steps 4 and 5. run: the folder of the run whose images and masks are trained on.
     """
@@ -53,7 +53,8 @@ def scores_of(parameters: dict, run: Path, seeds: int, split: str, folder: Path)
     benchmark, rows = get_benchmark(parameters["benchmark"], parameters["class_list"]), []
     dataset, split = pictures_set(run / "03_synthesis", benchmark), split or benchmark.evaluation_split
     scored = open_split(benchmark, data_folder(parameters["data_root"]), split)
-    for arm, changes in ARMS.items():
+    for arm in arms:
+        changes = ARMS[arm]
         options = options_of(parameters | changes, changes["training_mode"])
         for seed in range(seeds):
             pair = trained(folder / run.name, arm, images["key"], parameters, options, dataset, benchmark, seed)
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parameters", help="name of a parameter file, whose training all arms share")
     parser.add_argument("--runs", nargs="+", required=True, help="names of runs whose images and masks are trained on")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="besides the ensemble")
     parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "robust-arms")
@@ -96,14 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     values, _ = resolve(chosen.parameters, {})
     parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
+    arms = [arm for arm in ARMS if arm in {"ensemble", *chosen.arms}]  # the ensemble is what others are compared with
     for name in chosen.runs:
-        rows += scores_of(parameters, run_folder(name), chosen.seeds, chosen.split, chosen.folder)
+        rows += scores_of(parameters, run_folder(name), arms, chosen.seeds, chosen.split, chosen.folder)
     tables, frame = chosen.out / "tables", pd.DataFrame(rows)
     for name, table in (("robust_arms", means(frame)), ("robust_arms_seeds", frame)):
         write_text(tables / f"{name}.csv", table.to_csv(index=False))
     write_text(
         tables / "robust_arms.json",
-        json.dumps({"arms": ARMS, "parameters": parameters, "runs": chosen.runs, **provenance()}, indent=1),
+        json.dumps(
+            {"arms": {arm: ARMS[arm] for arm in arms}, "parameters": parameters, "runs": chosen.runs, **provenance()},
+            indent=1,
+        ),
     )
 
 
