@@ -43,7 +43,7 @@ ARMS = {
 
 
 def scores_of(parameters: dict, run: Path, arms: Sequence[str], seeds: int, split: str, folder: Path) -> list[dict]:
-    """Train each of these arms and seeds that is not in `folder` yet; return a row for each network and pair, mIoU in %.
+    """Train each arm and seed that is not in `folder` yet; return a row for each network and pair, mIoU in %.
 
     parameters: those of steps 4 and 5. run: the folder of the run whose images and masks are trained on.
     """
@@ -104,13 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables, frame = chosen.out / "tables", pd.DataFrame(rows)
     for name, table in (("robust_arms", means(frame)), ("robust_arms_seeds", frame)):
         write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    write_text(
-        tables / "robust_arms.json",
-        json.dumps(
-            {"arms": {arm: ARMS[arm] for arm in arms}, "parameters": parameters, "runs": chosen.runs, **provenance()},
-            indent=1,
-        ),
-    )
+    about = {"arms": {arm: ARMS[arm] for arm in arms}, "parameters": parameters, "runs": chosen.runs} | provenance()
+    write_text(tables / "robust_arms.json", json.dumps(about, indent=1))
 
 
 if __name__ == "__main__":

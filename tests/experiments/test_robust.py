@@ -37,4 +37,4 @@ def test_every_arm_changes_parameters_of_notebook_4_and_has_two_networks():
 
 def test_a_run_without_images_is_one_sentence(tmp_path):
     with pytest.raises(DiffsegError, match="no finished step 3"):
-        scores_of({}, tmp_path / "nothing", 1, "dev", tmp_path)
+        scores_of({}, tmp_path / "nothing", ["ensemble"], 1, "dev", tmp_path)
