@@ -10,7 +10,6 @@ in the machine's load meets plain and captured pictures alike. Pipelines (random
 - sd15-quarter: Stable Diffusion 1.5 with 2 of its 8 heads: 64 x 64 latents, 77 tokens, all 16 cross-attention layers,
   real head sizes (40, 80, 160, 160), but widths of 80 to 320 in place of 320 to 1280, so that two cores can run it.
   The convolutions shrink sixteenfold and the attention maps fourfold: the ratio is harder to hold than at full size;
-- sd15: the full-size UNet, one denoising step on a CPU (2 text layers and the quarter's VAE, which capture never sees);
 - sdxl-fifth: XL with a fifth of its heads: 128 x 128 latents, 77 tokens, all 70 cross-attention layers at 64 x 64 and
   32 x 32 positions, heads of 64, but widths of 64 to 256 in place of 320 to 1280; harder to hold, too;
 - flux-quarter: Flux schnell with 6 of its 24 heads of 128, 256 tokens, but 32 x 32 of its 64 x 64 positions, so that
@@ -168,7 +167,6 @@ def build_flux(heads: int, double: int, single: int) -> FluxPipeline:
 PIPELINES = {
     "mini": Shape(lambda: load_generator("mini"), 64, (16, 8, 4), 4, 12, 7, (5, 40), refined=True),
     "sd15-quarter": Shape(lambda: build_sd15(2), 512, (16, 64, 32, 8), 1, 4, 5, (1, 4), refined=True),
-    "sd15": Shape(lambda: build_sd15(8), 512, (16, 64, 32, 8), 1, 1, 3, (1,)),
     "sdxl-fifth": Shape(lambda: build_sdxl(2), 1024, (32, 64), 1, 1, 3, (1, 2)),
     "flux-quarter": Shape(lambda: build_flux(6, 4, 0), 512, (32,), 1, 2, 5, (1, 4)),
 }
