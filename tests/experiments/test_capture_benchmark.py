@@ -35,7 +35,7 @@ def test_the_sd15_shape_has_the_real_layers_and_head_sizes():
     layers = [m for name, m in pipeline.unet.named_modules() if name.endswith("attn2")]
     assert len(layers) == 16 and {m.to_q.out_features // m.heads for m in layers} == {40, 80, 160}
     assert all(m.heads == 1 and m.to_k.in_features == 768 for m in layers)
-    rows, options = prompts_for(pipeline, 1), options_for(PIPELINES["sd15"])
+    rows, options = prompts_for(pipeline, 1), options_for(PIPELINES["sd15-quarter"])
     assert (options.height, options.width) == (512, 512) == 2 * (8 * pipeline.unet.config.sample_size,)
     ids = pipeline.tokenizer(rows[0].prompt, padding="max_length", return_tensors="pt").input_ids
     assert ids.shape == (1, 77)
