@@ -1,12 +1,13 @@
 """Where are the points lost between real and synthetic images? One network and one recipe on four training sets.
 
-python -m diffseg.experiments.ladder mini-voc --without mini-voc-without  results/tables/ladder.csv (means over seeds),
-                             ladder_seeds.csv (a row a training), ladder.json, results/figures/ladder.png and .pdf
+python -m diffseg.experiments.ladder mini-voc [--rungs without --without mini-voc-without]
+    results/tables/ladder.csv (means over seeds), ladder_seeds.csv (a row a training), ladder.json,
+    results/figures/ladder.png and .pdf
 
 The rungs are real images with ground-truth masks; a run's synthetic images with the masks that the mini world's oracle
 sees in them (what is lost to real is the images' fault); the same images with the run's masks (what is lost further is
-the masks'); a run with none of the techniques. Both sets hold as many images. Seeds are of the training: initial
-decoder, order and augmentation; all of them train on the same images.
+the masks'); a run that lacks LoRA alone; a run with none of the techniques. All sets hold as many images. Seeds are of the
+training: initial decoder, order and augmentation; all of them train on the same images.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.figures import COLOURS, WIDTH, dots, save_figure
+from diffseg.figures import COLOURS, WIDTH, dots, half_interval, save_figure
 from diffseg.files import read_rows, sha256_text, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest
@@ -39,12 +40,13 @@ from diffseg.paths import project_root
 from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import NETWORKS, TrainingOptions, train_once
 
-REAL, ORACLE, WITHOUT = (
+REAL, ORACLE, UNTUNED, WITHOUT = (
     "real images, ground-truth masks",
     "synthetic images, the oracle's masks",
+    "no LoRA, else as ours",
     "none of the techniques",
 )
-RUNGS = {"real": REAL, "oracle": ORACLE, "ours": OURS, "without": WITHOUT}
+RUNGS = {"real": REAL, "oracle": ORACLE, "ours": OURS, "untuned": UNTUNED, "without": WITHOUT}
 
 
 class Relabelled(Dataset):
@@ -117,16 +119,19 @@ def score(network: nn.Module, scored: Dataset, benchmark: Benchmark) -> float:
 def climb(chosen: argparse.Namespace) -> list[dict]:
     """Train and score every rung and seed that is not there yet, and return a row each, mIoU in %."""
     values, run = resolve(chosen.run, {})
-    other = run.with_name(chosen.without) if chosen.without else run
+    others = {
+        "without": run.with_name(chosen.without or run.name),
+        "untuned": run.with_name(chosen.untuned or run.name),
+    }
     parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     folder = chosen.folder / parameters["run"]
     for rung in chosen.rungs:
-        source = other if rung == "without" else run
+        source = others.get(rung, run)
         dataset = training_set(rung, benchmark, source, root)
         # ground truth and the oracle's masks need no robustness, and the last rung has none by its name
-        mode = parameters["training_mode"] if rung == "ours" else "baseline"
+        mode = parameters["training_mode"] if rung in ("ours", "untuned") else "baseline"
         options = options_of(parameters, mode)
         images = (read_manifest(source / "03_synthesis") or {}).get("key")
         for seed in range(chosen.seeds):
@@ -139,7 +144,8 @@ def climb(chosen: argparse.Namespace) -> list[dict]:
 
 
 def means(rows: Sequence[dict]) -> list[dict]:
-    """Return a row for each benchmark, split and rung: mean and standard deviation over seeds, and share of real."""
+    """Return a row for each benchmark, split and rung: mean and standard deviation over seeds, share of real, and what
+    the run's own images and masks gain over it: the mean difference of equal seeds with its 95 % interval."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["benchmark"], row["split"], row["rung"]), []).append(row)
@@ -151,7 +157,13 @@ def means(rows: Sequence[dict]) -> list[dict]:
         row = dict(zip(("benchmark", "split", "rung"), key, strict=True))
         row |= {"images": some[0]["images"], "mode": some[0]["mode"], "seeds": len(some), "miou": f"{score[key]:.1f}"}
         row |= {"miou_spread": f"{stdev(values):.1f}" if len(values) > 1 else ""}
-        found.append(row | {"ratio": f"{score[key] / real:.2f}" if real else ""})
+        row |= {"ratio": f"{score[key] / real:.2f}" if real else ""}
+        ours = {int(each["seed"]): float(each["miou"]) for each in groups.get((*key[:2], OURS), [])}
+        others = {int(each["seed"]): float(each["miou"]) for each in some} if key[2] != OURS else {}
+        gains = [ours[seed] - others[seed] for seed in ours.keys() & others.keys()]
+        for name, side in (("", 0), ("_low", -1), ("_high", 1)):
+            row[f"ours_gains{name}"] = f"{mean(gains) + side * half_interval(gains):.1f}" if len(gains) > 1 else ""
+        found.append(row)
     return found
 
 
@@ -179,7 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="name of a parameter file whose run has step 3")
     parser.add_argument("--without", default="", help="name of the run with none of the techniques")
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
+    parser.add_argument("--untuned", default="", help="name of the run that differs by lora_scale=0 alone")
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["real", "oracle", "ours"])
     parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "ladder")
@@ -194,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     _, run = resolve(chosen.run, {})
     images = {
         place.name: (read_manifest(place / "03_synthesis") or {}).get("key")
-        for place in [run, *([run.with_name(chosen.without)] if chosen.without else [])]
+        for place in [run, *(run.with_name(other) for other in (chosen.without, chosen.untuned) if other)]
     }
     write_text(
         chosen.out / "tables" / "ladder.json",

@@ -78,3 +78,7 @@ def test_means_and_ratios_are_those_of_each_benchmark_and_split():
     assert (real["miou"], real["miou_spread"], real["seeds"], real["ratio"]) == ("80.0", "14.1", 2, "1.00")
     assert (ours["miou"], ours["miou_spread"], ours["ratio"]) == ("60.0", "", "0.75")
     assert alone["ratio"] == ""  # its split has no real network
+    assert real["ours_gains"] == ours["ours_gains"] == ""  # one seed in common has no interval
+    real, ours = ladder.means([*rows, row(ladder.OURS, "1", "70.0")])  # a seed as a file gives it
+    # differences -10 and -20: their mean, and Student's t of one degree of freedom, 12.706, times 5
+    assert [real[f"ours_gains{side}"] for side in ("", "_low", "_high")] == ["-15.0", "-78.5", "48.5"]
