@@ -6,8 +6,8 @@ python -m diffseg.experiments.ladder mini-voc [--rungs without --without mini-vo
 
 The rungs are real images with ground-truth masks; a run's synthetic images with the masks that the mini world's oracle
 sees in them (what is lost to real is the images' fault); the same images with the run's masks (what is lost further is
-the masks'); a run that lacks LoRA alone; a run with none of the techniques. All sets hold as many images. Seeds are of the
-training: initial decoder, order and augmentation; all of them train on the same images.
+the masks'); a run that lacks LoRA alone; a run with none of the techniques. Sets are of equal size.
+Seeds are of the training: initial decoder, order and augmentation; all of them train on the same images.
 """
 
 import argparse
