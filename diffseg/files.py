@@ -20,14 +20,19 @@ def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path
 
     A reader therefore never sees half a file, and a failed write leaves nothing behind. A file that has the same bytes
     already stays as it is; one of a finished step is never replaced by other bytes (DiffsegError). The temporary name
-    keeps the suffix, because image libraries choose the format by it. durable: on the disk when the block is left, so
-    that a power failure does not lose it.
+    keeps the suffix, because image libraries choose the format by it. The file's mode follows the umask, whichever mode
+    the library that writes gives it (safetensors: 0600). durable: on the disk when the block is left, so that a power
+    failure does not lose it. Raises an OSError before the block begins where nothing can be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
+        temporary.touch()  # the umask cannot be read without setting it for all threads
+        mode = temporary.stat().st_mode
+        temporary.unlink()  # a block that writes nothing is an error
         yield temporary
+        temporary.chmod(mode)
         if path.is_file():
             if filecmp.cmp(temporary, path, shallow=False):
                 return

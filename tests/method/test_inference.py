@@ -82,6 +82,20 @@ def test_the_side_is_that_of_the_parameter_files(size, crop, jitter, side):
     assert shown_side(size, TrainingOptions(1, 1, crop, jitter, 0.0, 1.0, 0.0, "fp32", 0)) == side
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_a_saved_network_can_be_read_by_whom_the_umask_allows(tmp_path, umask, mode):
+    """safetensors alone gives its files the mode 0600."""
+    previous = os.umask(umask)
+    try:
+        save_segmenter(new_networks(1, "resunet-resnet10t", CLASSES, 0), tmp_path)
+    finally:
+        os.umask(previous)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "config.json": mode,
+        "model.safetensors": mode,
+    }
+
+
 def test_a_picture_is_seen_at_the_side_of_the_training_unless_another_is_given(folder):
     network, picture = load_segmenter(folder), photo(96, 80)
     label, classes = predict(network, picture)
