@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from diffseg.errors import DiffsegError
 
@@ -47,6 +48,19 @@ def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder inside `folder`; move its content there when the block ends without an exception.
+
+    So an interrupted or failed command leaves none of its files in `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=folder) as temporary:
+        yield Path(temporary)
+        for path in Path(temporary).iterdir():
+            path.rename(folder / path.name)
 
 
 def write_text(path: str | os.PathLike, text: str, durable: bool = False) -> None:

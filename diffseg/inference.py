@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import picture_coding, write_label
 from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path, write_rows
+from diffseg.files import atomic_path, whole_folder, write_rows
 from diffseg.pictures import check_name, picture_files, read_picture
 from diffseg.segmenters import hex_colours, load_segmenter
 
@@ -62,10 +62,11 @@ def predict_files(
     Written to `folder` are MASKS/<name>.png (palette PNG, a pixel is its class id; beyond 255 classes R + 256 * G),
     OVERLAYS/<name>.jpg, and AREAS with a row for each class in a picture: its pixels and their share (0..1). The name
     is the path below a given folder, or the file's name, without its suffix. side: as in `predict`. batch_size:
-    neighbours that have one size for the network are predicted together.
+    neighbours that have one size for the network are predicted together. What is interrupted leaves none of its files.
 
-    Raises a DiffsegError before it begins where there is no picture, two have one name, or the network does not say at
-    which side it was trained; and one in the end where some could not be read: FAILED has the reasons.
+    Raises a DiffsegError before it begins where there is no picture, two have one name, `folder` holds one of these
+    files or folders already, or the network does not say at which side it was trained; and one in the end where some
+    could not be read: FAILED has the reasons.
     """
     from diffseg.figures import overlay  # here: `predict` need not wait for matplotlib
 
@@ -76,23 +77,29 @@ def predict_files(
             "the network's config.json does not say at which side it was trained (diffseg 0.3.0 did not save it); give "
             "--side, for mini --side 64, or --side 0 for the pictures' own size."
         )
-    pictures, failed, areas = find_pictures(places, folder), [], []
+    if there := [name for name in (MASKS, OVERLAYS, AREAS, FAILED) if (folder / name).exists()]:
+        raise DiffsegError(
+            f"{folder} holds {' and '.join(there)} already, of another prediction or your own; give another --out, or "
+            "remove them first."
+        )
+    pictures, failed, areas = find_pictures(places), [], []
     coding = picture_coding(replace(VOC, classes=network.classes, palette=network.palette))
     colours = dict(enumerate(hex_colours(network.palette)))
     side = network.side if side is None else side
     views = readable(tqdm(pictures.items(), "predicting", unit="picture"), side, failed)
-    for batch in batches(views, batch_size):
-        for view, label in zip(batch, label_maps(network, batch), strict=True):
-            write_label(folder / MASKS / f"{view.name}.png", label, coding)
-            with atomic_path(folder / OVERLAYS / f"{view.name}.jpg") as path:
-                laid_over = overlay(view.image, label, colours)
-                Image.fromarray(laid_over).save(path, quality=JPEG_QUALITY, subsampling=0)
-            pixels = np.bincount(label.ravel())
-            for k in pixels.nonzero()[0]:
-                area = {"pixels": pixels[k], "share": f"{pixels[k] / label.size:.6f}"}
-                areas.append({"picture": view.name, "class": network.classes[k], **area})
-    write_rows(folder / AREAS, areas, ["picture", "class", "pixels", "share"])
-    write_rows(folder / FAILED, failed, ["picture", "reason"])
+    with whole_folder(folder) as made:
+        for batch in batches(views, batch_size):
+            for view, label in zip(batch, label_maps(network, batch), strict=True):
+                write_label(made / MASKS / f"{view.name}.png", label, coding)
+                with atomic_path(made / OVERLAYS / f"{view.name}.jpg") as path:
+                    laid_over = overlay(view.image, label, colours)
+                    Image.fromarray(laid_over).save(path, quality=JPEG_QUALITY, subsampling=0)
+                pixels = np.bincount(label.ravel())
+                for k in pixels.nonzero()[0]:
+                    area = {"pixels": pixels[k], "share": f"{pixels[k] / label.size:.6f}"}
+                    areas.append({"picture": view.name, "class": network.classes[k], **area})
+        write_rows(made / AREAS, areas, ["picture", "class", "pixels", "share"])
+        write_rows(made / FAILED, failed, ["picture", "reason"])
     if failed:
         raise DiffsegError(
             f"{len(failed)} of {len(pictures)} pictures could not be read, the others are done; see {folder / FAILED}, "
@@ -123,8 +130,8 @@ def best_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return label
 
 
-def find_pictures(places: Sequence[Path], folder: Path) -> dict[str, Path]:
-    """Return name -> picture file, sorted within each place; what lies below `folder`, the output, is passed over.
+def find_pictures(places: Sequence[Path]) -> dict[str, Path]:
+    """Return name -> picture file, sorted within each place; earlier predictions below a folder are passed over.
 
     Raises a DiffsegError for a place that is not there, for none at all, for two pictures of one name, and for a name
     that is not UTF-8, which no table could hold.
@@ -134,7 +141,7 @@ def find_pictures(places: Sequence[Path], folder: Path) -> dict[str, Path]:
         if not place.exists():
             raise DiffsegError(f"there is no picture or folder {place}; check the path.")
         for path in picture_files(place) if place.is_dir() else [place]:
-            if path.resolve().is_relative_to(folder.resolve()):
+            if place.is_dir() and is_predicted(path):
                 continue
             name = (path.relative_to(place) if place.is_dir() else Path(path.name)).with_suffix("").as_posix()
             check_name(Path(name))
@@ -144,6 +151,12 @@ def find_pictures(places: Sequence[Path], folder: Path) -> dict[str, Path]:
     if not found:
         raise DiffsegError(f"there is no picture in {', '.join(map(str, places))}; give JPEG or PNG files.")
     return found
+
+
+def is_predicted(path: Path) -> bool:
+    """Return whether a picture lies in the MASKS or OVERLAYS of a prediction, which has AREAS beside them."""
+    folders = [above.parent for above in path.absolute().parents if above.name in (MASKS, OVERLAYS)]
+    return any((folder / AREAS).is_file() for folder in folders)
 
 
 def readable(pictures: Iterable[tuple[str, Path]], side: int, failed: list[dict[str, str]]) -> Iterator[View]:

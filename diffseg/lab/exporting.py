@@ -1,13 +1,12 @@
 """Export the synthetic set of a run (`diffseg.benchmarks.formats`)."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import diffseg
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.formats import FORMATS
 from diffseg.errors import DiffsegError
-from diffseg.files import read_rows
+from diffseg.files import read_rows, whole_folder
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.runs import trouble, writing
 from diffseg.lab.steps import run_folder
@@ -39,11 +38,7 @@ def export_set(run: str, form: str, out: Path) -> str:
         "Made by": f"diffseg {diffseg.__version__}, run {manifest['run']}",
     }
     benchmark = get_benchmark(values["benchmark"], values["class_list"])
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".", dir=out) as folder:
-            FORMATS[form](source, benchmark, Path(folder), about)
-            for path in Path(folder).iterdir():
-                path.rename(out / path.name)
+    with writing(out), whole_folder(out) as folder:
+        FORMATS[form](source, benchmark, folder, about)
     count = len(read_rows(source / "index.csv"))
     return f"{count} images as {form} in {out}; {left_out} without a mask left out."

@@ -114,7 +114,7 @@ def test_classes_one_at_a_time_are_the_argmax_of_all():
 def test_the_command_writes_masks_overlays_and_areas(folder, pictures, tmp_path, capsys):
     out, network = pictures / "out", load_segmenter(folder)
     assert main(["predict", str(folder), str(pictures), "--out", str(out)]) == 0
-    assert main(["predict", str(folder), str(pictures), "--out", str(out), "--batch", "2"]) == 0  # not its own masks
+    assert main(["predict", str(folder), str(pictures), "--out", str(pictures), "--batch", "2"]) == 0  # not those masks
     assert capsys.readouterr().out.splitlines()[-1].startswith("5 pictures:")
     files = {"a": "a.jpg", "b": "b.png", "c": "c.png", "d": "d.bmp", "more/turned": "more/turned.jpg"}
     rows = read_rows(out / "areas.csv")
@@ -166,21 +166,50 @@ def test_an_output_that_cannot_be_written_is_one_sentence(folder, pictures, tmp_
     assert f"diffseg: cannot write to {tmp_path / 'file'} (" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["areas.csv", "masks"])
+def test_an_earlier_prediction_and_masks_of_ones_own_are_kept(folder, pictures, tmp_path, capsys, name):
+    command = ["predict", str(folder), str(pictures / "a.jpg"), "--out", str(tmp_path / "out")]
+    if name == "masks":
+        (tmp_path / "out" / "masks").mkdir(parents=True)
+        (tmp_path / "out" / "masks" / "a.png").write_text("corrected by hand")
+    else:
+        assert main(command) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    assert main([*command, "--side", "64"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{name} already" in error or f"{name} and failed.csv already" in error
+    assert "give another --out" in error and "Traceback" not in error
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
+
+
+def test_what_is_interrupted_leaves_nothing_and_is_made_by_the_same_command(folder, pictures, tmp_path, monkeypatch):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("diffseg.inference.write_rows", cut)  # after the last picture
+        with pytest.raises(KeyboardInterrupt):
+            predict_files(load_segmenter(folder), [pictures], out)
+    assert list(out.iterdir()) == []
+    assert predict_files(load_segmenter(folder), [pictures], out) == 5
+
+
 def test_a_name_that_no_table_holds_is_refused_before_anything_is_predicted(pictures, tmp_path):
     odd = pictures / os.fsdecode(b"caf\xe9.png")
     shutil.copyfile(pictures / "b.png", odd)
     for place in (odd, pictures):
         with pytest.raises(DiffsegError, match="is not UTF-8"):
-            find_pictures([place], tmp_path / "out")
+            find_pictures([place])
 
 
 def test_two_pictures_of_one_name_and_no_picture_are_refused(pictures, tmp_path):
     shutil.copyfile(pictures / "c.png", pictures / "a.png")
     with pytest.raises(DiffsegError, match="would both become a.png"):
-        find_pictures([pictures], tmp_path / "out")
+        find_pictures([pictures])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DiffsegError, match="no picture in"):
-        find_pictures([tmp_path / "empty"], tmp_path / "out")
+        find_pictures([tmp_path / "empty"])
 
 
 def test_a_network_of_unknown_side_asks_for_it(pictures, tmp_path):
