@@ -49,3 +49,19 @@ def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(DiffsegError, match=r"onnxruntime, which is not installed; run pip install 'diffseg\[onnx\]'"):
         export_onnx(network("resunet-resnet10t"), tmp_path / "network.onnx")
     assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_said_before_the_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", None)  # the export would fail
+    made = network("resunet-resnet10t")
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for place in ("folder.onnx", "network.pt"):
+        with pytest.raises(DiffsegError, match="is a folder or does not end in .onnx"):
+            export_onnx(made, tmp_path / place)
+    with pytest.raises(FileExistsError):
+        export_onnx(made, tmp_path / "file" / "network.onnx")
+    for name in ("upernet-swin-mini", "mask2former-swin-mini"):
+        with pytest.raises(DiffsegError, match=f"{name} cannot be written as ONNX, since Swin's windows"):
+            export_onnx(network(name), tmp_path / "network.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.onnx"]
