@@ -344,9 +344,8 @@ def network_folder(place: str | os.PathLike) -> Path:
         return folder
     try:
         return Path(snapshot_download(str(place), allow_patterns=["config.json", WEIGHTS]))
-    except Exception as error:  # offline, unknown, forbidden: a kind of exception each
-        line = str(error).partition("\n")[0]
+    except Exception as error:  # offline, unknown, forbidden: a kind of exception each, whose name says it
         raise DiffsegError(
-            f"the network {place} is neither a folder here nor to be had from the hub ({line}); give the folder of its "
-            f"{WEIGHTS} and config.json, or go online once."
+            f"{place} is no folder here, and the hub did not give such a network ({type(error).__name__}); check the "
+            "name, or go online once."
         ) from error
