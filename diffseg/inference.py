@@ -79,7 +79,7 @@ def predict_files(
         )
     if there := [name for name in (MASKS, OVERLAYS, AREAS, FAILED) if (folder / name).exists()]:
         raise DiffsegError(
-            f"{folder} holds {' and '.join(there)} already, of another prediction or your own; give another --out, or "
+            f"{folder} holds {', '.join(there)} already, of another prediction or your own; give another --out, or "
             "remove them first."
         )
     pictures, failed, areas = find_pictures(places), [], []
