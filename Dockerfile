@@ -1,5 +1,7 @@
 # CPU:  docker build -t diffseg . && docker run --rm diffseg            (make reproduce; or: ... diffseg make test)
 # CUDA: docker build -t diffseg --build-arg TORCH=cu130 . && docker run --rm --gpus all diffseg
+# A container's files go with it. To keep a run's, give a folder of yours:
+#       docker run --rm -v "$PWD/out:/out" diffseg .venv/bin/diffseg run mini-voc --out /out
 # TORCH is a folder of download.pytorch.org/whl; which CUDA is there changes with PyTorch. We never built this image: there
 # was no Docker daemon and no network.
 FROM python:3.11-slim
