@@ -172,7 +172,7 @@ def _read_entries(class_list: Sequence[str]) -> list[tuple[str, str]]:
         why = (
             "is empty" if not word
             else "holds a semicolon, which separates the classes in prompts.csv" if ";" in word
-            else "is what no class covers" if word.lower() == "background"
+            else "stands for what no class covers" if word.lower() == "background"
             else "is there twice" if counts[word.lower()] > 1
             else ""
         )  # fmt: skip

@@ -61,7 +61,7 @@ def data_folder(data_root: str) -> Path:
     if not folder.is_dir():
         raise DiffsegError(
             f"there is no data root {folder}; set data_root to the folder that holds VOCdevkit, ImageNetS50, "
-            "leftImg8bit and the like"
+            "leftImg8bit and the like, or for benchmark=folder to that of your export."
         )
     return folder
 

@@ -301,6 +301,8 @@ def check(values: dict[str, Any], defaults: dict[str, Any], source: str) -> dict
                 remedy = "Put it in quotes."
             elif type(value) is type(defaults[name]) and value == defaults[name]:
                 remedy = "Correct the parameters cell."  # somebody works in the cell itself
+            elif problem["type"] == "list_type" and isinstance(value, str):
+                remedy = assign(name, [value])
             elif multiple := problem.get("ctx", {}).get("multiple_of"):
                 nearest = min(max(1, round(problem["input"] / multiple)) * multiple, LONGEST)
                 remedy = assign(name, nearest)

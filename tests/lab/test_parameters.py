@@ -191,6 +191,7 @@ lora_width            | 4                     | a multiple of 8             | Se
 sampling_steps        | 0                     | equal to 1                  | Set `sampling_steps=12`
 guidance_scale        | .nan                  | a finite number             | Set `guidance_scale=4.0`
 guidance_scale        | -1                    | equal to 0                  | Set `guidance_scale=4.0`
+class_list            | dragon                | be a valid list             | Set `class_list=["dragon"]`
 class_list            | [1]                   | a valid string              | Set `class_list=
 data_root             | ""                    | at least 1 character        | Set `data_root=mini`
 templates             | []                    | at least 1 item             | Set `templates=
