@@ -1,6 +1,6 @@
 """Watch a training in TensorBoard (an extra package). It reads the network and changes nothing of the result."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,18 +38,19 @@ class Watcher:
         for name, value in values.items():
             self.writer.add_scalar(f"training/{name}", value, step)
         if self.development is not None and step % self.every == 0:
-            self.show_development(step, network)
+            network.eval()
+            with torch.inference_mode():
+                scores = score(self.predictions(step, network), self.benchmark, "single scale", bootstrap=1)
+            network.train()
+            self.writer.add_scalar("development/miou", scores.miou, step)
         self.writer.flush()  # the process may end without closing it
 
-    def show_development(self, step: int, network: torch.nn.Module) -> None:
-        network.eval()
-        pairs = []
-        with torch.inference_mode():
-            for number, (_, image, label, *_) in enumerate(self.development[k] for k in range(len(self.development))):
-                prediction = predict_labels(network, image[None].to(self.device), self.benchmark)[0].cpu()
-                pairs.append((label, prediction))
-                if number < SAMPLES:
-                    shown = overlay(image, prediction, class_colours([label, prediction], self.benchmark.classes))
-                    self.writer.add_image(f"prediction/{number}", shown, step, dataformats="HWC")
-        network.train()
-        self.writer.add_scalar("development/miou", score(pairs, self.benchmark, "single scale", bootstrap=1).miou, step)
+    def predictions(self, step: int, network: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield label and prediction (int64 H x W) of one development image after another, and show the first ones."""
+        for number in range(len(self.development)):
+            _, image, label, *_ = self.development[number]
+            prediction = predict_labels(network, image[None].to(self.device), self.benchmark)[0].cpu()
+            if number < SAMPLES:
+                shown = overlay(image, prediction, class_colours([label, prediction], self.benchmark.classes))
+                self.writer.add_image(f"prediction/{number}", shown, step, dataformats="HWC")
+            yield label, prediction
