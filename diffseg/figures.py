@@ -417,6 +417,8 @@ def gains(studies: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         place += len(rows) + 1
     axis.axvline(0, color="0.3", linewidth=1)
     axis.set_yticks(list(ticks), list(ticks.values()))
+    axis.tick_params(axis="y", length=0)
+    axis.spines.left.set_visible(False)  # the headings would interrupt it
     axis.set(ylim=(place - 0.5, -0.7), xlabel="gain in mIoU (percentage points)")
     axis.grid(axis="x", color="0.92")
     figure.tight_layout()

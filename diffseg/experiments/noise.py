@@ -151,6 +151,7 @@ def noise_figure(rows: list[dict]) -> Figure:
             if strengths:
                 means, halves = zip(*((np.mean(scores[s]), half_interval(scores[s])) for s in strengths), strict=True)
                 axis.errorbar(strengths, means, halves, marker=marker, capsize=2, label=name, color=colour)
+        axis.set_xticks([0, *STRENGTHS[kind]], [f"{strength:g}" for strength in (0, *STRENGTHS[kind])])
         axis.set(title=kind, xlabel="pixels" if kind in ("dilation", "shift") else "probability per object")
     axes[0, 0].set(ylabel="mIoU on mini VOC val (%)", ylim=(0, None))
     figure.tight_layout(rect=(0, 0, 1, 0.92))

@@ -20,9 +20,9 @@ from diffseg.experiments.ladder import ladder_figure
 from diffseg.experiments.mask_ablation import Variant, betas_figure, steps_figure
 from diffseg.experiments.noise import noise_figure
 from diffseg.figures import COLOURS, WIDTH, gains, save_figure, study_scores
-from diffseg.files import atomic_path, read_rows
+from diffseg.files import atomic_path, read_rows, write_text
 from diffseg.lab.manifests import read_json
-from diffseg.lab.study_results import score_rows
+from diffseg.lab.study_results import captions, score_rows
 from diffseg.paths import project_root
 
 STUDIES = ("augmentation", "robust", "lora", "techniques", "pretraining")  # whose first configuration is a baseline
@@ -46,7 +46,8 @@ LABELS = {("00", "03"): "generator", ("00", "05"): "benchmark", ("07", "03"): "c
 def pipeline_figure(here: str = "") -> Figure:
     """Draw the notebooks as boxes and what they hand on as arrows; the box of notebook `here` is filled."""
     figure, axis = plt.subplots(figsize=(WIDTH, 1.7))
-    half = {name: (0.3, 0.2) for name in INPUTS} | {name: (0.5, 0.22) for name in BOXES}
+    half = {name: (0.3, 0.2) for name in INPUTS}
+    half |= {name: (0.57 if len(text) > 13 else 0.45, 0.22) for name, (_, text) in BOXES.items()}
     places = INPUTS | {name: place for name, (place, _) in BOXES.items()}
     for name, (x, y) in places.items():
         width, height = half[name]
@@ -60,19 +61,19 @@ def pipeline_figure(here: str = "") -> Figure:
         axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=7.5)
     for start, end in ARROWS:
         (x0, y0), (x1, y1) = places[start], places[end]
-        above = y1 > y0 if y0 != y1 else None
-        if above is None:
-            tail, head = (x0 + half[start][0], y0), (x1 - half[end][0], y1)
+        below = y1 + half[end][1] * (-1 if y1 > y0 else 1)  # where an arrow from another row ends
+        far = x1 - x0 > 2 and y0 != y1  # past other boxes: along the upper row, then down
+        tail, head = (x0 + half[start][0], y0), (x1 if far else x1 - half[end][0] * 0.6, below)
+        if y0 == y1:
+            head = x1 - half[end][0], y1
         elif x0 == x1:
-            tail, head = (x0, y0 + half[start][1]), (x1, y1 - half[end][1])
-        else:
-            tail, head = (x0 + half[start][0], y0), (x1 - half[end][0] * 0.6, y1 + half[end][1] * (-1 if above else 1))
-        axis.add_patch(
-            FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=8, color="0.4", shrinkA=0, shrinkB=0)
-        )
+            tail, head = (x0, y0 + half[start][1]), (x1, below)
+        look = {"arrowstyle": "-|>", "mutation_scale": 8, "color": "0.4", "shrinkA": 0, "shrinkB": 0}
+        look |= {"connectionstyle": "angle,angleA=0,angleB=90"} if far else {}
+        axis.add_patch(FancyArrowPatch(tail, head, **look))
         if label := LABELS.get((start, end)):
-            x, y = (tail[0] + head[0]) / 2 + 0.06, (tail[1] + head[1]) / 2 + (0.06 if x0 != x1 else 0)
-            axis.text(x, y, label, va="bottom" if x0 != x1 else "center", fontsize=7, color="0.3")
+            x, y = (tail[0] + head[0]) / 2 + 0.1, y0 + 0.05 if far else (tail[1] + head[1]) / 2
+            axis.text(x, y, label, va="bottom" if far else "center", fontsize=7, color="0.3")
     axis.set(xlim=(-0.35, 6.45), ylim=(-0.3, 2.3))
     axis.set_axis_off()
     figure.subplots_adjust(0, 0, 1, 1)
@@ -88,7 +89,7 @@ def technique_gains(records: list[dict]) -> dict[str, dict[str, list[float]]]:
         table = scores.pivot(index="seed", columns="configuration", values="value")
         first, *others = record["configurations"]
         versions = ", ".join(sorted({each["diffseg"] for each in record["versions"]}))
-        heading = f"{record['study']}: {record['base']}, baseline {first}, version {versions}"
+        heading = f"{record['study']}, {record['base']}: over {first}, version {versions}"
         found[heading] = {name: (table[name] - table[first]).dropna().tolist() for name in others if name in table}
     return found
 
@@ -125,6 +126,9 @@ def main() -> None:
     for name, figure in figures.items():
         save_figure(figure, results / "figures" / f"{name}.png")
         plt.close(figure)
+    for record in records.values():
+        for name, text in captions(record).items():
+            write_text(results / "figures" / f"{name}.txt", text)
     (notebooks / "figures").mkdir(exist_ok=True)
     for name in BOXES:
         figure = pipeline_figure(name)

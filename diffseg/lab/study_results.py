@@ -37,17 +37,15 @@ def write_results(study: Study) -> None:
         from diffseg.figures import save_figure, study_predictions, study_scores  # here: they load torch
 
         texts[results / "tables" / f"{name}.md"] = readable_table(record)
-        shown = f"Means and 95 % intervals over seeds {', '.join(map(str, study.seeds))}, one tick a seed"
-        figures = {name: (study_scores(scores, study.configurations), shown)}
+        figures = {name: study_scores(scores, study.configurations)}
         if folders := prediction_folders(study):
             values = step_parameters(notebook_of("05_evaluation"), study.runs[0].values)
             benchmark = get_benchmark(values["benchmark"], values["class_list"])
-            shown = f"Validation images, ground truth, predictions (seed {study.seeds[0]})"
             split = values["evaluation_split"] or benchmark.evaluation_split
-            figures[f"{name}_predictions"] = study_predictions(folders, benchmark, values["data_root"], split), shown
-        for stem, (figure, shown) in figures.items():
+            figures[f"{name}_predictions"] = study_predictions(folders, benchmark, values["data_root"], split)
+        for stem, figure in figures.items():
             save_figure(figure, results / "figures" / f"{stem}.png")
-            texts[results / "figures" / f"{stem}.txt"] = caption(record, shown) + "\n"
+            texts[results / "figures" / f"{stem}.txt"] = captions(record)[stem]
     for path, text in texts.items():
         write_text(path, text)
     print(f"\n{study.question}\n\n{table.loc[:, :'seconds'].to_string(index=False, na_rep='-')}\n")
@@ -194,6 +192,14 @@ def readable_table(record: Mapping) -> str:
     return f"{markdown(rows)}\n\nMeasured with diffseg {versions}.\n"
 
 
+def captions(record: Mapping) -> dict[str, str]:
+    """Return the captions of a study's figures: name of the file -> text."""
+    seeds = ", ".join(map(str, record["seeds"]))
+    shown = f"Means and 95 % intervals over seeds {seeds}, one tick a seed"
+    predictions = f"Validation images, ground truth, predictions (seed {record['seeds'][0]})"
+    return {record["study"]: caption(record, shown), f"{record['study']}_predictions": caption(record, predictions)}
+
+
 def caption(record: Mapping, shown: str) -> str:
     """Return a figure's caption: question, what is shown, images, hardware, and what is missing."""
     scores = next(scores for run in record["runs"].values() for scores in evaluations(run).values())
@@ -206,4 +212,4 @@ def caption(record: Mapping, shown: str) -> str:
     ]
     if record["missing"]:
         sentences.append(f"Not finished: {', '.join(record['missing'])}.")
-    return textwrap.fill(" ".join(sentences), 100)
+    return textwrap.fill(" ".join(sentences), 100) + "\n"
