@@ -291,17 +291,6 @@ def curves(
     return figure
 
 
-def dots_with_spread(scores: pd.DataFrame, xlabel: str) -> Figure:
-    """Draw a dot and a bar of one standard deviation to each side for every row: its name (index), mean and spread."""
-    figure, axis = plt.subplots(figsize=(COLUMN, 0.25 * len(scores) + 0.6))
-    axis.errorbar(scores["mean"], range(len(scores)), xerr=scores["spread"], fmt="o", color=COLOURS[0], capsize=3)
-    axis.set_yticks(range(len(scores)), scores.index)
-    axis.set(xlabel=xlabel, ylim=(len(scores) - 0.5, -0.5))
-    axis.grid(axis="x", color="0.9")
-    figure.tight_layout()
-    return figure
-
-
 def class_scores(
     per_class: Mapping[str, Mapping[str, float | None]], overall: Mapping[str, tuple[float, float, float]]
 ) -> Figure:
