@@ -28,8 +28,9 @@ from torch.utils.data import Dataset, Subset
 from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
+from diffseg.charts import dots, half_interval
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.figures import COLOURS, WIDTH, dots, half_interval, save_figure
+from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import read_rows, sha256_text, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest

@@ -30,8 +30,9 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.metrics import ConfusionMatrix, mean_iou
 from diffseg.benchmarks.readers import data_folder, open_split
+from diffseg.charts import half_interval
 from diffseg.errors import DiffsegError
-from diffseg.figures import COLOURS, MARKERS, WIDTH, half_interval, save_figure
+from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
 from diffseg.files import atomic_path, read_rows, write_rows
 from diffseg.lab.manifests import read_json
 from diffseg.lab.provenance import provenance

@@ -15,11 +15,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from diffseg.charts import gains, study_scores
 from diffseg.experiments.label_or_network import reliability_figure
 from diffseg.experiments.ladder import ladder_figure
 from diffseg.experiments.mask_ablation import Variant, betas_figure, steps_figure
 from diffseg.experiments.noise import noise_figure
-from diffseg.figures import COLOURS, WIDTH, gains, save_figure, study_scores
+from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import atomic_path, read_rows, write_text
 from diffseg.lab.manifests import read_json
 from diffseg.lab.study_results import captions, score_rows

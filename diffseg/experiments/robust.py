@@ -17,9 +17,9 @@ import pandas as pd
 
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
+from diffseg.charts import half_interval
 from diffseg.errors import DiffsegError
 from diffseg.experiments.ladder import options_of, score, trained
-from diffseg.figures import half_interval
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest

@@ -154,7 +154,7 @@ def imported(cells: Iterable[str]) -> set[str]:
     queue = [module for cell in cells for module in imports_of(cell) if module != "diffseg.lab.runs"]
     while queue:
         module = queue.pop()
-        if module not in found and module != "diffseg.figures":
+        if module not in found and module not in ("diffseg.figures", "diffseg.charts"):
             found.add(module)
             if not module.startswith("diffseg.lab"):
                 inner = imports_of(module_path(module).read_text(encoding="utf-8"))

@@ -34,7 +34,8 @@ def write_results(study: Study) -> None:
         results / "studies" / f"{name}.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n",
     }
     if len(scores):
-        from diffseg.figures import save_figure, study_predictions, study_scores  # here: they load torch
+        from diffseg.charts import study_scores  # here: they load torch
+        from diffseg.figures import save_figure, study_predictions
 
         texts[results / "tables" / f"{name}.md"] = readable_table(record)
         figures = {name: study_scores(scores, study.configurations)}

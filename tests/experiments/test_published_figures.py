@@ -3,9 +3,10 @@
 import matplotlib.pyplot as plt
 import pytest
 
+from diffseg.charts import gains
 from diffseg.experiments.noise import LINES, STRENGTHS, noise_figure
 from diffseg.experiments.published_figures import BOXES, pipeline_figure, technique_gains
-from diffseg.figures import COLOURS, gains
+from diffseg.figures import COLOURS
 from diffseg.files import read_rows
 from diffseg.paths import project_root
 

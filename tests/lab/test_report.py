@@ -16,6 +16,7 @@ from PIL import Image
 
 import diffseg
 from diffseg.benchmarks.classes import VOC
+from diffseg.charts import half_interval
 from diffseg.errors import DiffsegError
 from diffseg.experiments.generator.measure import quality_tables
 from diffseg.experiments.generator.versions import version_rows
@@ -29,7 +30,6 @@ from diffseg.figures import (
     error_masks,
     error_tile,
     first_of_each,
-    half_interval,
     rgb,
     story,
 )

@@ -98,6 +98,7 @@ def test_parameters(changes, first):
         ("benchmarks/metrics.py", "round(0.03 *", "round(0.04 *", "05_evaluation"),
         ("lab/runs.py", "time.time()", "time.time() + 0", ""),
         ("figures.py", "dpi=150", "dpi=200", ""),
+        ("charts.py", 'xlabel="iteration"', 'xlabel="step"', ""),
         ("lab/report.py", "percent(", "percent (", ""),
     ],
 )
