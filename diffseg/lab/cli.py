@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     cleaner.add_argument("--yes", action="store_true", help="remove them without asking")
     cleaner.add_argument("--out", metavar="DIR", default="", help="folder of steps and runs (default: results)")
     publisher = commands.add_parser("publish", help="copy a run's numbers and notebooks to results/, fill the README")
-    publisher.add_argument("run", nargs="?", type=Path, help="such as results/runs/mini-voc; without, the README only")
+    publisher.add_argument("run", nargs="?", type=Path, help="such as results/runs/mini-voc; without, the README and "
+                           "the pages that are older than their notebook or data")  # fmt: skip
+    publisher.add_argument("--check", action="store_true", help="write nothing, only list the old pages")
     predictor = commands.add_parser("predict", help="masks, overlays and class areas of any pictures")
     predictor.add_argument("network", help="folder of a trained network (RUN/04_robust_training/synthetic), or hub id")
     predictor.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="files, and folders of pictures")
@@ -91,11 +93,16 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "clean":
             clean(arguments.out, arguments.yes)
         elif arguments.command == "publish":
-            from diffseg.lab.publishing import fill_readme, publish  # here: others need not wait for pandas
+            from diffseg.lab.old_pages import old_pages
+            from diffseg.lab.publishing import publish  # here: others need not wait for pandas
 
-            if arguments.run:
+            if not arguments.check:
                 publish(arguments.run)
-            fill_readme()
+            old = old_pages()
+            for page, changed in old.items():
+                print(f"{page} is older than {', '.join(changed)}; run diffseg run {page.parent.name} --force, "
+                      f"then diffseg publish results/runs/{page.parent.name}")  # fmt: skip
+            return int(arguments.check and bool(old))
         elif arguments.command == "predict":
             predict(arguments)
         elif arguments.command == "export":

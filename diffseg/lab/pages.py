@@ -22,6 +22,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
 from diffseg.errors import DiffsegError
+from diffseg.lab.old_pages import made_from_run, take_prose
 from diffseg.paths import project_root
 
 HERE = Path(__file__).parent
@@ -36,28 +37,21 @@ INSTEAD = [
     (r"\\displaystyle(?![a-zA-Z])", ""),
     (r"\\sum(?![a-zA-Z])", r"\\;\\sum"),
 ]
-# in a notebook's JSON: a value of the parameter `out`, and what comes before runs/ or steps/ in a path
-PLACE = re.compile(r"""(?<=out = \\")[^\\"]+|/[^\s"'<>\\]*/(?=(?:runs|steps)/)""")
+# in a notebook's JSON: a value of the parameter `out`, and what comes before runs/ or steps/ in a path; bounded, as
+# every slash of a figure's base64 begins a search
+PLACE = re.compile(r"""(?<=out = \\")[^\\"]+|/[^\s"'<>\\]{0,500}/(?=(?:runs|steps)/)""")
 LETTERS = FontProperties(size=11.5, math_fontfamily="stix")  # points: the page's 16 pixels, at 100 dots an inch
 
 
 def page(executed: Path, links: Mapping[str, str]) -> str:
-    """Return an executed notebook, <run>/notebooks/<step>.ipynb, as one HTML page.
+    """Return an executed notebook, <run>/notebooks/<step>.ipynb, as one HTML page, with the text of today's notebook.
 
     links: name of a notebook of the course -> address of its page, in order; the page's own among them. Raises a
     DiffsegError when there is no executed notebook.
     """
     run, step = executed.parents[1], executed.stem
-    try:
-        text = executed.read_text(encoding="utf-8")
-        # where it lay on the machine that ran it is of no use to a reader
-        text = PLACE.sub("results/", text).replace(f"{project_root()}/", "")
-        notebook = nbformat.reads(text, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError):
-        raise DiffsegError(
-            f"the run {run.name} has no executed notebook of {step}; "
-            f"run `diffseg run {run.name} --force` to execute its notebooks again."
-        ) from None
+    notebook = read_executed(run, step)
+    take_prose(notebook.cells, step)
     merge_parameters(notebook)
     renderer = Renderer()
     exporter = HTMLExporter(
@@ -75,10 +69,22 @@ def page(executed: Path, links: Mapping[str, str]) -> str:
     )
     names = list(links)
     place = names.index(step)
-    about = {"run": run.name, "step": step, "links": links}
+    about = {"run": run.name, "step": step, "links": links, "made_from": made_from_run(run, step)}
     about |= {"before": names[place - 1] if place else "", "after": names[place + 1] if names[place + 1 :] else ""}
     html, _ = exporter.from_notebook_node(notebook, about)
     return html
+
+
+def read_executed(run: Path, step: str) -> nbformat.NotebookNode:
+    """Return a run's executed notebook, without the folders of the machine that ran it, of no use to a reader."""
+    try:
+        text = (run / "notebooks" / f"{step}.ipynb").read_text(encoding="utf-8")
+        return nbformat.reads(PLACE.sub("results/", text).replace(f"{project_root()}/", ""), as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError):
+        raise DiffsegError(
+            f"the run {run.name} has no executed notebook of {step}; "
+            f"run `diffseg run {run.name} --force` to execute its notebooks again."
+        ) from None
 
 
 def index_page(runs: Mapping[str, Mapping[str, str]]) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST, atomic_path, write_text
 from diffseg.lab.batch import step_notebooks
+from diffseg.lab.old_pages import can_be_remade, old_pages
 from diffseg.lab.quoted import with_numbers
 from diffseg.lab.report import markdown, percent
 from diffseg.lab.runs import trouble
-from diffseg.lab.steps import STEPS
+from diffseg.lab.steps import STEPS, run_folder
 from diffseg.lab.studies import study_files
 from diffseg.paths import project_root
 
@@ -49,13 +50,30 @@ def readme_with_tables(readme: str, root: Path) -> str:
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", fill, readme, flags=re.DOTALL)
 
 
-def publish(run: Path) -> None:
+def publish(run: Path | None = None) -> None:
+    """Copy a finished run's numbers to results/, put all tables and numbers into the pages, and make old pages again.
+
+    The run's executed notebooks become pages for readers without Python (`write_pages`). Pages of other runs are made
+    again where they are old and results/runs has the executed notebook. Raises a DiffsegError as `copy_results` does.
+    """
+    names = copy_results(run) if run else []
+    fill_readme()  # before the pages, which show these numbers
+    if names:
+        write_pages(run, names)
+    for page in old_pages():
+        if can_be_remade(page):
+            write_pages(run_folder(page.parent.name), [page.stem])
+
+
+def copy_results(run: Path) -> list[str]:
     """Copy a finished run's summary, table, figures and manifests to results/, and write the table of all such runs.
 
-    Its executed notebooks become pages for readers without Python (`write_pages`). A run that holds only executed
-    notebooks outside the chain, 00 or 07, becomes pages only. Raises a DiffsegError when a step of the run is not
-    finished, and for a study, which writes its results itself.
+    Return the names of its executed notebooks. A run that holds only some outside the chain, 00 or 07, has nothing
+    else. Raises a DiffsegError when a step of the run is not finished or a notebook is missing, before anything is
+    written, and for a study, which writes its results itself.
     """
+    from diffseg.lab.pages import read_executed  # here: nbconvert takes seconds to load
+
     results = project_root() / "results"
     if not run.is_dir():
         raise DiffsegError(f"there is no run {run}; `diffseg list` names those in results/runs.")
@@ -63,7 +81,7 @@ def publish(run: Path) -> None:
         raise DiffsegError(f"{run} is a study; diffseg study {run.name} has written its results.")
     executed = sorted(path.stem for path in (run / "notebooks").glob("*.ipynb"))
     if executed and not set(executed) & set(step_notebooks()):
-        return write_pages(run, executed)
+        return executed
     target = results / run.name
     files = {target / "figures" / figure.name: figure for figure in (run / "figures").glob("*.png")}
     for step in (run / name for name in STEPS):
@@ -72,11 +90,13 @@ def publish(run: Path) -> None:
         files[target / "manifests" / f"{step.name}.json"] = step / MANIFEST
     for name in ("summary.json", "table.txt", "figures.txt"):
         files[target / name] = run / "06_report" / name
-    write_pages(run, list(step_notebooks()))
+    for name in step_notebooks():
+        read_executed(run, name)
     for path, source in files.items():
         with atomic_path(path) as temporary:
             shutil.copyfile(source, temporary)
     write_text(results / "tables" / "benchmarks.md", benchmarks_table(sorted(results.glob("*/summary.json"))))
+    return list(step_notebooks())
 
 
 def write_pages(run: Path, names: Sequence[str]) -> None:
@@ -90,7 +110,8 @@ def write_pages(run: Path, names: Sequence[str]) -> None:
     folder = project_root() / "results" / "notebooks"
     links = {path.stem: f"../{path.parent.name}/{path.name}" for path in sorted(folder.glob("*/0*.html"))}
     outside = {name: address for name, address in links.items() if name not in step_notebooks()}
-    links = dict(sorted((outside | {name: f"{name}.html" for name in names}).items()))
+    own = {*names, *(path.stem for path in (folder / run.name).glob("0*.html"))}
+    links = dict(sorted((outside | {name: f"{name}.html" for name in own}).items()))
     for name, html in {name: page(run / "notebooks" / f"{name}.ipynb", links) for name in names}.items():
         write_text(folder / run.name / f"{name}.html", html)
     runs: dict[str, dict[str, str]] = {}

@@ -36,6 +36,7 @@ from diffseg.figures import (
 from diffseg.files import read_rows, write_text
 from diffseg.lab.cli import main
 from diffseg.lab.manifests import write_manifest
+from diffseg.lab.old_pages import old_pages
 from diffseg.lab.pages import Renderer, formula, page
 from diffseg.lab.publishing import benchmarks_table, readme_with_tables, write_pages
 from diffseg.lab.report import (
@@ -412,6 +413,56 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     assert {path.name for path in target.iterdir()} == {"figures", "manifests", *names}
     assert [path.name for path in (target / "figures").iterdir()] == ["06_overview.png"]
     assert "| tiny " in (tmp_path / "results" / "tables" / "benchmarks.md").read_text()
+
+
+def test_no_published_page_is_older_than_its_notebook_or_its_data():
+    old = {f"{page.parent.name}/{page.name}": changed for page, changed in old_pages().items()}
+    assert not old, "run `diffseg publish`; where that is not enough it says what to run"
+
+
+def test_a_page_that_is_older_than_its_notebook_or_its_data_is_found_and_made_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
+    write_text(tmp_path / "results" / "tables" / "a.csv", "name,miou\nours,71.04\n")
+    text = nbformat.v4.new_markdown_cell("# Scores\n\nIt reaches 71.0<!-- tables/a.csv; name=ours; miou -->.")
+    code = nbformat.v4.new_code_cell('seed = 0\nread(project_root() / "results" / "tables" / "a.csv")')
+    notebook, run = tmp_path / "notebooks" / "05_evaluation.ipynb", tmp_path / "results" / "runs" / "tiny"
+
+    def write(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nbformat.v4.new_notebook(cells=[text, code]), path)
+
+    def check(*changed: str) -> None:
+        """Of the page `changed` is newer, and the command says so."""
+        assert [*old_pages().values()] == ([[*changed]] if changed else [])
+        assert main(["publish", "--check"]) == (1 if changed else 0)
+        assert all(name in capsys.readouterr().out for name in changed)
+
+    write(notebook)
+    write(run / "notebooks" / notebook.name)
+    write_text(run / "05_evaluation" / "manifest.json", "{}")
+    write_text(tmp_path / "results" / "tiny" / "manifests" / "05_evaluation.json", "{}")
+    write_pages(run, ["05_evaluation"])
+    page = tmp_path / "results" / "notebooks" / "tiny" / "05_evaluation.html"
+    check()
+    write_text(tmp_path / "results" / "tables" / "a.csv", "name,miou\nours,72.96\n")
+    check("results/tables/a.csv")
+    assert main(["publish"]) == 0  # writes the number into the notebook, and from there into the page
+    assert "It reaches 73.0<!--" in page.read_text()
+    check()
+    text.source = "# Scores of all classes"
+    write(notebook)
+    check("05_evaluation.ipynb")
+    assert main(["publish"]) == 0 and "Scores of all classes" in page.read_text()
+    check()
+    write_text(tmp_path / "results" / "tiny" / "manifests" / "05_evaluation.json", '{"key": "another run"}')
+    check("manifest.json")
+    assert main(["publish"]) == 0
+    check("manifest.json")  # the run here is not the published one
+    write_text(tmp_path / "results" / "tiny" / "manifests" / "05_evaluation.json", "{}")
+    code.source = code.source.replace("0", "1")
+    write(notebook)
+    assert main(["publish"]) == 0
+    check("05_evaluation.ipynb")  # its code has to be executed first
 
 
 def test_a_run_says_whether_it_reproduces_the_published_one(tmp_path, monkeypatch):
