@@ -3,14 +3,16 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from diffseg.errors import DiffsegError
-from diffseg.files import MANIFEST, atomic_path, write_text
+from diffseg.files import MANIFEST, atomic_path, read_rows, write_text
 from diffseg.lab.batch import step_notebooks
 from diffseg.lab.old_pages import can_be_remade, old_pages
-from diffseg.lab.quoted import with_numbers
+from diffseg.lab.quoted import with_cells, with_numbers
 from diffseg.lab.report import markdown, percent
 from diffseg.lab.runs import trouble
 from diffseg.lab.steps import STEPS, run_folder
@@ -48,6 +50,13 @@ def readme_with_tables(readme: str, root: Path) -> str:
         return f"<!-- table: {match[1]} -->\n{table}<!-- /table -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", fill, readme, flags=re.DOTALL)
+
+
+def claim_with_numbers(claim: Mapping[str, str], results: Path) -> dict[str, str]:
+    """Return a row of claims.csv with the numbers of its cells: the paper's in published.csv, ours in `mini_file`."""
+    paper = with_cells(claim["paper"], results, "published.csv", claim["paper_cells"])
+    finding = with_cells(claim["mini_finding"], results, claim["mini_file"], claim["mini_cells"])
+    return {**claim, "paper": paper, "mini_finding": finding}
 
 
 def publish(run: Path | None = None) -> None:
@@ -123,9 +132,13 @@ def write_pages(run: Path, names: Sequence[str]) -> None:
 def fill_readme() -> None:
     """Put tables and quoted numbers as they are now into the pages, as after a study or a run that was published.
 
-    Pages are README.md, those of results/ and notebooks/, and the text of the notebooks.
+    Pages are README.md, those of results/ and notebooks/, the text of the notebooks, and results/claims.csv.
     """
     root = project_root()
+    claims = root / "results" / "claims.csv"
+    if claims.is_file():
+        rows = [claim_with_numbers(row, claims.parent) for row in read_rows(claims)]
+        write_text(claims, pd.DataFrame(rows).to_csv(index=False))
     pages = [root / "README.md", root / "results" / "README.md", root / "notebooks" / "README.md"]
     for path in (*pages, *sorted(root.glob("notebooks/*.ipynb"))):
         if path.is_file():

@@ -20,33 +20,50 @@ NUMBER = r"\d[\d,]*(?:\.\d+)?"
 QUOTED = re.compile(
     rf"(?P<mean>{NUMBER})(?: ± (?P<spread>{NUMBER}))?<!-- (?P<file>[^ ;]+\.(?:csv|json)); (?P<cell>.+?) -->"
 )
+DECIMAL = re.compile(r"\d+\.\d+")
 FACTOR = re.compile(r" ([*/]) ([\d.]+(?:e\d+)?)$")
 
 
 def with_numbers(text: str, results: Path) -> str:
     """Return a page's text with every quoted number as it stands in its file below `results` today.
 
-    Raises a DiffsegError that names the comment whose cell is not there, or is no number.
+    Raises a DiffsegError that names the cell that is not there, or is no number.
     """
 
     def fill(match: re.Match) -> str:
-        comment = f"<!-- {match['file']}; {match['cell']} -->"
-        scaled = FACTOR.search(match["cell"])
-        factor = float(scaled[2]) ** (1 if scaled[1] == "*" else -1) if scaled else 1.0
-        steps = FACTOR.sub("", match["cell"]).split("; ")
-        numbers = []
-        try:
-            for old, suffix in ((match["mean"], ""), (match["spread"], "_spread")):
-                if old:
-                    value = float(find(read(results / match["file"]), [*steps[:-1], steps[-1] + suffix])) * factor
-                    numbers.append(f"{value:{',' if ',' in old else ''}.{len(old.partition('.')[2])}f}")
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            raise DiffsegError(
-                f"{comment} quotes no number that stands there ({error}); correct the comment, or the sentence."
-            ) from None
-        return " ± ".join(numbers) + comment
+        file, cell = match["file"], match["cell"]
+        parts = ((match["mean"], ""), (match["spread"], "_spread"))
+        numbers = [number(old, results, file, cell, suffix) for old, suffix in parts if old]
+        return f"{' ± '.join(numbers)}<!-- {file}; {cell} -->"
 
     return QUOTED.sub(fill, text)
+
+
+def with_cells(text: str, results: Path, file: str, cells: str) -> str:
+    """Return a text without comments, its decimals in order as they stand in the cells of one file, divided by ` | `.
+
+    Raises a DiffsegError as `with_numbers` does, and for more or fewer cells than decimals.
+    """
+    named = cells.split(" | ") if cells else []
+    count = len(DECIMAL.findall(text))
+    if count != len(named):
+        raise DiffsegError(f"{text!r} has {count} decimals and {len(named)} cells of {file}; name one cell for each.")
+    left = iter(named)
+    return DECIMAL.sub(lambda match: number(match[0], results, file, next(left)), text)
+
+
+def number(old: str, results: Path, file: str, cell: str, suffix: str = "") -> str:
+    """Return the number that a cell holds today, with the decimals and commas of an old one."""
+    scaled = FACTOR.search(cell)
+    factor = float(scaled[2]) ** (1 if scaled[1] == "*" else -1) if scaled else 1.0
+    steps = FACTOR.sub("", cell).split("; ")
+    try:
+        value = float(find(read(results / file), [*steps[:-1], steps[-1] + suffix])) * factor
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise DiffsegError(
+            f"no number stands in `{file}; {cell}` ({error}); correct the name of the cell, or the sentence."
+        ) from None
+    return f"{value:{',' if ',' in old else ''}.{len(old.partition('.')[2])}f}"
 
 
 def read(path: Path) -> Any:

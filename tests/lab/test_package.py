@@ -169,7 +169,7 @@ def test_a_comment_without_its_cell_is_named(comment, problem, tmp_path):
         .replace("1,234<", "9,999<")
     )
     assert with_numbers(wrong, tmp_path) == page
-    with pytest.raises(DiffsegError, match=f"{re.escape(comment)} -->.*{problem}"):
+    with pytest.raises(DiffsegError, match=f"{re.escape(comment)}`.*{problem}"):
         with_numbers(f"1.0<!-- {comment} -->", tmp_path)
 
 

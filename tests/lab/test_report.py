@@ -38,7 +38,8 @@ from diffseg.lab.cli import main
 from diffseg.lab.manifests import write_manifest
 from diffseg.lab.old_pages import old_pages
 from diffseg.lab.pages import Renderer, formula, page
-from diffseg.lab.publishing import benchmarks_table, readme_with_tables, write_pages
+from diffseg.lab.publishing import benchmarks_table, claim_with_numbers, readme_with_tables, write_pages
+from diffseg.lab.quoted import with_cells
 from diffseg.lab.report import (
     OURS,
     beside_published,
@@ -238,22 +239,29 @@ def test_the_interval_of_a_mean_is_students():
 # the claims
 
 
-def decimals(text: str) -> set[str]:
-    return set(re.findall(r"\d+\.\d+", text))
-
-
 @pytest.mark.parametrize("claim", read_csv("claims.csv"), ids=lambda row: row["claim"][:40])
-def test_a_claim_with_a_verdict_names_a_file_that_holds_its_numbers(claim):
+def test_a_claim_with_a_verdict_names_the_cells_of_its_numbers(claim):
     for verdict, file in (("mini", "mini_file"), ("paper_scale", "paper_scale_file")):
         assert claim[verdict] in ("shown", "not shown", "not run")
         if claim[verdict] != "not run":
-            assert (project_root() / claim[file]).is_file(), claim[file] or "a verdict needs a file"
-    if decimals(claim["mini_finding"]):
-        values = [float(value) for value in decimals((project_root() / claim["mini_file"]).read_text())]
-        rounded = {f"{value * factor:.{places}f}" for value in values for factor in (1, 100) for places in (1, 2)}
-        assert decimals(claim["mini_finding"]) <= rounded
-    published = {row["miou"] for row in read_csv("published.csv")} | {"0.2"}  # the paper's beta
-    assert decimals(claim["paper"]) <= published
+            assert (RESULTS / claim[file]).is_file(), claim[file] or "a verdict needs a file"
+    assert claim_with_numbers(claim, RESULTS) == claim, "run diffseg publish"
+
+
+def test_a_wrong_number_planted_in_a_claim_is_found():
+    decimals = [
+        (claim, column, match)
+        for claim in read_csv("claims.csv")
+        for column in ("paper", "mini_finding")
+        for match in re.finditer(r"\d+\.\d+", claim[column])
+    ]
+    assert len(decimals) > 40
+    for claim, column, match in decimals:
+        text, last = claim[column], match.end() - 1
+        planted = f"{text[:last]}{(int(text[last]) + 1) % 10}{text[last + 1 :]}"
+        assert claim_with_numbers(claim | {column: planted}, RESULTS) == claim
+    with pytest.raises(DiffsegError, match="has 2 decimals and 1 cells of tables/a.csv"):
+        with_cells("from 1.0 to 2.0", RESULTS, "tables/a.csv", "miou")
 
 
 # the README's tables
