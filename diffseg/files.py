@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from diffseg.errors import DiffsegError
 
 MANIFEST = "manifest.json"  # the last file of a step, .../steps/<step>/<key>/: what lies there is finished
+METADATA = "metadata.jsonl"  # captions of the images beside and below it, as Hugging Face's ImageFolder has them
 
 
 @contextlib.contextmanager

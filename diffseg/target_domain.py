@@ -14,11 +14,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from diffseg.errors import DiffsegError
+from diffseg.files import METADATA
 from diffseg.pictures import picture_files, read_picture, read_text
 from diffseg.seeds import derive_seed
 from diffseg.words import nfc, with_article
-
-METADATA = "metadata.jsonl"  # captions of the pictures beside and below it, as Hugging Face's ImageFolder has them
 
 
 def find_pictures(folder: str | Path) -> list[Path]:

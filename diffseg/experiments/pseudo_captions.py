@@ -21,11 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path
+from diffseg.files import METADATA, atomic_path
 from diffseg.inference import predict
 from diffseg.paths import locate
 from diffseg.segmenters import load_segmenter
-from diffseg.target_domain import METADATA, find_pictures
+from diffseg.target_domain import find_pictures
 from diffseg.words import nfc, with_article
 
 

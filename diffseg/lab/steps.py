@@ -16,7 +16,7 @@ from typing import Any
 
 import diffseg
 from diffseg.errors import DiffsegError
-from diffseg.files import sha256_file, sha256_text
+from diffseg.files import METADATA, sha256_file, sha256_text
 from diffseg.lab.declarations import FILES, INERT
 from diffseg.lab.manifests import fingerprint
 from diffseg.lab.parameters import is_parameters, read_cells
@@ -205,7 +205,7 @@ def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
                     found[inside.as_posix()] = file_digest(path)
         if parameter == "target_images":  # captions may stand in the folders above (`diffseg.target_domain`)
             for number, above in enumerate(places[0].absolute().parents, start=1):
-                if (captions := above / "metadata.jsonl").is_file():
+                if (captions := above / METADATA).is_file():
                     found["../" * number + captions.name] = file_digest(captions)
         if found:
             named[parameter] = found

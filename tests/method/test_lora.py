@@ -34,6 +34,7 @@ from diffseg import denoising, lora, target_domain
 from diffseg.errors import DiffsegError
 from diffseg.experiments.pseudo_captions import largest_classes
 from diffseg.experiments.pseudo_captions import main as guess_captions
+from diffseg.files import METADATA
 from diffseg.generator import draw, load_generator
 from diffseg.lora import TuningOptions, load_lora, tune
 from diffseg.paths import locate, project_root
@@ -332,7 +333,7 @@ def test_a_picture_has_its_own_caption_where_metadata_gives_one(pictures):
     by_lot = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
     without = lora.describe(paths, CAPTIONS, OPTIONS, 0)
     named = paths[1]
-    (named.parent / target_domain.METADATA).write_text(json.dumps({"file_name": named.name, "text": "a rider"}) + "\n")
+    (named.parent / METADATA).write_text(json.dumps({"file_name": named.name, "text": "a rider"}) + "\n")
     draws = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
     assert target_domain.own_captions(paths) == {named: "a rider"}
     exact = target_domain.to_tensor(Image.open(named))

@@ -12,10 +12,11 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import write_label
 from diffseg.benchmarks.readers import open_split, pictures_set
 from diffseg.errors import DiffsegError
+from diffseg.files import METADATA
 from diffseg.inference import predict
 from diffseg.pictures import read_picture
 from diffseg.segmenters import Segmenter
-from diffseg.target_domain import METADATA, build_captions, find_pictures, own_captions
+from diffseg.target_domain import build_captions, find_pictures, own_captions
 
 NOISE = np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)
 
