@@ -127,13 +127,13 @@ The encoder of the segmenter `resunet-resnet10t` (timm's ResNet-10-T without its
 `encoder_weights: mini` loads it into the synthetic network and into the real one; empty trains from scratch.
 
 - **Data**: scenes drawn on the fly from emoji art (`diffseg/experiments/encoder.py`), half of them with two objects,
-  softened, tinted and scaled. Their seeds are no benchmark's. It sees words of whole scenes, never a mask.
-- **Recipe**: `{recipe}`, from scratch: which of the mini world's
-  pictures a scene shows, largest logit over all positions, binary cross-entropy; {samples_seen:,} scenes, {steps:,}
+  softened, tinted and scaled. Their seeds are no benchmark's. It was trained on words of whole scenes, never on a mask.
+- **Recipe**: `{recipe}`, from scratch: which emoji of the
+  mini world a scene shows, largest logit over all positions, binary cross-entropy; {samples_seen:,} scenes, {steps:,}
   steps of {batch}, {seconds:,.0f} s of one thread beside other work; the loss curve is in `training.json`.
 - **Quality**: on {held_out[scenes]:,} held-out scenes the best name is right in {held_out[one]:.1%} of those with one
-  picture, the best two in {held_out[two]:.1%} of those with two.
-- **Known failures**: it knows drawn scenes; things below eight pixels it never saw.
+  emoji, the best two in {held_out[two]:.1%} of those with two.
+- **Known failures**: it knows drawn scenes only, and no objects below eight pixels.
 - **Licence**: MIT; the art is Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0.
 """
 

@@ -138,7 +138,7 @@ def export_oracle(folder: Path, weights: Path) -> dict:
     oracle = load_oracle(weights)  # what is measured is what is shipped
     val = open_split(VOC, data_folder("mini"), "val")
     result = evaluate(ClassOracle(oracle), val, VOC, batch_size=32)
-    note = training_note("python -m diffseg.miniworld.oracle train | export", folder, state, oracle)
+    note = training_note("python -m diffseg.experiments.oracle train | export", folder, state, oracle)
     note |= {"miou": result.miou, "samples": state["samples"], "iou": result.iou, "val_pictures": len(val)}
     note["held_out"] = check_oracle(oracle, HELD_OUT) | {"scenes": HELD_OUT}
     write_card(weights, note, CARD)
@@ -163,19 +163,19 @@ def write_card(weights: Path, note: dict, card: str) -> None:
 
 CARD = """# The oracle
 
-A DeepLabV3+ on a ResNet-18 cut after its third stage, {parameters:,} parameters, {size:.1f} MB in half precision, from
-64 x 64 pictures to the pictures of the mini world (`config.json`). It only judges: no step of the method uses it. Load
-it with `diffseg.miniworld.oracle.load_oracle()`.
+A DeepLabV3+ on the first three stages of a ResNet-18, {parameters:,} parameters, {size:.1f} MB in half precision, from
+64 x 64 images to the emoji of the mini world (`config.json`). It only judges: no step of the method uses it. Load it
+with `diffseg.miniworld.oracle.load_oracle()`.
 
-- **Data**: scenes drawn on the fly from emoji art with their true masks (`diffseg/miniworld/oracle.py`), softened and
-  tinted a little; their seeds are no benchmark's.
+- **Data**: scenes drawn on the fly from emoji art with their ground-truth masks (`diffseg/experiments/oracle.py`),
+  softened and tinted a little; their seeds are no benchmark's.
 - **Recipe**: `{recipe}`, from scratch: {samples_seen:,} scenes, {steps:,} steps of {batch}, {seconds:,.0f} s on
   {hardware[cores]} CPU cores; the loss curve is in `training.json`.
-- **Quality**: {miou:.1%} mIoU on mini VOC val ({val_pictures} pictures); on {held_out[scenes]:,} held-out scenes the
+- **Quality**: {miou:.1%} mIoU on mini VOC val ({val_pictures} images); on {held_out[scenes]:,} held-out scenes the
   IoU of objects is {held_out[object_iou]:.1%}, and {held_out[picture_accuracy]:.1%} of the scenes with one object are
-  given their own picture out of all.
-- **Known failures**: it knows drawn scenes and pictures like them, and calls everything one of its pictures or
-  background; thin parts are the least certain. IoU by class: `training.json`; its worst answers:
+  assigned to the right emoji of all.
+- **Known failures**: it knows drawn scenes and images like them, and takes everything for one of its emoji or
+  background. Thin parts are the least certain. IoU by class: `training.json`; its worst predictions:
   `results/figures/mini_oracle_worst.png`.
 - **Licence**: MIT; the art is Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0.
 """

@@ -254,7 +254,7 @@ def export_sam(folder: Path, weights: Path, scenes: int = 960) -> dict:
     sam.load_state_dict(state["average"]["sam"])
     save_half(sam, weights, CONFIG)
     sam = load_small_sam(weights)  # what is measured is what is shipped
-    note = training_note("python -m diffseg.small_sam train | export", folder, state, sam)
+    note = training_note("python -m diffseg.experiments.small_sam train | export", folder, state, sam)
     note["held_out"] = check_sam(sam, scenes) | {"scenes": scenes}
     write_card(weights, note, CARD)
     return note
@@ -263,22 +263,22 @@ def export_sam(folder: Path, weights: Path, scenes: int = 960) -> dict:
 CARD = """# The small Sam
 
 segment-anything's `Sam` at small size (`config.json`): {parameters:,} parameters, {size:.1f} MB in half precision, for
-pictures of 64 pixels; larger ones are shrunk to that. Use it as the refiner `sam` with `sam_checkpoint: mini`, or load
+images of 64 pixels; larger ones are shrunk to that. Use it as the refiner `sam` with `sam_checkpoint: mini`, or load
 it with `diffseg.small_sam.load_small_sam(folder)` and give it to segment-anything's `SamPredictor`.
 
 - **Data**: scenes drawn on the fly from emoji art and the masks of their objects, without classes; their seeds are no
-  benchmark's. Pictures are softened and tinted a little, and half of them are rendered by the generator's VAE, with
-  noise on their latents. (The shipped weights saw their first 65,488 scenes without the VAE; training from nothing has
-  it throughout.)
+  benchmark's. Images are softened and tinted a little, and half of them are rendered by the generator's VAE, with
+  noise on their latents. (The first 65,488 scenes of the shipped weights were drawn without the VAE; training from
+  scratch has it throughout.)
 - **Recipe**: `{recipe}`, from scratch: {samples_seen:,} scenes, {steps:,} steps of {batch}, {seconds:,.0f} s
   (CPU cores: {hardware[cores]}, OMP_NUM_THREADS: {hardware[threads]}); the loss curve is in `training.json`.
 - **Quality**, mean IoU on the first object of {held_out[scenes]:,} held-out scenes: a click {held_out[point]:.1%}, its
   box {held_out[box]:.1%}, a box off by 15 % with a click {held_out[loose_box_and_point]:.1%}, the same with a coarse
-  mask {held_out[with_coarse_mask]:.1%} (that mask alone, cut at one half: {held_out[coarse]:.1%}); box and click on
-  these scenes as the VAE renders them {held_out[through_vae]:.1%}. As a refiner of attention: `refined`, `scenes`
-  and `scenes_pairs` in `results/mini_generator.json`.
-- **Known failures**: it saw one or two objects before plain backgrounds; crowded street scenes and parts of objects are
-  strange to it. A click on the background is answered by some object all the same. Its worst answers to a click are
+  mask {held_out[with_coarse_mask]:.1%} (that mask alone, thresholded at one half: {held_out[coarse]:.1%}); box and
+  click on these scenes as the VAE renders them {held_out[through_vae]:.1%}. As a refiner of attention: `refined`,
+  `scenes` and `scenes_pairs` in `results/mini_generator.json`.
+- **Known failures**: it was trained on one or two objects before plain backgrounds, not on crowded street scenes or
+  parts of objects. A click on the background returns some object all the same. Its worst answers to a click are
   in `results/figures/mini_sam_worst.png`.
 - **Licence**: MIT; segment-anything's code is Apache 2.0; the art is Twemoji, Copyright 2019 Twitter, Inc and other
   contributors, CC-BY 4.0.

@@ -43,10 +43,10 @@ def test_hours_and_gigabytes_of_a_run_by_hand(monkeypatch):
     monkeypatch.setattr(scale, "SUSTAINED", 0.5)
     rows = scale.stages(BY_HAND, COUNTED, 6, {"jpg": [1, 2], "png": [0.5, 3]}, [3600, 7200])
     found = {row["stage"]: row for row in rows}
-    assert list(found) == ["03 pictures, masks", "03 dense CRF", "04 synthetic", "04 real", "05 evaluation"]
+    assert list(found) == ["03 images, masks", "03 dense CRF", "04 synthetic", "04 real", "05 evaluation"]
     picture = 2 * 1 + 2 * 5 * 10 + 7
-    assert found["03 pictures, masks"]["gpu_hours"] == pytest.approx(1000 * picture / 10 / 0.5)
-    assert found["03 pictures, masks"]["gigabytes"] == pytest.approx([1000 * 200 * 1.5e-9, 1000 * 200 * 5e-9])
+    assert found["03 images, masks"]["gpu_hours"] == pytest.approx(1000 * picture / 10 / 0.5)
+    assert found["03 images, masks"]["gigabytes"] == pytest.approx([1000 * 200 * 1.5e-9, 1000 * 200 * 5e-9])
     assert found["03 dense CRF"]["cpu_hours"] == pytest.approx([200_000, 400_000])
     assert found["04 synthetic"]["gpu_hours"] == pytest.approx(100 * 4 * 2 * 100 * (3 + 0.5 * 0.8) / 5 / 0.5)
     assert found["04 synthetic"]["gigabytes"] == pytest.approx([2, 2 + 4])  # and a checkpoint: weights and momentum

@@ -99,11 +99,11 @@ def stages(p: Mapping, counted: Mapping, validation: int, per_pixel: Mapping, cr
         tuning = {p["lora_precision"]: seen * (TUNING + p["lora_gradient_checkpointing"]) * each["unet"]}
         add("02 tuning", what, tuning, [copies * each["bytes"] / 1e9] * 2)
         around = seen * (each["text"] + each["encoder"]) + drawn * picture_cost(each, steps)
-        add("02 around it", f"{seen:,} pictures encoded, {drawn} drawn, in fp32", {"fp32": around})
-    what = f"{p['images']:,} pictures, {steps} steps, {p['height']} x {p['width']}"
+        add("02 around it", f"{seen:,} images encoded, {drawn} drawn, in fp32", {"fp32": around})
+    what = f"{p['images']:,} images, {steps} steps, {p['height']} x {p['width']}"
     size = [p["images"] * pixels * sum(bounds[k] for bounds in per_pixel.values()) / 1e9 for k in (0, 1)]
     work = {p["generator_precision"]: p["images"] * picture_cost(counted, steps)}
-    add("03 pictures, masks", what, work, size)
+    add("03 images, masks", what, work, size)
     if p["refiner"] == "crf":
         cpu = [p["images"] * pixels * seconds / 3600 for seconds in crf]
         add("03 dense CRF", "the same, on CPU cores beside the GPU", {}, cpu=cpu)
@@ -114,7 +114,7 @@ def stages(p: Mapping, counted: Mapping, validation: int, per_pixel: Mapping, cr
         work = {p["training_precision"]: training_cost(p, mode, counted["segmenter"])}
         add(stage, f"{mode}, networks: {NETWORKS[mode]}; {each_step}", work, [saved, saved * (2 + optimizer)])
     seen = validation * len(p["evaluation_scales"]) * (1 + p["evaluation_flip"]) * (networks + p["train_real"])
-    what = f"{validation:,} pictures, networks: {networks + p['train_real']}; in fp32"
+    what = f"{validation:,} images, networks: {networks + p['train_real']}; in fp32"
     add("05 evaluation", what, {"fp32": seen * counted["whole"]})
     return rows
 
@@ -187,7 +187,7 @@ def checks(results: Path) -> list[dict]:
             parts = (each.to("meta") for each in (pipeline.text_encoder, pipeline.unet, pipeline.vae))
             cost = picture_cost(count_generator(*parts, side, side), steps)
         seconds = capture[name]["variants"]["plain"]["seconds"]
-        found.append([f"{name}: a picture, {side} x {side}, {steps} steps", cost, seconds, "benchmarks/capture.json"])
+        found.append([f"{name}: an image, {side} x {side}, {steps} steps", cost, seconds, "benchmarks/capture.json"])
     file = "mini-voc/manifests/04_robust_training.json"
     manifest = json.loads((results / file).read_text())
     p = manifest["parameters"]
