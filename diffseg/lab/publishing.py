@@ -139,7 +139,7 @@ def fill_readme() -> None:
     if claims.is_file():
         rows = [claim_with_numbers(row, claims.parent) for row in read_rows(claims)]
         write_text(claims, pd.DataFrame(rows).to_csv(index=False))
-    pages = [root / "README.md", root / "results" / "README.md", root / "notebooks" / "README.md"]
+    pages = [root / "README.md", root / "results" / "README.md", *root.glob("notebooks/**/README.md")]
     for path in (*pages, *sorted(root.glob("notebooks/*.ipynb"))):
         if path.is_file():
             text = path.read_text(encoding="utf-8")
