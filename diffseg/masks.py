@@ -29,8 +29,8 @@ def class_scores(maps: torch.Tensor, classes: Sequence[int], size: tuple[int, in
     if not is_clear.all():
         flat = sorted({classes[k] for k in range(len(classes)) if not is_clear[k]})
         raise DiffsegError(
-            f"the attention to the word of class {', '.join(map(str, flat))} is flat or not a number: no "
-            "mask can be cut; choose another word for it, other attention_steps, or float32"
+            f"the attention to the word of class {', '.join(map(str, flat))} is flat or not a "
+            "number, so it gives no mask; choose another word for it, other attention_steps, or float32"
         )
     scores = F.interpolate(((maps - low) / (high - low))[None], size, mode="bilinear", align_corners=False)[0]
     ids = sorted(set(classes))

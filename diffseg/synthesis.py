@@ -197,7 +197,7 @@ def write_lists(rows: Sequence[Prompt], folder: Path, failed_share: float = 0.01
     Incomplete when a mask is missing, and a DiffsegError when more than `failed_share` (0..1) of the images failed.
     """
     if missing := [row for row in rows if not is_cut(folder, row)]:
-        raise Incomplete(f"{len(missing)} of {len(rows)} masks are not cut yet (the first is {name_of(missing[0])}).")
+        raise Incomplete(f"{len(missing)} of {len(rows)} masks are not made yet (the first is {name_of(missing[0])}).")
     index, failed = [], []
     for row in rows:
         name = name_of(row)

@@ -158,7 +158,7 @@ def test_a_job_array_with_a_killed_share_makes_the_bytes_of_one(one, tmp_path):
     second.kill()
     out, error = first.communicate(timeout=300)
     assert first.returncode == 0, error[-2000:]
-    assert "share 1/3 is done" in out and "masks are not cut yet" in out
+    assert "share 1/3 is done" in out and "masks are not made yet" in out
     assert not (run / "03_synthesis" / "manifest.json").exists()
     last = [share(3), share(2)]
     said = [process.communicate(timeout=300) for process in last]

@@ -81,7 +81,7 @@ def test_an_interrupted_or_divided_synthesis_makes_the_same_files(pipeline, rows
         draw_set(pipeline, rows, shares / "drawn", OPTIONS, 4, share=(k, 2))
         cut_set(rows, shares / "drawn", shares / "cut", VOC, OPTIONS, batch_size=4, share=(k, 2))
         if k:
-            with pytest.raises(Incomplete, match="6 of 10 masks are not cut yet"):
+            with pytest.raises(Incomplete, match="6 of 10 masks are not made yet"):
                 write_lists(rows, shares / "cut")
     write_lists(rows, shares / "cut")
     assert hashes(shares) == hashes(root)
