@@ -1,8 +1,8 @@
-"""Are the target pictures learnt, or learnt by heart? And when to stop: a rule that reads no label.
+"""Are the target images learned, or memorised? And when to stop: a rule that reads no label.
 
-Some target pictures are kept from tuning. A generator that has learnt the domain draws pictures that lie as near to
-these as to the tuned ones; a generator that copies lies nearer to the tuned ones. The number of neighbours among the
-tuned pictures is thus a three-sample test for copying, as that of Meehan, Chaudhuri & Dasgupta (2020).
+Some target images are held out. A generator that has learned the domain draws images that lie as near to these as to
+the tuned ones. The images of a generator that copies lie nearer to the tuned ones. The number of neighbours among the
+tuned images is thus a three-sample test for copying, as that of Meehan, Chaudhuri & Dasgupta (2020).
 """
 
 from collections.abc import Sequence

@@ -39,9 +39,9 @@ def find_pictures(folder: str | Path) -> list[Path]:
 
 
 def hold_out(paths: Sequence[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
-    """Split pictures by lot into those to tune on and the `share` (0 to below 1) that is kept from tuning.
+    """Split images at random into those to tune on and the `share` (0 to below 1) that is held out.
 
-    The pictures kept back tell whether the others are learnt by heart. Both lists stay in the order of `paths`.
+    The held-out images tell whether the others are memorised. Both lists stay in the order of `paths`.
     Raises a DiffsegError for a share out of range.
     """
     if not 0 <= share < 1:
@@ -129,7 +129,7 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 class Draws(Dataset):
     """Item n is all that the n-th picture of the training depends on; a pure function of (seed, n).
 
-    A picture has its own caption (`own_captions`), or one of `captions` by lot, the same for all pictures.
+    An image has its own caption (`own_captions`), or one of `captions`, sampled at random.
     pixels: float32 3 x H x W in -1..1; caption; timestep; noise and posterior_noise: float32, of the latent's
     shape. Pictures come in shuffled rounds, so all are seen equally often.
     """

@@ -1,11 +1,11 @@
-"""Which maps make the best masks? One thing varied at a time, on pictures that are drawn once.
+"""Which maps make the best masks? One thing varied at a time, on images that are drawn once.
 
-A variant is a set of map resolutions, a choice of denoising steps and a refiner; each is cut with several betas.
-All variants see the same pictures, because one drawing carries one recorder for every choice of steps: recorders
-nest, and neither the picture nor another recorder's maps notice.
+A variant is a set of map resolutions, a choice of denoising steps and a refiner; each is thresholded with several
+betas. All variants have the same images, because one drawing carries one recorder for every choice of steps: recorders
+nest, and change neither the image nor another recorder's maps.
 
-The reference is what a segmentation network sees in the picture. A drawn picture has no true mask, so the network
-must be one whose eyes are better than the masks; for the mini world it is the oracle, which was trained on true masks.
+The reference is what a segmentation network predicts for the image. A drawn image has no ground-truth mask, so the
+network must be better than the masks. For the mini world it is the oracle, which was trained on ground-truth masks.
 """
 
 import argparse

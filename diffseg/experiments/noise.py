@@ -53,7 +53,7 @@ COLUMNS = ("kind", "strength", "mode", "seed", "label_miou", "miou", "seconds") 
 
 
 def disturb(label: torch.Tensor, kind: str, strength: float, seed: int, classes: int, ignore: int) -> torch.Tensor:
-    """Disturb a true mask (int64 H x W; 0 = background, 1..classes-1, ignore stays); strength 0 returns it as it is.
+    """Disturb a ground-truth mask (int64 H x W; 0 = background, 1..classes-1, ignore stays); strength 0: as it is.
 
     dilation: objects grow by `strength` pixels (the larger id wins where two meet); shift: the mask moves by
     `strength` pixels in a random direction, background comes in; dropped: each class of the picture becomes background
@@ -116,7 +116,7 @@ class Disturbed(Dataset):
 
 
 def label_miou(pictures: Dataset, noisy: Dataset) -> float:
-    """Return the mIoU of the disturbed masks against the true ones, 0..1: how strong the noise is."""
+    """Return the mIoU of the disturbed masks against the ground truth, 0..1: how strong the noise is."""
     matrix = ConfusionMatrix(VOC.num_classes, VOC.ignore)
     for k in range(len(pictures)):
         matrix.update(pictures[k][2], noisy[k][2].masked_fill(noisy[k][2] == VOC.ignore, 0))
@@ -139,7 +139,7 @@ def means(rows: list[dict]) -> list[dict]:
 
 
 def noise_figure(rows: list[dict]) -> Figure:
-    """Draw mIoU over strength (0: true masks), a panel a kind, a line a mode: means, 95 % intervals over seeds."""
+    """Draw mIoU over strength (0: ground truth), a panel a kind, a line a mode: means, 95 % intervals over seeds."""
     kinds = [kind for kind in STRENGTHS if any(row["kind"] == kind for row in rows)]
     figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 2.3), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
@@ -163,7 +163,7 @@ def noise_figure(rows: list[dict]) -> Figure:
 def study(folder: Path, chosen: argparse.Namespace) -> list[dict]:
     """Train every mode on every noise, write the rows as they come, and the figure and manifest at the end.
 
-    A study that was cut goes on with the rows that are missing, if its settings are the same.
+    An interrupted study resumes with the rows that are missing, if its settings are the same.
     """
     device, started = PartialState().device, time.time()
     table, manifest = folder / "tables" / "noise_seeds.csv", folder / "tables" / "noise.json"

@@ -1,15 +1,15 @@
-"""Guess what target pictures show, with a network that was trained on synthetic ones, as captions for LoRA tuning.
+"""Guess what target images show, with a network that was trained on synthetic ones, as captions for LoRA tuning.
 
     python -m diffseg.experiments.pseudo_captions NETWORK --out results/data/street-captions --words rider=cyclist
 
-One caption for all pictures ties the domain's look to the words of that caption. Step 3 draws class words, so the look
-should come beside those, too. Nobody has said what is in which picture; but the network of a run without tuning
-(results/runs/NAME/04_robust_training/synthetic) has an opinion. Wrong captions cost something, as a word that is drawn
-by lot does; so only the largest classes are named. Still no label is read. Our choice: the paper is silent on captions.
+One caption for all images ties the domain's look to the words of that caption. Step 3 draws class words, so the look
+should come beside those, too. Nobody has said what is in which image, but the network of a run without tuning
+(results/runs/NAME/04_robust_training/synthetic) has a prediction. Wrong captions cost something, as a randomly assigned
+word does, so only the largest classes are named. No label is read. Our choice: the paper is silent on captions.
 On mini Cityscapes the guesses are wrong too often: the score falls (`guessed` in results/tables/lora.csv).
 
-The folder that comes out holds links to the pictures and metadata.jsonl with their captions, as Hugging Face's
-ImageFolder has it: give it as target_images. Pictures in which the network sees nothing get the captions of all.
+The folder that comes out holds links to the images and metadata.jsonl with their captions, as Hugging Face's
+ImageFolder has it: give it as target_images. Images in which the network finds nothing get the captions of all.
 """
 
 import argparse

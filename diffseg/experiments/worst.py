@@ -21,7 +21,7 @@ from diffseg.paths import project_root
 from diffseg.small_sam import load_small_sam
 
 BATCH = 32
-Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # picture uint8 3 x H x W, true labels H x W, found labels
+Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image uint8 3 x H x W, ground truth H x W, prediction
 
 
 def oracle_answers(count: int) -> Iterator[Answer]:
@@ -47,7 +47,7 @@ def sam_answers(count: int) -> Iterator[Answer]:
 
 
 def mean_iou(truth: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the mean over the true labels, but 0, of the IoU in one picture."""
+    """Return the mean over the classes of the ground truth, but 0, of the IoU in one image."""
     return float(np.mean([iou(found == k, truth == k) for k in truth.unique() if k > 0]))
 
 

@@ -1,7 +1,7 @@
-"""The oracle: a segmenter that saw true masks of every picture of the mini world; a diagnostic, no part of the method.
+"""The oracle: a segmenter trained on ground-truth masks of the mini world; a diagnostic, no part of the method.
 
-Its classes are the pictures themselves, so one network answers three questions: which picture is where, which VOC
-class is where (the probabilities of its pictures summed), and where is any object at all. It is trained by
+Its classes are the emoji themselves, so one network answers three questions: which emoji is where, which VOC
+class is where (the probabilities of its emoji summed), and where is any object at all. It is trained by
 `diffseg.experiments.oracle`.
 """
 
