@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffseg.files import MANIFEST, sha256_file, sha256_text
 from diffseg.lab.parameters import read_cells
-from diffseg.lab.steps import run_folder
+from diffseg.lab.steps import STEPS, run_folder
 from diffseg.paths import project_root
 
 OPENED = re.compile(r'project_root\(\) / "results"(?: / "[^"]+")+')  # in a code cell
@@ -46,8 +46,10 @@ def made_from(notebook: Path, manifest: Path) -> dict[str, str]:
 
 
 def made_from_run(run: Path, step: str) -> dict[str, str]:
-    """Return what a page of a run's executed notebook would be made from; {} where it has none."""
-    return made_from(run / "notebooks" / f"{step}.ipynb", run / step / MANIFEST)
+    """Return what a page of a run's executed notebook would be made from; {} where it has none. Of 00 and 07, outside
+    the chain, no manifest is published, so none is noted."""
+    manifest = run / step / MANIFEST if step in STEPS else Path()
+    return made_from(run / "notebooks" / f"{step}.ipynb", manifest)
 
 
 def old_pages() -> dict[Path, list[str]]:

@@ -428,6 +428,17 @@ def test_no_published_page_is_older_than_its_notebook_or_its_data():
     assert not old, "run `diffseg publish`; where that is not enough it says what to run"
 
 
+def test_a_page_outside_the_chain_is_not_older_than_its_run_for_want_of_a_manifest(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
+    run = tmp_path / "results" / "runs" / "mini-world"
+    write_executed(tmp_path / "notebooks" / "00_mini_world.ipynb")
+    write_executed(run / "notebooks" / "00_mini_world.ipynb")
+    (run / "00_mini_world").mkdir()
+    write_manifest(run / "00_mini_world", [], {"step": "00_mini_world", "key": "k", "parameters": {}})
+    assert main(["publish", str(run)]) == 0
+    assert (tmp_path / "results" / "notebooks" / "mini-world" / "00_mini_world.html").is_file() and old_pages() == {}
+
+
 def test_a_page_that_is_older_than_its_notebook_or_its_data_is_found_and_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
     write_text(tmp_path / "results" / "tables" / "a.csv", "name,miou\nours,71.04\n")
