@@ -1,7 +1,6 @@
 """What do capture and refiners cost? Pictures per second beside the plain pipeline, in one run.
 
-python -m diffseg.experiments.speed.capture            writes results/benchmarks/capture.json, on a CPU
-python -m diffseg.experiments.speed.capture --gpu      the part of it that needs a GPU
+python -m diffseg.experiments.speed.capture      writes results/benchmarks/capture.json
 
 Every repetition calls all variants in turn, and a ratio is the median of the ratios within a repetition, so a change
 in the machine's load meets plain and captured pictures alike. Pipelines (random weights but for `mini`):
@@ -19,12 +18,11 @@ in the machine's load meets plain and captured pictures alike. Pipelines (random
 Where the package attention-map-diffusers (1.0, MIT) is installed, it is timed on the same layers and steps, for the
 same tokens: as it comes, when it keeps queries and keys for later ("fast"), and when it computes at once ("exact").
 Peak memory is that of a process which makes one call, one process for each variant.
-`--gpu` measures generators of full size on a GPU instead (ON_GPU), with the peak of the GPU's memory.
+Generators of full size on a GPU: `diffseg.experiments.speed.capture_gpu`.
 """
 
 import argparse
 import dataclasses
-import gc
 import importlib.util
 import json
 import statistics
@@ -50,7 +48,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC
 from diffseg.drawing import draw_rows
-from diffseg.experiments.full_size import GENERATORS, NOISE, sdxl_unet
+from diffseg.experiments.full_size import NOISE, sdxl_unet
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import write_text
 from diffseg.generator import load_generator, load_tokenizer
@@ -292,75 +290,12 @@ def measure_memory(name: str, variants: Sequence[str]) -> list[dict]:
     return found
 
 
-def full_flux() -> FluxPipeline:
-    """Return Flux schnell's transformer at full size, in bf16 from the start: float32 would not fit beside it."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return build_flux(24, 19, 38)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-# Full-size generators, half precision, on a GPU: how they are built, side, resolutions, batch, steps, repetitions.
-ON_GPU = {
-    "sd15, batch 1": Shape(GENERATORS["sd15"], 512, (16, 64, 32, 8), 1, 20, 5, ()),
-    "sd15, batch 8": Shape(GENERATORS["sd15"], 512, (16, 64, 32, 8), 8, 10, 3, ()),
-    "sdxl": Shape(GENERATORS["sdxl"], 1024, (32, 64), 1, 5, 3, ()),
-    "sd35-medium": Shape(GENERATORS["sd35-medium"], 1024, (64,), 1, 5, 3, ()),
-    "flux-schnell": Shape(full_flux, 1024, (64,), 1, 4, 3, ()),
-}
-
-
-def timed_on_gpu(call: Callable) -> Callable:
-    """Return the call with all of the GPU's work in it."""
-
-    def whole() -> None:
-        call()
-        torch.cuda.synchronize()
-
-    return whole
-
-
-def measure_gpu(shape: Shape) -> dict:
-    """Compare one of ON_GPU on the GPU, with the GPU memory's peak of each variant. The weights are random."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):  # random weights of this size take minutes on a CPU
-        pipeline = shape.build()
-    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)  # its tables belong on the CPU
-    pipeline.to("cuda", torch.bfloat16 if shape.build is full_flux else torch.float16)
-    pipeline.set_progress_bar_config(disable=True)
-    rows, options, peaks = prompts_for(pipeline, shape.batch), options_for(shape), {}
-    calls = {name: timed_on_gpu(call) for name, call in captures(pipeline, rows, options, shape).items()}
-    for name, call in list(calls.items()):
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            call()
-        except Exception as error:  # the peer does not serve every family in every mode; ours must
-            if not name.startswith(PEER):
-                raise
-            peaks[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
-            del calls[name]
-        else:
-            peaks[name] = {"peak_bytes": torch.cuda.max_memory_allocated()}
-        torch.cuda.empty_cache()
-    compared = compare(calls, shape.batch, shape.repetitions)
-    return {
-        "guidance_scale": GUIDANCE,
-        "batch": shape.batch,
-        "steps": shape.steps,
-        "side": shape.side,
-        "repetitions": shape.repetitions,
-        "variants": {name: compared.get(name, {}) | peaks[name] for name in peaks},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     parser.add_argument("--repetitions", type=int, help="in place of each pipeline's own number")
     parser.add_argument("--sam-checkpoint", default="", help="file of Segment Anything's weights, to time that refiner")
     parser.add_argument("--sam-model", default="vit_b", help="which of its models the file holds")
-    parser.add_argument("--gpu", action="store_true", help="measure full-size generators on a GPU, and nothing else")
     parser.add_argument("--no-memory", action="store_true", help="leave out the measurements of memory")
     parser.add_argument("--output", type=Path, default=project_root() / "results" / "benchmarks" / "capture.json")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # the processes of measure_memory
@@ -372,15 +307,8 @@ def main() -> None:
     # the pipelines that are not measured now keep what an earlier run found
     kept = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     report: dict = {"pipelines": {name: row for name, row in kept.get("pipelines", {}).items() if name in PIPELINES}}
-    report["gpu"] = {name: row for name, row in kept.get("gpu", {}).items() if name in ON_GPU}
-    for name in ON_GPU if arguments.gpu else []:
-        report["gpu"][name] = measure_gpu(ON_GPU[name]) | provenance()
-        for variant, values in report["gpu"][name]["variants"].items():
-            print(f"{name}, {variant}:", {key: values.get(key) for key in ("seconds", "ratio", "peak_bytes", "error")})
-        gc.collect()  # a pipeline is in a circle of references
-        torch.cuda.empty_cache()
-        write_text(arguments.output, json.dumps(report, indent=1) + "\n")
-    for name in [] if arguments.gpu else arguments.pipelines:
+    report["gpu"] = kept.get("gpu", {})
+    for name in arguments.pipelines:
         shape, pipeline = PIPELINES[name], build(name)
         repetitions = arguments.repetitions or shape.repetitions
         rows, options = prompts_for(pipeline, shape.batch), options_for(shape)
