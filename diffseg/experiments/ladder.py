@@ -13,33 +13,29 @@ Seeds are of the training: initial decoder, order and augmentation; all of them 
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
-from functools import partial
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 import torch
-from accelerate import PartialState
 from matplotlib.figure import Figure
-from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from diffseg.benchmarks.classes import Benchmark, get_benchmark
-from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
-from diffseg.charts import dots, half_interval
+from diffseg.charts import dots
+from diffseg.errors import DiffsegError
 from diffseg.experiments.mask_ablation import load_reference
+from diffseg.experiments.paired import options_of, paired_gain, score, trained
 from diffseg.figures import COLOURS, WIDTH, save_figure
-from diffseg.files import read_rows, sha256_text, write_rows, write_text
+from diffseg.files import read_rows, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.lab.report import OURS
-from diffseg.lab.steps import named_files, notebook_of
+from diffseg.lab.steps import notebook_of
 from diffseg.paths import project_root
-from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
-from diffseg.training import NETWORKS, TrainingOptions, train_once
 
 REAL, ORACLE, UNTUNED, WITHOUT = (
     "real images, ground-truth masks",
@@ -67,13 +63,6 @@ class Relabelled(Dataset):
         return name, image, self.labels[index]
 
 
-def options_of(parameters: dict, mode: str) -> TrainingOptions:
-    """Return the training of step 4 under its parameters, in another mode."""
-    known = {field.name for field in fields(TrainingOptions)} & parameters.keys()
-    values = {name: tuple(v) if isinstance(v := parameters[name], list) else v for name in known}
-    return TrainingOptions(**values | {"precision": parameters["training_precision"], "training_mode": mode})
-
-
 def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Dataset:
     """Return a rung's images with their labels; `run` is the run that made the synthetic ones."""
     synthetic = pictures_set(run / "03_synthesis", benchmark)
@@ -86,50 +75,18 @@ def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Data
     return Subset(real, [k * len(real) // count for k in range(count)])
 
 
-def trained(
-    folder: Path,
-    name: str,
-    images: str | None,
-    parameters: dict,
-    options: TrainingOptions,
-    dataset: Dataset,
-    benchmark: Benchmark,
-    seed: int,
-) -> Segmenter | Ensemble:
-    """Return a training's network on this machine's device; one that is in `folder` already is not trained again.
-
-    name: of the training, any seed's. images: key of the step that made the synthetic ones. parameters: of step 4.
-    """
-    device = PartialState().device
-    start = {each: parameters[each] for each in ("segmenter", "encoder_weights")}
-    # a network of another recipe lies elsewhere, so what is there is what this call would train
-    recipe = json.dumps([images, start, named_files(start), asdict(options)])
-    place, title = folder / sha256_text(recipe)[:12] / f"{name}-{seed}", f"{name}, seed {seed}"
-    count, weights = NETWORKS[options.training_mode], start["encoder_weights"] or None
-    untrained = partial(new_networks, count, start["segmenter"], benchmark.classes, seed, weights)
-    train_once(place, untrained, dataset, benchmark.ignore, options, seed, device, title)
-    return load_segmenter(place).to(device)
-
-
-def score(network: nn.Module, scored: Dataset, benchmark: Benchmark) -> float:
-    """Return a network's mIoU on a split in %, without a useful interval."""
-    device = PartialState().device
-    return 100 * evaluate(network, scored, benchmark, batch_size=32, device=device, bootstrap=2).miou
-
-
 def climb(chosen: argparse.Namespace) -> list[dict]:
     """Train and score every rung and seed that is not there yet, and return a row each, mIoU in %."""
     values, run = resolve(chosen.run, {})
-    others = {
-        "without": run.with_name(chosen.without or run.name),
-        "untuned": run.with_name(chosen.untuned or run.name),
-    }
+    named = {"without": chosen.without, "untuned": chosen.untuned}
+    if unnamed := [f"--{rung}" for rung in chosen.rungs if named.get(rung) == ""]:
+        raise DiffsegError(f"these rungs train on another run's images; name it with {' and '.join(unnamed)}.")
     parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     folder = chosen.folder / parameters["run"]
     for rung in chosen.rungs:
-        source = others.get(rung, run)
+        source = run.with_name(named.get(rung, run.name))
         dataset = training_set(rung, benchmark, source, root)
         # ground truth and the oracle's masks need no robustness, and the last rung has none by its name
         mode = parameters["training_mode"] if rung in ("ours", "untuned") else "baseline"
@@ -161,9 +118,8 @@ def means(rows: Sequence[dict]) -> list[dict]:
         row |= {"ratio": f"{score[key] / real:.2f}" if real else ""}
         ours = {int(each["seed"]): float(each["miou"]) for each in groups.get((*key[:2], OURS), [])}
         others = {int(each["seed"]): float(each["miou"]) for each in some} if key[2] != OURS else {}
-        gains = [ours[seed] - others[seed] for seed in ours.keys() & others.keys()]
-        for name, side in (("", 0), ("_low", -1), ("_high", 1)):
-            row[f"ours_gains{name}"] = f"{mean(gains) + side * half_interval(gains):.1f}" if len(gains) > 1 else ""
+        for name, value in zip(("", "_low", "_high"), paired_gain(ours, others), strict=True):
+            row[f"ours_gains{name}"] = "" if isnan(value) else f"{value:.1f}"
         found.append(row)
     return found
 

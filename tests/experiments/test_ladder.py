@@ -12,6 +12,7 @@ from diffseg.benchmarks.labels import write_picture_label
 from diffseg.benchmarks.readers import data_folder
 from diffseg.experiments import ladder
 from diffseg.experiments.mask_ablation import load_reference
+from diffseg.experiments.paired import options_of
 from diffseg.lab.batch import step_parameters
 from diffseg.lab.steps import notebook_of
 from diffseg.miniworld.disk import voc_scene
@@ -51,7 +52,7 @@ def test_the_rungs_differ_in_images_or_masks_alone(run):
 
 def test_the_recipe_is_that_of_step_4():
     parameters = step_parameters(notebook_of("04_robust_training"), {"iterations": 7, "training_precision": "bf16"})
-    options = ladder.options_of(parameters, "ensemble")
+    options = options_of(parameters, "ensemble")
     assert isinstance(options, TrainingOptions) and options.training_mode == "ensemble"
     assert (options.iterations, options.precision) == (7, "bf16")
     same = {field.name for field in dataclasses.fields(options)} & parameters.keys() - {"training_mode", "iterations"}

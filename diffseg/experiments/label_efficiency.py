@@ -1,0 +1,153 @@
+"""How many labelled images do the words replace? Networks on n real images, alone and with synthetic ones.
+
+python -m diffseg.experiments.label_efficiency mini-voc --finer mini-imagenet-s [--split dev] [--seeds 5]
+    results/tables/label_efficiency.csv (means and paired gains), label_efficiency_seeds.csv (a row a training),
+    label_efficiency.json, results/figures/label_efficiency.png and .pdf
+
+Every network takes as many steps as the parameter file says, all in all. A seed chooses the labelled images, nested
+over n, and the training's randomness; the synthetic images are those of the named runs for every seed.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch.utils.data import ConcatDataset, Subset
+
+from diffseg.benchmarks.classes import get_benchmark
+from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
+from diffseg.charts import half_interval
+from diffseg.errors import DiffsegError
+from diffseg.experiments.paired import network_folder, options_of, paired_gain, score, trained
+from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
+from diffseg.files import write_text
+from diffseg.lab.batch import resolve, step_parameters
+from diffseg.lab.manifests import read_manifest
+from diffseg.lab.provenance import provenance
+from diffseg.lab.steps import notebook_of, run_folder
+from diffseg.paths import project_root
+from diffseg.seeds import derive_seed
+
+COUNTS = (20, 45, 90, 180, 720)
+ALONE, AFTER, FINER, MIXED = (
+    "real images alone",
+    "after synthetic images",
+    "after synthetic images of finer classes",
+    "mixed with synthetic images",
+)
+ARMS = (ALONE, AFTER, FINER, MIXED)
+
+
+def trainings(chosen: argparse.Namespace) -> list[dict]:
+    """Train every arm, number and seed that is not there yet, and return a row each, mIoU in %.
+
+    Pretrained networks take half of the steps on synthetic images (of their own classes) and half on the labelled
+    ones. In a mixed set each labelled image is repeated, so that half of what the network sees is real.
+    """
+    values, _ = resolve(chosen.parameters, {})
+    parameters = step_parameters(notebook_of("04_robust_training"), values)
+    benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
+    real = open_split(benchmark, root, benchmark.training_split)
+    scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
+    options = options_of(parameters, "baseline")
+    half = replace(options, iterations=options.iterations // 2)
+    synthetic, finer = (images_of(name) for name in (chosen.parameters, chosen.finer))
+    rows = []
+
+    def row(arm: str, count: int, seed: int, *recipe) -> None:
+        images, start, how, dataset = recipe
+        name = f"{ARMS.index(arm)}-{count}"
+        network = trained(chosen.folder, name, images, parameters | start, how, dataset, benchmark, seed)
+        rows.append({"arm": arm, "labelled": count, "seed": seed, "miou": round(score(network, scored, benchmark), 2)})
+        print(*rows[-1].values(), sep=", ", flush=True)
+
+    for seed in range(chosen.seeds):
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(derive_seed(seed, "labelled")))
+        starts = {}
+        for arm, (key, dataset, classes) in {AFTER: synthetic, FINER: finer}.items():
+            how = chosen.folder, f"start-{ARMS.index(arm)}", key, parameters, half
+            trained(*how, dataset, classes, seed)
+            starts[arm] = {"initial_network": str(network_folder(*how, seed).resolve())}
+        row(AFTER, 0, seed, synthetic[0], {}, options, synthetic[1])
+        for count in chosen.counts:
+            some = Subset(real, order[:count].tolist())
+            row(ALONE, count, seed, None, {}, options, some)
+            for arm in (AFTER, FINER):
+                row(arm, count, seed, None, starts[arm], half, some)
+            both = ConcatDataset([synthetic[1], *[some] * max(1, len(synthetic[1]) // count)])
+            row(MIXED, count, seed, synthetic[0], {}, options, both)
+    return rows
+
+
+def images_of(name: str) -> tuple:
+    """Return the key, the images and masks, and the classes of a run's step 3."""
+    values, _ = resolve(name, {})
+    benchmark, folder = get_benchmark(values["benchmark"]), run_folder(name) / "03_synthesis"
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None:
+        raise DiffsegError(f"{folder} is not finished; run `diffseg run {name} --only 1-3` first.")
+    return manifest["key"], pictures_set(folder, benchmark), benchmark
+
+
+def means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each number of labelled images and arm: mean and standard deviation over seeds, and the paired
+    gain over as many real images alone, with a 95 % interval of Student's t."""
+    found, scores = [], rows.pivot(index="seed", columns=["labelled", "arm"], values="miou")
+    for (count, arm), group in rows.groupby(["labelled", "arm"], sort=False):
+        row = {"arm": arm, "labelled": count, "seeds": len(group)}
+        row |= {"miou": group.miou.mean(), "miou_spread": group.miou.std()}
+        if count and arm != ALONE:
+            gain = paired_gain(scores[count, arm].dropna().to_dict(), scores[count, ALONE].dropna().to_dict())
+            row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
+        found.append(row)
+    return pd.DataFrame(found).sort_values(["labelled", "arm"], kind="stable").round(2)
+
+
+def label_figure(rows: pd.DataFrame) -> Figure:
+    """Draw mIoU over the number of labelled images, a line an arm, with 95 % intervals over seeds; the network on
+    synthetic images alone is a horizontal line."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 2.8))
+    axis.axhline(rows[rows.labelled == 0].miou.mean(), color="0.3", linestyle="--", label="synthetic images alone")
+    for arm, colour, marker in zip(ARMS, COLOURS, MARKERS, strict=False):
+        groups = rows[(rows.arm == arm) & (rows.labelled > 0)].groupby("labelled").miou
+        halves = [half_interval(some.tolist()) for _, some in groups]
+        axis.errorbar(groups.mean().index, groups.mean(), halves, color=colour, marker=marker, capsize=2, label=arm)
+    counts = sorted(set(rows.labelled) - {0})
+    axis.set(xscale="log", xlabel="labelled real images", ylabel="mIoU (%)")
+    axis.set_xticks(counts, list(map(str, counts)))
+    axis.minorticks_off()
+    axis.grid(axis="y", color="0.92")
+    axis.legend(loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parameters", help="name of a parameter file whose run has step 3")
+    parser.add_argument("--finer", required=True, help="name of a parameter file of finer classes whose run has step 3")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of labelled images")
+    parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
+    parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
+    parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "label-efficiency")
+    parser.add_argument("--out", type=Path, default=project_root() / "results")
+    chosen = parser.parse_args(arguments)
+    frame, tables = pd.DataFrame(trainings(chosen)), chosen.out / "tables"
+    for name, table in (("label_efficiency", means(frame)), ("label_efficiency_seeds", frame)):
+        write_text(tables / f"{name}.csv", table.to_csv(index=False))
+    images = {name: images_of(name)[0] for name in (chosen.parameters, chosen.finer)}
+    split = chosen.split or "validation"
+    write_text(
+        tables / "label_efficiency.json", json.dumps({"images": images, "split": split} | provenance(), indent=1)
+    )
+    save_figure(label_figure(frame), chosen.out / "figures" / "label_efficiency.png")
+
+
+if __name__ == "__main__":
+    main()

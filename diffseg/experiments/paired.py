@@ -1,0 +1,73 @@
+"""Trainings that are compared seed by seed: each is made once, and their mean difference has an interval."""
+
+import json
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import Dataset
+
+from diffseg.benchmarks.classes import Benchmark
+from diffseg.benchmarks.evaluation import evaluate
+from diffseg.charts import half_interval
+from diffseg.files import sha256_text
+from diffseg.lab.steps import named_files
+from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
+from diffseg.training import NETWORKS, TrainingOptions, train_once
+
+
+def options_of(parameters: dict, mode: str) -> TrainingOptions:
+    """Return the training of step 4 under its parameters, in another mode."""
+    known = {field.name for field in fields(TrainingOptions)} & parameters.keys()
+    values = {name: tuple(v) if isinstance(v := parameters[name], list) else v for name in known}
+    return TrainingOptions(**values | {"precision": parameters["training_precision"], "training_mode": mode})
+
+
+def network_folder(
+    folder: Path, name: str, images: str | None, parameters: dict, options: TrainingOptions, seed: int
+) -> Path:
+    """Return the place of a training's network: one of another recipe lies elsewhere."""
+    start = {each: parameters[each] for each in ("segmenter", "encoder_weights")}
+    named = named_files(start | {"initial_network": parameters.get("initial_network", "")})  # wherever it lies
+    recipe = json.dumps([images, start, named, asdict(options)])
+    return folder / sha256_text(recipe)[:12] / f"{name}-{seed}"
+
+
+def trained(
+    folder: Path,
+    name: str,
+    images: str | None,
+    parameters: dict,
+    options: TrainingOptions,
+    dataset: Dataset,
+    benchmark: Benchmark,
+    seed: int,
+) -> Segmenter | Ensemble:
+    """Return a training's network on this machine's device; one that is in `folder` already is not trained again.
+
+    name: of the training, any seed's. images: key of the step that made the synthetic ones. parameters: of step 4.
+    """
+    device, place = PartialState().device, network_folder(folder, name, images, parameters, options, seed)
+    start = parameters["encoder_weights"] or None, parameters.get("initial_network", "")
+    count = NETWORKS[options.training_mode]
+    untrained = partial(new_networks, count, parameters["segmenter"], benchmark.classes, seed, *start)
+    train_once(place, untrained, dataset, benchmark.ignore, options, seed, device, f"{name}, seed {seed}")
+    return load_segmenter(place).to(device)
+
+
+def score(network: nn.Module, scored: Dataset, benchmark: Benchmark) -> float:
+    """Return a network's mIoU on a split in %, without a useful interval."""
+    device = PartialState().device
+    return 100 * evaluate(network, scored, benchmark, batch_size=32, device=device, bootstrap=2).miou
+
+
+def paired_gain(scores: dict[int, float], others: dict[int, float]) -> tuple[float, float, float]:
+    """Return the mean difference of equal seeds (seed -> score in %) and the ends of its 95 % interval of Student's t;
+    nan for fewer than two seeds."""
+    gains = [scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())]
+    if len(gains) < 2:
+        return (float("nan"),) * 3
+    return mean(gains), mean(gains) - half_interval(gains), mean(gains) + half_interval(gains)
