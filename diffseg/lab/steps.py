@@ -43,6 +43,7 @@ STEPS = {
 # made of these, so another beta or refiner draws nothing anew.
 NOTEBOOKS = {"03_drawing": "03_synthesis"}
 PACKAGE = Path(diffseg.__file__).parent
+CARD = "README.md"  # describes a folder of weights and enters no computation
 KEY_LENGTH = 20  # hex digits of the sha256: short paths, and no two steps of one name meet
 
 
@@ -180,7 +181,7 @@ def module_path(module: str) -> Path:
 
 
 def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return parameter -> (file -> sha256) of the files that parameters name, of a folder all that are not hidden.
+    """Return parameter -> (file -> sha256) of the files that parameters name, but hidden ones and cards of a folder.
 
     A short name such as "mini" stands for what it is made of (`diffseg.paths.sources`), a benchmark for its word table
     and class list; a data set of one's own counts whole. What is no file or folder, as a hub's id, adds nothing.
@@ -201,7 +202,7 @@ def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         for place in places:
             for path in [place] if place.is_file() else sorted(place.rglob("*")):
                 inside = path.relative_to(place) if place.is_dir() else Path(path.name)
-                if path.is_file() and not any(part.startswith(".") for part in inside.parts):
+                if path.is_file() and path.name != CARD and not any(part.startswith(".") for part in inside.parts):
                     found[inside.as_posix()] = file_digest(path)
         if parameter == "target_images":  # captions may stand in the folders above (`diffseg.target_domain`)
             for number, above in enumerate(places[0].absolute().parents, start=1):

@@ -181,3 +181,10 @@ def test_captions_above_the_target_images_count(tmp_path):
     assert set(after["target_images"]) - set(before["target_images"]) == {"../metadata.jsonl"}
     (tmp_path / "streets" / "metadata.jsonl").write_text('{"file_name": "day/0.png", "text": "a road"}\n')
     assert named_files({"target_images": str(folder)}) != after
+
+
+def test_the_wording_of_a_card_makes_nothing_anew(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = named_files({"encoder_weights": str(tmp_path)})
+    (tmp_path / "README.md").write_text("# An encoder\n")
+    assert before["encoder_weights"] and named_files({"encoder_weights": str(tmp_path)}) == before
