@@ -1,11 +1,11 @@
-"""Cross-attention of a generator while it draws: where in the picture is each word of the prompt?
+"""Cross-attention of a generator while it draws: where in the image is each word of the prompt?
 
-A layer of cross-attention answers, for every position of the picture, how much of each prompt token it reads:
+A layer of cross-attention answers, for every position of the image, how much of each prompt token it reads:
 
-    A = softmax(Q K^T / sqrt(d))        Q from the picture (h w x d), K from the prompt (tokens x d)
+    A = softmax(Q K^T / sqrt(d))        Q from the image (h w x d), K from the prompt (tokens x d)
 
 The column of a word's token, reshaped to h x w, is a map of that word. In the joint attention of newer generators
-K holds the picture's positions too. `AttentionRecorder` averages these maps over heads, layers and denoising steps
+K holds the image's positions too. `AttentionRecorder` averages these maps over heads, layers and denoising steps
 while an unchanged pipeline call runs:
 
     with AttentionRecorder(pipeline, tokens, resolutions=(16,)) as recorder:
@@ -15,8 +15,8 @@ while an unchanged pipeline call runs:
 Nothing in the generator is exchanged. Hooks say which attention layer runs. While it runs, `Look` sees the query and
 the key that the layer hands to PyTorch's attention function, after all that a family does to them (norms, rotary
 positions, LoRA, masks). The probabilities are computed a second time beside it, only where they are asked for, so the
-picture is the same, bit for bit, with and without the recorder. The same pass also gives the self-attention (what each
-position of the picture reads of the others), for the refiner of that name.
+image is the same, bit for bit, with and without the recorder. The same pass also gives the self-attention (what each
+position of the image reads of the others), for the refiner of that name.
 """
 
 import functools
@@ -43,7 +43,7 @@ class AttentionRecorder:
     """Record the attention of chosen words in one text-to-image call of a pipeline that `diffseg.families` knows.
 
     pipeline: the pipeline; it is as before on leaving, also after an exception.
-    tokens: for each picture of the call, for each of its words, the keys of the word's tokens (`diffseg.tokens`); a
+    tokens: for each image of the call, for each of its words, the keys of the word's tokens (`diffseg.tokens`); a
         word's map is the mean over its tokens in each text encoder, then over the encoders.
     resolutions: map sizes to record, each the shorter side in positions; 16 is 16 x 16, or 16 x 32 at 1:2.
         None for all that the generator has.
@@ -54,9 +54,9 @@ class AttentionRecorder:
         the text's.
 
     Unless they are kept separately, memory does not grow with the number of steps: for each layer a running sum in
-    float32 of the words' maps (words x h x w a picture), and for all layers together one of the self-attention
-    ((h w)^2 a picture: 0.3 MB at 16 x 16, 4 MB at 32 x 32, 67 MB at 64 x 64). A picture's maps do not depend on its
-    batch: within 1e-4 of their largest value in float32, and within the rounding of the pictures themselves in half
+    float32 of the words' maps (words x h x w an image), and for all layers together one of the self-attention
+    ((h w)^2 an image: 0.3 MB at 16 x 16, 4 MB at 32 x 32, 67 MB at 64 x 64). An image's maps do not depend on its
+    batch: within 1e-4 of their largest value in float32, and within the rounding of the images themselves in half
     precision.
     """
 
@@ -78,8 +78,8 @@ class AttentionRecorder:
         self.self_resolution = self_resolution
         self.words = [len(words) for words in tokens]
         if self.resolutions == [] or not self.words or 0 in self.words:
-            raise DiffsegError("there is nothing to record; give a resolution, and a word for each picture")
-        # picture x key x word: multiplying by it averages the tokens of each word
+            raise DiffsegError("there is nothing to record; give a resolution, and a word for each image")
+        # image x key x word: multiplying by it averages the tokens of each word
         encoders = key_ranges(pipeline).values()
         self.weights = torch.zeros(len(tokens), max(keys.stop for keys in encoders), max(self.words))
         for b, words in enumerate(tokens):
@@ -134,8 +134,8 @@ class AttentionRecorder:
             if len(model_output) != len(self.words):
                 self.sums.clear()
                 raise DiffsegError(
-                    f"the recorder has the words of {len(self.words)} pictures and the call draws "
-                    f"{len(model_output)}; give it the words of every picture of the call"
+                    f"the recorder has the words of {len(self.words)} images and the call draws "
+                    f"{len(model_output)}; give it the words of every image of the call"
                 )
             self.scheduler_steps, self.is_fresh = self.scheduler_steps + 1, True
             return step(model_output, *args, **kwargs)
@@ -143,7 +143,7 @@ class AttentionRecorder:
         return counting
 
     def before_evaluation(self, denoiser, args: tuple, kwargs: dict) -> None:
-        """Note the step and the picture's grid.
+        """Note the step and the image's grid.
 
         Some schedulers evaluate the denoiser more often than once a step: Heun twice in every step but the last,
         PNDM twice in the first. Their `timesteps` list every evaluation, so this division finds its step. Guidance may
@@ -212,7 +212,7 @@ class AttentionRecorder:
         query and key: batch x heads x sequence x channels. attn_mask: what is added to Q K^T, or False where nothing
         may be read; it broadcasts to batch x heads x queries x keys.
         """
-        if self.has_shown:  # a second one is an IP-Adapter's, and reads a picture
+        if self.has_shown:  # a second one is an IP-Adapter's, and reads an image
             return
         self.has_shown = True
         layer, size, kinds = self.layer
@@ -240,7 +240,7 @@ class AttentionRecorder:
                 found, place = found.unflatten(-1, size).unflatten(1, size), ("", -1)
             else:
                 weights = self.weights_of(key[0, 0, text].shape[0], key.device)
-                if self.softmax == "joint":  # what is read of the picture itself counts for no word
+                if self.softmax == "joint":  # what is read of the image itself counts for no word
                     weights = F.pad(weights, (0, 0, *around))
                 found = attend(query[:, :, image], key[:, :, keys], mask, scale, weights)
                 found, place = found.transpose(1, 2).unflatten(-1, size), (layer, self.step if self.separately else -1)
@@ -249,14 +249,14 @@ class AttentionRecorder:
             self.counts[place] += 1
 
     def weights_of(self, count: int, device: torch.device) -> torch.Tensor:
-        """Return the words' weights of a text with that many keys, picture x key x word."""
+        """Return the words' weights of a text with that many keys, image x key x word."""
         self.weights = self.weights.to(device)
         if count < self.weights.shape[1] and self.weights[:, count:].any():
             raise DiffsegError(f"a word is cut off: the call reads {count} tokens of a prompt; shorten the prompt")
         return F.pad(self.weights[:, :count], (0, 0, 0, max(0, count - self.weights.shape[1])))
 
     def maps(self, resolutions: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Return one float32 tensor (words x h x w, probabilities 0..1) for each picture, on the CPU.
+        """Return one float32 tensor (words x h x w, probabilities 0..1) for each image, on the CPU.
 
         resolutions: which of the recorded ones to average; None for all. h x w is the largest of them; each has
         the same weight, however many layers it has. Raises a DiffsegError when a step or a resolution that was
@@ -267,7 +267,7 @@ class AttentionRecorder:
         return [mean[b, :words] for b, words in enumerate(self.words)]
 
     def word_maps(self) -> list[WordMaps]:
-        """Return what is kept of each picture: its words' maps of every layer and, where recorded so, of every step."""
+        """Return what is kept of each image: its words' maps of every layer and, where recorded so, of every step."""
         steps = [[step] for step in sorted(self.evaluated & set(self.steps or self.evaluated))]
         if not self.separately:
             steps = [[step for [step] in steps]]
@@ -278,14 +278,14 @@ class AttentionRecorder:
         for place in sorted(self.sums, key=lambda place: (place[2], place[3])):
             if place[0] == "cross":
                 layers.setdefault(place[2], []).append((self.sums[place] / self.counts[place]).cpu())
-        stacked = {layer: torch.stack(maps) for layer, maps in layers.items()}  # step x picture x word x h x w
+        stacked = {layer: torch.stack(maps) for layer, maps in layers.items()}  # step x image x word x h x w
         return [
             WordMaps({layer: maps[:, b, :words] for layer, maps in stacked.items()}, steps, attentions[b])
             for b, words in enumerate(self.words)
         ]
 
     def self_attention(self) -> list[torch.Tensor]:
-        """Return one float32 tensor h x w x h x w for each picture, on the CPU: what [y, x] reads of [v, u].
+        """Return one float32 tensor h x w x h x w for each image, on the CPU: what [y, x] reads of [v, u].
 
         The mean over heads, layers and recorded steps at `self_resolution`; what a position reads sums to 1.
         Raises a DiffsegError when a step or the resolution did not occur, or none was asked for.
@@ -306,7 +306,7 @@ class AttentionRecorder:
         places = [place for place in self.sums if place[:2] == (kind, resolution)]
         if not places:
             raise DiffsegError(
-                f"no {kind}-attention was recorded at resolution {resolution}: at this picture size the "
+                f"no {kind}-attention was recorded at resolution {resolution}: at this image size the "
                 f"generator has it at {sorted(self.met[kind])}; choose attention_resolutions among them"
             )
         return sum(self.sums[place] for place in places) / sum(self.counts[place] for place in places)

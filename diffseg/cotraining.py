@@ -3,7 +3,7 @@
 Pseudo-labels are weak labels: where they are reliable they teach, elsewhere the other of two networks does, or they
 count little. The co-training is BECO's (CVPR 2023), which the paper modifies; that the other network may name only the
 image's classes is our addition. The weights are URN's (AAAI 2022). Every loss is a sum over pixels divided by the
-number of pixels that are not ignored, so a pixel weighs the same in every picture, and a picture without a single
+number of pixels that are not ignored, so a pixel weighs the same in every image, and an image without a single
 reliable or valid pixel adds zero and no nan.
 
 Shapes: images float32 B x 3 x H x W; logits float32 B x K x H x W; labels int64 B x H x W; masks bool B x H x W.
@@ -130,7 +130,7 @@ def paste(
     region: torch.Tensor,
     online: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Paste the `region` (bool B x H x W) of other pictures, with their online labels, on pictures of a batch.
+    """Paste the `region` (bool B x H x W) of other images, with their online labels, on images of a batch.
 
     Returns images, label, reliable and the boundary band. Pasted pixels are reliable, with the online label that
     the networks are confident of; the others keep their pseudo-label and its reliability (our choice: the source
@@ -141,5 +141,5 @@ def paste(
 
 
 def partners(count: int) -> torch.Tensor:
-    """Return whom each picture of a batch takes from: neighbours exchange, an odd last one keeps to itself."""
+    """Return whom each image of a batch takes from: neighbours exchange, an odd last one keeps to itself."""
     return torch.tensor([k ^ 1 if k ^ 1 < count else k for k in range(count)])

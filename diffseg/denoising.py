@@ -12,7 +12,7 @@ def noised_and_target(
     latents: torch.Tensor, noise: torch.Tensor, alphas: torch.Tensor, prediction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the noised latents, and what the UNet shall predict: the noise (Ho et al. 2020) or the velocity
-    (Salimans & Ho 2022). alphas: cumulative alpha of each picture's timestep (B), the rest B x C x h x w."""
+    (Salimans & Ho 2022). alphas: cumulative alpha of each image's timestep (B), the rest B x C x h x w."""
     a = alphas.view(-1, 1, 1, 1)
     noised = a.sqrt() * latents + (1 - a).sqrt() * noise
     if prediction == "epsilon":

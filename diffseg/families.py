@@ -1,7 +1,7 @@
 """What differs between the families of text-to-image generators: one table, and the few functions that read it.
 
-Attention reads the picture's positions as queries and the prompt's tokens as keys. In **cross-attention** the keys are
-the tokens alone. In **joint attention** picture and tokens are one sequence, and each reads all. A prompt may pass
+Attention reads the image's positions as queries and the prompt's tokens as keys. In **cross-attention** the keys are
+the tokens alone. In **joint attention** image and tokens are one sequence, and each reads all. A prompt may pass
 several text encoders; their keys stand one behind the other.
 
 Read from diffusers 0.42.1, and checked on small pipelines of the real classes (tests/method/test_families.py). SD 1.x,
@@ -133,7 +133,7 @@ def image_grid(denoiser, args: tuple, kwargs: Mapping) -> tuple[int, int]:
     if "img_ids" in kwargs:  # of packed latents: index, row and column of each position
         rows, columns = kwargs["img_ids"][..., 1:3].reshape(-1, 2).amax(dim=0).tolist()
         return int(rows) + 1, int(columns) + 1
-    if "img_shapes" in kwargs:  # frames, rows and columns of each image of each picture
+    if "img_shapes" in kwargs:  # frames, rows and columns of each image
         return kwargs["img_shapes"][0][0][1:]
     latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
     [patch] = denoiser.config.get("all_patch_size", [denoiser.config.get("patch_size") or 1])
@@ -149,7 +149,7 @@ def image_size(pipeline, height: int | None, width: int | None) -> tuple[int, in
 
 
 def latent_noise(pipeline, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
-    """Return float32 noise, one picture from each generator, as the pipeline would draw it."""
+    """Return float32 noise, one image from each generator, as the pipeline would draw it."""
     channels, factor = denoiser_of(pipeline).config.in_channels, pipeline.vae_scale_factor
     generators, patches = list(generators), family_of(pipeline).patches
     if patches == "sequence":
@@ -160,7 +160,7 @@ def latent_noise(pipeline, generators: Sequence[torch.Generator], height: int, w
 
 
 def call_arguments(pipeline, sampling_steps: int) -> dict:
-    """Return the arguments that make a call obey: no other picture size, no other prompt, the table's number of keys.
+    """Return the arguments that make a call obey: no other image size, no other prompt, the table's number of keys.
 
     Only those that the pipeline's signature has.
     """

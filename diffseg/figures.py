@@ -60,7 +60,7 @@ class Tile:
 
 
 def as_array(picture: Picture) -> np.ndarray:
-    """Return H x W or H x W x 3 of a picture that may be a tensor with the channels first."""
+    """Return H x W or H x W x 3 of an image that may be a tensor with the channels first."""
     if isinstance(picture, torch.Tensor):
         picture = (picture.permute(1, 2, 0) if picture.ndim == 3 else picture).cpu().numpy()
     return np.asarray(picture)
@@ -231,7 +231,7 @@ def draw_tile(axis: Axes, tile: Tile, colours: Mapping[int, str]) -> None:
 def first_of_each(pictures: Sequence[tuple], classes: Sequence[int]) -> dict[int, int]:
     """Return class id -> index of the first (name, image, label) in which no other of `classes` covers more pixels.
 
-    A class that is nowhere the largest is left out. Pictures are read until all classes are found.
+    A class that is nowhere the largest is left out. Images are read until all classes are found.
     """
     found: dict[int, int] = {}
     for k in range(len(pictures)):

@@ -1,4 +1,4 @@
-"""Load a text-to-image generator, and draw pictures whose every pixel follows from prompt and seed."""
+"""Load a text-to-image generator, and draw images whose every pixel follows from prompt and seed."""
 
 import textwrap
 from collections.abc import Sequence
@@ -136,7 +136,7 @@ def _load_pipeline(name: str, dtype: torch.dtype, variant: str) -> DiffusionPipe
                 )
             check_pipeline_folder(Path(place), variant)
             index = DiffusionPipeline.load_config(place)
-            # what the folder leaves out, as SD 3 may its T5; and the checker, which blackens pictures
+            # what the folder leaves out, as SD 3 may its T5; and the checker, which blackens images
             absent = {key: None for key, value in index.items() if isinstance(value, list) and value[0] is None}
             if "safety_checker" in index:
                 absent |= {"safety_checker": None, "requires_safety_checker": False}
@@ -218,11 +218,11 @@ def draw(
     sampling_steps: int = 20,
     guidance_scale: float = 4.0,
 ) -> list[Image.Image]:
-    """Draw one picture for each prompt from its own seed, so that a picture does not depend on its batch.
+    """Draw one image for each prompt from its own seed, so that an image does not depend on its batch.
 
-    The noise of each picture comes from a CPU generator of its own, in float32 whatever the generator's precision:
+    The noise of each image comes from a CPU generator of its own, in float32 whatever the generator's precision:
     the same on every device and, up to rounding, in every precision. (Left to diffusers, it is drawn in the generator's
-    precision: on a GPU with torch 2.11 the pictures in fp16 were others altogether.) An image with pixels that are no
+    precision: on a GPU with torch 2.11 the images in fp16 were others altogether.) An image with pixels that are no
     numbers, as a VAE in half precision can give, comes out black. Raises a DiffsegError for negative prompts of a
     family that has none.
     """

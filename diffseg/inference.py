@@ -1,4 +1,4 @@
-"""Use a trained network on any picture, or on files and folders of pictures."""
+"""Use a trained network on any image, or on files and folders of images."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ JPEG_QUALITY = 95  # of overlays; our choice
 
 @dataclass
 class View:
-    """A picture (uint8 3 x H x W) and what a network sees of it (float32 3 x h x w, 0..1; shorter side `side`)."""
+    """An image (uint8 3 x H x W) and what a network sees of it (float32 3 x h x w, 0..1; shorter side `side`)."""
 
     name: str
     image: torch.Tensor
@@ -41,12 +41,12 @@ def predict(
     picture: Image.Image | str | os.PathLike,
     side: int | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the label map (int64 H x W, the picture's own size) and the class names; names[id] is a pixel's class.
+    """Return the label map (int64 H x W, the image's own size) and the class names; names[id] is a pixel's class.
 
-    network: what `load_segmenter` returns, or the folder or hub id that it takes. picture: a PIL image or a file, of
-    any size, read as `read_picture` does. side: the picture is scaled so that its shorter side has that many pixels,
+    network: what `load_segmenter` returns, or the folder or hub id that it takes. image: a PIL image or a file, of
+    any size, read as `read_picture` does. side: the image is scaled so that its shorter side has that many pixels,
     before the network sees it; None: as in its training, which is saved with the network, since it knows objects at
-    that size; 0: the picture's own size. Raises a DiffsegError for what cannot be read.
+    that size; 0: the image's own size. Raises a DiffsegError for what cannot be read.
     """
     if not isinstance(network, torch.nn.Module):
         network = load_segmenter(network)
@@ -57,14 +57,14 @@ def predict(
 def predict_files(
     network: torch.nn.Module, places: Sequence[Path], folder: Path, side: int | None = None, batch_size: int = 8
 ) -> int:
-    """Predict picture files, and all pictures below folders; return how many there are.
+    """Predict image files, and all images below folders; return how many there are.
 
     Written to `folder` are MASKS/<name>.png (palette PNG, a pixel is its class id; beyond 255 classes R + 256 * G),
-    OVERLAYS/<name>.jpg, and AREAS with a row for each class in a picture: its pixels and their share (0..1). The name
+    OVERLAYS/<name>.jpg, and AREAS with a row for each class in an image: its pixels and their share (0..1). The name
     is the path below a given folder, or the file's name, without its suffix. side: as in `predict`. batch_size:
     neighbours that have one size for the network are predicted together. What is interrupted leaves none of its files.
 
-    Raises a DiffsegError before it begins where there is no picture, two have one name, `folder` holds one of these
+    Raises a DiffsegError before it begins where there is no image, two have one name, `folder` holds one of these
     files or folders already, or the network does not say at which side it was trained; and one in the end where some
     could not be read: FAILED has the reasons.
     """
@@ -75,7 +75,7 @@ def predict_files(
     if side is None and not network.side:
         raise DiffsegError(
             "the network's config.json does not say at which side it was trained (diffseg 0.3.0 did not save it); give "
-            "--side, for mini --side 64, or --side 0 for the pictures' own size."
+            "--side, for mini --side 64, or --side 0 for the images' own size."
         )
     if there := [name for name in (MASKS, OVERLAYS, AREAS, FAILED) if (folder / name).exists()]:
         raise DiffsegError(
@@ -102,7 +102,7 @@ def predict_files(
         write_rows(made / FAILED, failed, ["picture", "reason"])
     if failed:
         raise DiffsegError(
-            f"{len(failed)} of {len(pictures)} pictures could not be read, the others are done; see {folder / FAILED}, "
+            f"{len(failed)} of {len(pictures)} images could not be read, the others are done; see {folder / FAILED}, "
             f"the first: {failed[0]['reason']}"
         )
     return len(pictures)
@@ -110,7 +110,7 @@ def predict_files(
 
 @torch.inference_mode()
 def label_maps(network: torch.nn.Module, views: Sequence[View]) -> list[np.ndarray]:
-    """Return the label maps (int64, each of its picture's size) of views of one size."""
+    """Return the label maps (int64, each of its image's size) of views of one size."""
     device = next(network.parameters()).device
     logits = network(torch.stack([view.seen for view in views]).to(device)).float()
     return [best_class(own, view.image.shape[1:]).cpu().numpy() for own, view in zip(logits, views, strict=True)]
@@ -131,15 +131,15 @@ def best_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def find_pictures(places: Sequence[Path]) -> dict[str, Path]:
-    """Return name -> picture file, sorted within each place; earlier predictions below a folder are passed over.
+    """Return name -> image file, sorted within each place; earlier predictions below a folder are passed over.
 
-    Raises a DiffsegError for a place that is not there, for none at all, for two pictures of one name, and for a name
+    Raises a DiffsegError for a place that is not there, for none at all, for two images of one name, and for a name
     that is not UTF-8, which no table could hold.
     """
     found: dict[str, Path] = {}
     for place in places:
         if not place.exists():
-            raise DiffsegError(f"there is no picture or folder {place}; check the path.")
+            raise DiffsegError(f"there is no image or folder {place}; check the path.")
         for path in picture_files(place) if place.is_dir() else [place]:
             if place.is_dir() and is_predicted(path):
                 continue
@@ -149,18 +149,18 @@ def find_pictures(places: Sequence[Path]) -> dict[str, Path]:
                 raise DiffsegError(f"{found[name]} and {path} would both become {name}.png; predict them apart.")
             found[name] = path
     if not found:
-        raise DiffsegError(f"there is no picture in {', '.join(map(str, places))}; give JPEG or PNG files.")
+        raise DiffsegError(f"there is no image in {', '.join(map(str, places))}; give JPEG or PNG files.")
     return found
 
 
 def is_predicted(path: Path) -> bool:
-    """Return whether a picture lies in the MASKS or OVERLAYS of a prediction, which has AREAS beside them."""
+    """Return whether an image lies in the MASKS or OVERLAYS of a prediction, which has AREAS beside them."""
     folders = [above.parent for above in path.absolute().parents if above.name in (MASKS, OVERLAYS)]
     return any((folder / AREAS).is_file() for folder in folders)
 
 
 def readable(pictures: Iterable[tuple[str, Path]], side: int, failed: list[dict[str, str]]) -> Iterator[View]:
-    """Yield the pictures that can be read, and add to `failed` those that cannot, with the reason."""
+    """Yield the images that can be read, and add to `failed` those that cannot, with the reason."""
     for name, path in pictures:
         try:
             yield View(name, to_image(read_picture(path)), side)

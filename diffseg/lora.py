@@ -5,9 +5,9 @@ A linear layer W (out x in) stays frozen; beside it a product of two thin matric
     W' = W + alpha / r  B A            A: r x in, random at the start;  B: out x r, zero at the start
 
 so that training begins at the base model exactly, and the result is a small file. No label and no mask is
-read: the loss is that of the generator's own training, on noised latents of the target pictures.
+read: the loss is that of the generator's own training, on noised latents of the target images.
 
-Every random draw (picture, crop, caption, noise, timestep) follows from the seed and the draw's number. So a
+Every random draw (image, crop, caption, noise, timestep) follows from the seed and the draw's number. So a
 run that was killed and goes on computes what it would have computed, and many processes what one would.
 """
 
@@ -47,9 +47,9 @@ LOSSES = "losses.csv"
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """What tuning depends on besides pictures, captions and seed; our choice, as the paper's is unknown."""
+    """What tuning depends on besides images, captions and seed; our choice, as the paper's is unknown."""
 
-    height: int  # of the training pictures, in pixels; a multiple of the VAE's factor (8 for SD 1.x and 2.x)
+    height: int  # of the training images, in pixels; a multiple of the VAE's factor (8 for SD 1.x and 2.x)
     width: int
     rank: int = 8  # r; at most the smallest side of a tuned layer
     alpha: float = 8.0  # the update is scaled by alpha / rank
@@ -57,7 +57,7 @@ class TuningOptions:
     learning_rate: float = 1e-4  # AdamW's; constant after the warm-up
     warmup: int = 0  # optimizer steps of linear warm-up
     steps: int = 500  # optimizer steps in all
-    batch: int = 4  # pictures an optimizer step, over all processes
+    batch: int = 4  # images an optimizer step, over all processes
     snr_gamma: float = 5.0  # min-SNR weights (Hang et al. 2023); 0: every timestep weighs the same
     caption_dropout: float = 0.1  # share of empty captions, which classifier-free guidance needs
     ema: float = 0.0  # decay of an average of the weights that replaces them at the end; 0: none
@@ -232,11 +232,11 @@ def tune(
         )
     folder, captions = Path(folder), list(captions)
     if not captions or any(not caption.strip() for caption in captions):
-        raise DiffsegError("the captions must be one or more texts that say what the pictures show.")
+        raise DiffsegError("the captions must be one or more texts that say what the images show.")
     check_options(pipeline, options)
     paths = find_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
     if not paths:
-        raise DiffsegError("there is no picture to tune on; lower lora_held_out, or give more target pictures.")
+        raise DiffsegError("there is no image to tune on; lower lora_held_out, or give more target images.")
     accelerator = make_accelerator(options)
     recipe = describe(paths, captions, options, seed)
     state = load_checkpoint(folder / CHECKPOINT, recipe, options.steps)
@@ -304,7 +304,7 @@ def load_checkpoint(path: Path, recipe: str, steps: int) -> dict | None:
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise DiffsegError(f"the checkpoint {path} is damaged; delete it to start again.") from error
     if state["recipe"] != recipe:
-        raise DiffsegError(f"{path} is of other pictures, captions, options or seed; delete it or use another folder.")
+        raise DiffsegError(f"{path} is of other images, captions, options or seed; delete it or use another folder.")
     done = len(state["rows"])
     if done > steps:
         raise DiffsegError(f"{path} has {done} steps already, more than lora_steps {steps}; delete it to start again.")

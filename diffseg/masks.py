@@ -18,7 +18,7 @@ from diffseg.errors import DiffsegError
 
 
 def class_scores(maps: torch.Tensor, classes: Sequence[int], size: tuple[int, int]) -> tuple[list[int], torch.Tensor]:
-    """Turn word maps (W x h x w) into class scores at the picture's size (H, W).
+    """Turn word maps (W x h x w) into class scores at the image's size (H, W).
 
     classes: the class id (1..K) of each word. A class named twice takes the larger of its words' scores.
     Returns the prompt's class ids, ascending, and float32 scores (C x H x W) in 0..1.

@@ -19,15 +19,15 @@ SPLITS = 1000
 
 @dataclass(frozen=True)
 class Memorisation:
-    """How pictures drawn after `steps` steps lie to tuned and held-out pictures (of features, Euclidean).
+    """How images drawn after `steps` steps lie to tuned and held-out images (of features, Euclidean).
 
-    to_tuned, held_out_to_tuned: median distance to the nearest tuned picture, of the drawn ones and of the held-out
-    real ones. Below the latter may mean copies, or only that drawn pictures are smoother than real ones; so the
-    test is `tuned_share`: the share of drawn pictures whose nearest real picture is a tuned one. Without copying
-    nothing distinguishes tuned from held-out ones, so it would be the same for any split of the real pictures by
+    to_tuned, held_out_to_tuned: median distance to the nearest tuned image, of the drawn ones and of the held-out
+    real ones. Below the latter may mean copies, or only that drawn images are smoother than real ones; so the
+    test is `tuned_share`: the share of drawn images whose nearest real image is a tuned one. Without copying
+    nothing distinguishes tuned from held-out ones, so it would be the same for any split of the real images by
     lot: `expected_share` = tuned / (tuned + held out) on average, above `limit` for one split in twenty (a
-    permutation test; a real picture that is near to many drawn ones widens it). distance: kernel distance of the drawn
-    to the held-out pictures.
+    permutation test; a real image that is near to many drawn ones widens it). distance: kernel distance of the drawn
+    to the held-out images.
     """
 
     steps: int
@@ -40,7 +40,7 @@ class Memorisation:
 
     @property
     def copies(self) -> bool:
-        """Whether more drawn pictures lie next to tuned ones than chance explains."""
+        """Whether more drawn images lie next to tuned ones than chance explains."""
         return self.tuned_share > self.limit + 1e-6  # sums in another order differ by rounding
 
 
@@ -55,13 +55,13 @@ def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def measure_memorisation(steps: int, drawn: torch.Tensor, tuned: torch.Tensor, held_out: torch.Tensor) -> Memorisation:
-    """Compare features (pictures x D each) of drawn, tuned and held-out pictures.
+    """Compare features (images x D each) of drawn, tuned and held-out images.
 
-    Raises a DiffsegError for less than two drawn or held-out pictures, or none that was tuned on.
+    Raises a DiffsegError for less than two drawn or held-out images, or none that was tuned on.
     """
     if min(len(drawn), len(held_out)) < 2 or not len(tuned):
         raise DiffsegError(
-            f"{len(drawn)} drawn, {len(tuned)} tuned and {len(held_out)} held-out pictures are too few to tell copies; "
+            f"{len(drawn)} drawn, {len(tuned)} tuned and {len(held_out)} held-out images are too few to tell copies; "
             "raise lora_pictures or lora_held_out, or set lora_candidates to 1."
         )
     real = torch.cat([tuned, held_out])
@@ -80,9 +80,9 @@ def measure_memorisation(steps: int, drawn: torch.Tensor, tuned: torch.Tensor, h
 
 
 def choose_steps(rows: Sequence[Memorisation]) -> int:
-    """Return the number of steps whose pictures are nearest to the held-out ones, of those before copying begins.
+    """Return the number of steps whose images are nearest to the held-out ones, of those before copying begins.
 
-    The rule (our choice) reads pictures only, never a label. When the first candidate copies already, that is it.
+    The rule (our choice) reads images only, never a label. When the first candidate copies already, that is it.
     """
     rows = sorted(rows, key=lambda row: row.steps)
     copying = next((k for k, row in enumerate(rows) if row.copies), len(rows))

@@ -1,4 +1,4 @@
-"""A user's files: pictures of any mode and format, read upright in 8-bit RGB, and texts in UTF-8."""
+"""A user's files: images of any mode and format, read upright in 8-bit RGB, and texts in UTF-8."""
 
 import os
 import struct
@@ -9,14 +9,14 @@ from PIL import Image, ImageOps
 
 from diffseg.errors import DiffsegError
 
-# What a folder of pictures may hold; those that Pillow cannot read (HEIC, videos) are refused by name, not passed over.
+# What a folder of images may hold; those that Pillow cannot read (HEIC, videos) are refused by name, not passed over.
 SUFFIXES = tuple(".avi .avif .bmp .gif .heic .heif .jpeg .jpg .mkv .mov .mp4 .png .svg .tif .tiff .webm .webp".split())
 
 
 def decode(path: str | os.PathLike) -> Image.Image:
-    """Return a file's picture in its own mode, decoded whole; of several frames (GIF, TIFF, MPO) the first.
+    """Return a file's image in its own mode, decoded whole; of several frames (GIF, TIFF, MPO) the first.
 
-    Raises a DiffsegError for a file that is missing, broken, too large for Pillow, or no picture that it reads.
+    Raises a DiffsegError for a file that is missing, broken, too large for Pillow, or no image that it reads.
     """
     try:
         with Image.open(path) as picture:
@@ -26,17 +26,17 @@ def decode(path: str | os.PathLike) -> Image.Image:
         raise DiffsegError(f"{path} is missing; put the file there, or take its name out of the list.") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DiffsegError(
-            f"{path} is truncated or no picture that can be read ({error}); give a whole JPEG or PNG file."
+            f"{path} is truncated or no image that can be read ({error}); give a whole JPEG or PNG file."
         ) from error
 
 
 def read_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
-    """Return a picture, or a file's, upright in 8-bit RGB.
+    """Return an image, or a file's, upright in 8-bit RGB.
 
     The camera's orientation (EXIF) is obeyed, transparency shows white, and 16 bits become 8 (65535 is white). Raises
     a DiffsegError for what `decode` refuses, and for a mode whose white is not defined (32 bits, floats).
     """
-    name = "the picture" if isinstance(picture, Image.Image) else picture
+    name = "the image" if isinstance(picture, Image.Image) else picture
     if not isinstance(picture, Image.Image):
         picture = decode(picture)
     deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")  # older Pillow: I
@@ -55,7 +55,7 @@ def read_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Return the files below a folder that are named as pictures are, sorted by path; hidden ones are passed over.
+    """Return the files below a folder that are named as images are, sorted by path; hidden ones are passed over.
 
     Raises a DiffsegError for a name that is not UTF-8.
     """

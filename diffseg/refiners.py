@@ -1,6 +1,6 @@
-"""Refiners: from the class scores of attention, which are coarse, to scores that follow the picture's edges.
+"""Refiners: from the class scores of attention, which are coarse, to scores that follow the image's edges.
 
-Every refiner is called alike, for one picture:
+Every refiner is called alike, for one image:
 
     refine(image, scores, beta, attention) -> refined
         image      float32 3 x H x W in 0..1
@@ -68,7 +68,7 @@ def pamr(
 
 
 def refine_pamr(image: torch.Tensor, scores: torch.Tensor, beta: float, attention=None) -> torch.Tensor:
-    """Refine by `pamr`, over up to 1/16 of the picture's shorter side: at 512 pixels the paper's reach."""
+    """Refine by `pamr`, over up to 1/16 of the image's shorter side: at 512 pixels the paper's reach."""
     reach = max(1, min(image.shape[-2:]) // 16)
     dilations = [d for d in (1, 2, 4, 8, 12, 24) if d <= reach]
     return add_background(pamr(image[None], scores[None], dilations=dilations)[0], beta)

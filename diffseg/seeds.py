@@ -6,7 +6,7 @@ import hashlib
 def derive_seed(*parts: object) -> int:
     """Return a 63-bit seed from any sequence of numbers and strings.
 
-    The same parts give the same seed on every machine and in every process, so a picture does not depend on
+    The same parts give the same seed on every machine and in every process, so an image does not depend on
     batch size, sharding, or the point at which a run was resumed. Our choice: the first 8 bytes of sha256.
     """
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()

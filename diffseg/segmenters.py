@@ -70,7 +70,7 @@ ARCHITECTURES = {
 }
 SEGMENTERS = (*SMP_SEGMENTERS, *TRANSFORMERS_SEGMENTERS)
 WEIGHTS = "model.safetensors"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures (R, G, B), as all encoders expect
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images (R, G, B), as all encoders expect
 
 
 class ResidualBlock(nn.Module):
@@ -92,7 +92,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResUNet(nn.Module):
-    """A U-Net of residual blocks from stride 16 up to stride 2; our choice for pictures of 64 pixels.
+    """A U-Net of residual blocks from stride 16 up to stride 2; our choice for images of 64 pixels.
 
     An encoder of segmentation-models-pytorch without its last stage, which would answer from 2 x 2 positions, a block
     at each coarser map joined with the finer one, and bilinear logits: B x 3 x H x W (multiples of 16) to B x classes.
@@ -117,7 +117,7 @@ class ResUNet(nn.Module):
 
 
 class FromTransformers(nn.Module):
-    """SegFormer, UperNet or Mask2Former as a map from normalised pictures to logits at the picture's size.
+    """SegFormer, UperNet or Mask2Former as a map from normalised images to logits at the image's size.
 
     Mask2Former gives a class distribution and a mask for each query, and its own loss matches queries to segments.
     A per-pixel label with holes and weights fits no such matching, so its output becomes per-class scores by the
@@ -153,7 +153,7 @@ class FromTransformers(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A network from pictures (float B x 3 x H x W, 0..1) to logits (B x classes x H x W).
+    """A network from images (float B x 3 x H x W, 0..1) to logits (B x classes x H x W).
 
     Normalisation and padding to a multiple of 32 happen inside, so a saved network needs no further knowledge.
     encoder_weights: for the networks of segmentation-models-pytorch "imagenet", or "mini" or a folder with the weights

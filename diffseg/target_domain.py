@@ -1,4 +1,4 @@
-"""The target domain: its pictures, the captions they get, and how far drawn pictures are from them."""
+"""The target domain: its images, the captions they get, and how far drawn images are from them."""
 
 import json
 import os
@@ -21,19 +21,19 @@ from diffseg.words import nfc, with_article
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
-    """Return all pictures below a folder, sorted by path, after decoding each one; hidden files are passed over.
+    """Return all images below a folder, sorted by path, after decoding each one; hidden files are passed over.
 
     Raises a DiffsegError for an absent or empty folder, a name that is not UTF-8, and what `read_picture` refuses.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DiffsegError(f"there is no folder {folder}; give a folder of target pictures (JPEG or PNG).")
+        raise DiffsegError(f"there is no folder {folder}; give a folder of target images (JPEG or PNG).")
     paths = picture_files(folder)
     if not paths:
-        raise DiffsegError(f"{folder} holds no picture; put the target domain's pictures there.")
+        raise DiffsegError(f"{folder} holds no image; put the target domain's images there.")
     with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
         sizes = pool.map(lambda path: read_picture(path).size, paths)
-        for _ in tqdm(sizes, "checking pictures", len(paths), leave=False):
+        for _ in tqdm(sizes, "checking images", len(paths), leave=False):
             pass
     return paths
 
@@ -54,7 +54,7 @@ def hold_out(paths: Sequence[Path], share: float, seed: int) -> tuple[list[Path]
 def build_captions(templates: Sequence[str], words: Sequence[str] = ()) -> list[str]:
     """Return the captions (NFC): each template with `{}` once for each word, with its article; others as they are.
 
-    The words are those of things known or guessed to be in the pictures; nothing says which are in which.
+    The words are those of things known or guessed to be in the images; nothing says which are in which.
     Raises a DiffsegError when there is no caption or a template has no word to take.
     """
     captions = []
@@ -63,19 +63,19 @@ def build_captions(templates: Sequence[str], words: Sequence[str] = ()) -> list[
             raise DiffsegError(f"the caption {template!r} needs words in place of {{}}; give lora_words.")
         captions += [template.replace("{}", with_article(word)) for word in words] if "{}" in template else [template]
     if not captions:
-        raise DiffsegError("lora_captions is empty; give at least one that says what the pictures show.")
+        raise DiffsegError("lora_captions is empty; give at least one that says what the images show.")
     return list(dict.fromkeys(map(nfc, captions)))
 
 
 def own_captions(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return the captions (NFC) that pictures have of their own; a picture without one is left out.
+    """Return the captions (NFC) that images have of their own; an image without one is left out.
 
-    A caption stands in METADATA beside the picture or in a folder above, as a line {"file_name": ..., "text": ...} with
-    the path from there; or in a text file with the picture's name (1.txt for 1.png). Raises a DiffsegError that names
+    A caption stands in METADATA beside the image or in a folder above, as a line {"file_name": ..., "text": ...} with
+    the path from there; or in a text file with the image's name (1.txt for 1.png). Raises a DiffsegError that names
     file and line for a line that is none, an empty text, a file_name without its file, a file that is not UTF-8, and
-    two different captions of one picture.
+    two different captions of one image.
     """
-    found: dict[str, tuple[str, str]] = {}  # picture -> its caption, and where that stands
+    found: dict[str, tuple[str, str]] = {}  # image -> its caption, and where that stands
     pictures = {_same_path(path): path for path in paths}
     places = sorted({folder / METADATA for path in paths for folder in path.parents})
     entries = [entry for place in places if place.is_file() for entry in _read_metadata(place, pictures.keys())]
@@ -97,7 +97,7 @@ def _same_path(path: Path) -> str:
 
 
 def _read_metadata(metadata: Path, pictures: Collection[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (the picture's `_same_path`, text, file and line) of each line that is not empty."""
+    """Yield (the image's `_same_path`, text, file and line) of each line that is not empty."""
     for number, line in enumerate(read_text(metadata).split("\n"), 1):
         if not line.strip():
             continue
@@ -108,12 +108,12 @@ def _read_metadata(metadata: Path, pictures: Collection[str]) -> Iterator[tuple[
         except (ValueError, TypeError, KeyError, AttributeError):
             raise DiffsegError(f'{where}: give {{"file_name": "1.png", "text": "a street"}}.') from None
         if _same_path(file) not in pictures and not file.is_file():  # it may name one that is held out
-            raise DiffsegError(f"{where}: there is no picture {file}; correct the file_name, or remove the line.")
+            raise DiffsegError(f"{where}: there is no image {file}; correct the file_name, or remove the line.")
         yield _same_path(file), text, where
 
 
 def fit(picture: Image.Image, height: int, width: int, where: float = 0.5) -> Image.Image:
-    """Scale a picture to cover height x width and cut off the rest; `where` (0..1) is the place kept."""
+    """Scale an image to cover height x width and cut off the rest; `where` (0..1) is the place kept."""
     scale = max(height / picture.height, width / picture.width)
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.LANCZOS)
@@ -122,16 +122,16 @@ def fit(picture: Image.Image, height: int, width: int, where: float = 0.5) -> Im
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """Return float32 3 x H x W in -1..1, as the VAE reads pictures."""
+    """Return float32 3 x H x W in -1..1, as the VAE reads images."""
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class Draws(Dataset):
-    """Item n is all that the n-th picture of the training depends on; a pure function of (seed, n).
+    """Item n is all that the n-th image of the training depends on; a pure function of (seed, n).
 
     An image has its own caption (`own_captions`), or one of `captions`, sampled at random.
     pixels: float32 3 x H x W in -1..1; caption; timestep; noise and posterior_noise: float32, of the latent's
-    shape. Pictures come in shuffled rounds, so all are seen equally often.
+    shape. Images come in shuffled rounds, so all are seen equally often.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Draws(Dataset):
 
 @torch.no_grad()
 def latent_features(pipeline, pictures: Sequence[Image.Image], grid: int = 4) -> torch.Tensor:
-    """Describe pictures of one size by their VAE latents: mean and spread in each cell of a raster.
+    """Describe images of one size by their VAE latents: mean and spread in each cell of a raster.
 
     Returns float32 N x (2 * channels * grid * grid). Our choice: a description of layout, colour and texture
     that needs no other network than the generator's own.
@@ -192,7 +192,7 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     two samples of one distribution, so small negative values occur. Raises a DiffsegError for less than two.
     """
     if min(len(a), len(b)) < 2:
-        raise DiffsegError("a distance between sets of pictures needs at least two pictures in each.")
+        raise DiffsegError("a distance between sets of images needs at least two images in each.")
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x.double() @ y.double().T / x.shape[1] + 1) ** 3

@@ -1,6 +1,6 @@
-"""Word maps: what is kept of a picture's attention, so that masks can be cut from it in another way later.
+"""Word maps: what is kept of an image's attention, so that masks can be cut from it in another way later.
 
-A map says how much each position of the picture reads of one word. Kept are the maps of every layer and of every step,
+A map says how much each position of the image reads of one word. Kept are the maps of every layer and of every step,
 or of the sum over some steps: a few kB a word. Which layers and steps are averaged is chosen when masks are cut.
 """
 
@@ -23,7 +23,7 @@ SELF = "self-attention"  # its name in the file, beside the layers'
 
 @dataclass(frozen=True)
 class WordMaps:
-    """The maps of one picture's words.
+    """The maps of one image's words.
 
     layers: name of the layer -> float32 S x W x h x w, probabilities in 0..1 of W words. steps: the denoising steps
     that each of the S maps averages, from 0. attention: float32 h x w x h x w of self-attention, None where none is
@@ -54,7 +54,7 @@ class WordMaps:
             if not found:
                 there = sorted({min(maps.shape[-2:]) for maps in kept_layers})
                 raise DiffsegError(
-                    f"no cross-attention is kept at resolution {resolution}: at this picture size there is {there}"
+                    f"no cross-attention is kept at resolution {resolution}: at this image size there is {there}"
                     f"{' in attention_layers' if layers else ''}; choose attention_resolutions among them"
                 )
             means.append(torch.stack(found).mean(dim=0)[None])

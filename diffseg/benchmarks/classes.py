@@ -42,8 +42,8 @@ def voc_palette(size: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(palette)
 
 
-# Pictures on which parameters are chosen, so that the evaluation split is not. The mini benchmarks have them, no
-# official data set does; whoever holds pictures back lays them out as any other split, under this name.
+# Images on which parameters are chosen, so that the evaluation split is not. The mini benchmarks have them, no
+# official data set does; whoever holds images back lays them out as any other split, under this name.
 DEVELOPMENT = "dev"
 
 
@@ -154,7 +154,7 @@ CITYSCAPES_THINGS = replace(
     label_ids=(tuple(row.id for row in _STUFF), *((row.id,) for row in _THINGS)),
 )
 IMAGENET_S = [_listed_imagenet_s(f"imagenet-s-{size}", size) for size in (50, 300, 919)]
-MINI_IMAGENET_S = _listed_imagenet_s("mini-imagenet-s", "mini")  # every picture of the mini world is a class
+MINI_IMAGENET_S = _listed_imagenet_s("mini-imagenet-s", "mini")  # every emoji of the mini world is a class
 BENCHMARKS = {b.name: b for b in (VOC, *IMAGENET_S, CITYSCAPES, CITYSCAPES_THINGS, MINI_IMAGENET_S)}
 FOLDER = "folder"  # a labelled data set of one's own, with a class list
 NAMES = (*BENCHMARKS, FOLDER)

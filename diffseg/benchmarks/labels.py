@@ -52,7 +52,7 @@ def read_label(path: str | os.PathLike, benchmark: Benchmark) -> np.ndarray:
     if benchmark.coding == "palette":
         if mode not in ("P", "L"):
             raise DiffsegError(
-                f"{path} is a {mode} picture, but a {benchmark.name} label is a palette PNG whose index is "
+                f"{path} is a {mode} image, but a {benchmark.name} label is a palette PNG whose index is "
                 "the class; use the original file and never convert it to RGB."
             )
     elif benchmark.coding == "r256g":
@@ -84,7 +84,7 @@ def write_label(path: str | os.PathLike, label: np.ndarray | torch.Tensor, bench
     """
     label = np.asarray(label).astype(np.int64)
     if label.ndim != 2:
-        raise DiffsegError(f"The label map for {path} has shape {label.shape}; give one picture's height x width.")
+        raise DiffsegError(f"The label map for {path} has shape {label.shape}; give one image's height x width.")
     check_ids(label, benchmark, f"The label map for {path}")
     if benchmark.coding == "palette":
         picture = Image.fromarray(label.astype(np.uint8))
@@ -112,7 +112,7 @@ def write_prediction(
     """Write a prediction as `<folder>/<name>.png` in the format of the benchmark's server; return the path.
 
     VOC: palette PNG. Cityscapes: labelIds. ImageNet-S: (id % 256, id // 256, 0), in a folder per tag, which
-    is part of the name. `size` is (height, width) of the picture; servers take no other. Raises a
+    is part of the name. `size` is (height, width) of the image; servers take no other. Raises a
     DiffsegError for another size or an ignored pixel, since every pixel needs a class. Read it back with
     `read_prediction`.
     """
@@ -126,7 +126,7 @@ def read_prediction(folder: str | os.PathLike, name: str, benchmark: Benchmark, 
     """Read `<folder>/<name>.png` as int64 H x W; the inverse of `write_prediction`, with the same errors."""
     path = Path(folder) / f"{name}.png"
     if not path.is_file():
-        raise DiffsegError(f"{path} is missing: the evaluation needs a prediction for every picture of the split.")
+        raise DiffsegError(f"{path} is missing: the evaluation needs a prediction for every image of the split.")
     prediction = read_label(path, benchmark)
     _check_prediction(prediction, benchmark, size, str(path))
     return prediction
@@ -135,8 +135,8 @@ def read_prediction(folder: str | os.PathLike, name: str, benchmark: Benchmark, 
 def _check_prediction(prediction: np.ndarray, benchmark: Benchmark, size: tuple[int, int], what: str) -> None:
     if prediction.shape != tuple(size):
         raise DiffsegError(
-            f"{what} has the shape {prediction.shape}, but its picture is {size[0]} x {size[1]} pixels "
-            "(height x width); resize the scores to the picture before taking the best class."
+            f"{what} has the shape {prediction.shape}, but its image is {size[0]} x {size[1]} pixels "
+            "(height x width); resize the scores to the image before taking the best class."
         )
     if (prediction == benchmark.ignore).any():
         coding = ", written as labelId (not trainId)" if benchmark.coding == "labelids" else ""

@@ -37,7 +37,7 @@ class ConfusionMatrix:
         if label.shape != prediction.shape:
             raise DiffsegError(
                 f"The prediction's shape {tuple(prediction.shape)} is not its label's {tuple(label.shape)}; "
-                "resize the scores to the picture before taking the best class."
+                "resize the scores to the image before taking the best class."
             )
         size = self.num_classes
         pairs = [(label, prediction)] if label.ndim == 2 else zip(label, prediction, strict=True)
@@ -207,7 +207,7 @@ class ImageNetSScores:
         group_of = F.pad(group, (0, 1), value=ignored).int()
 
         # One count of all pixels by group, predicted id, hit, truth's edge and prediction's edge; int32 is enough for
-        # a picture's codes, and several times faster than int64
+        # an image's codes, and several times faster than int64
         flags = 4 * (truth == guess).byte() + 2 * truth_edge.byte() + guess_edge.byte()
         code = (8 * size * group_of)[truth] + 8 * guess + flags.int()
         counts = _count(code, (ignored + 1, size, 2, 2, 2))[:-1]

@@ -1,4 +1,4 @@
-"""Readers: the benchmarks' official folders, and VOC-layout folders with synthetic pictures."""
+"""Readers: the benchmarks' official folders, and VOC-layout folders with synthetic images."""
 
 import os
 import re
@@ -20,9 +20,9 @@ from diffseg.reliability import rank_within_class
 
 
 class LabelledPictures(Dataset):
-    """Pictures with label maps: item i is (name, image uint8 3 x H x W, label int64 H x W), as torch tensors.
+    """Images with label maps: item i is (name, image uint8 3 x H x W, label int64 H x W), as torch tensors.
 
-    `items` holds (name, picture path, label path); read: called with name and label path, it returns the label map
+    `items` holds (name, image path, label path); read: called with name and label path, it returns the label map
     (int64 H x W), where the file is not in the benchmark's coding. Reading raises a DiffsegError that names the file.
     """
 
@@ -46,7 +46,7 @@ class LabelledPictures(Dataset):
         if label.shape != pixels.shape[:2]:
             raise DiffsegError(
                 f"{label_path} is {label.shape[0]} x {label.shape[1]} pixels (height x width), but its "
-                f"picture {image_path} is {pixels.shape[0]} x {pixels.shape[1]}, held upright as its EXIF says; use "
+                f"image {image_path} is {pixels.shape[0]} x {pixels.shape[1]}, held upright as its EXIF says; use "
                 "its own label."
             )
         return name, torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
@@ -76,11 +76,11 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
     - Cityscapes: `leftImg8bit/<split>/<city>/` and `gtFine/<split>/<city>/..._gtFine_labelIds.png`. Names are
       "<city>_<sequence>_<frame>".
     - A folder of one's own: see `diffseg.benchmarks.folder`; its lists name the splits.
-    - "dev" of the official ones, in the same layout: pictures on which parameters are chosen. The mini benchmarks have
+    - "dev" of the official ones, in the same layout: images on which parameters are chosen. The mini benchmarks have
       it.
 
     Raises a DiffsegError for an unknown split, for missing or wrong folders with the official source and tree, and
-    for a picture or mask of ImageNet-S without the other.
+    for an image or mask of ImageNet-S without the other.
     """
     if benchmark.protocol == FOLDER:
         items, read = open_folder(benchmark, Path(root), split)
@@ -89,13 +89,13 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
         return LabelledPictures(benchmark, items, read)
     if not benchmark.splits:
         raise DiffsegError(
-            f"{benchmark.name} has no labelled pictures; set train_real to false and stop after step 4 (--only 1-4)"
+            f"{benchmark.name} has no labelled images; set train_real to false and stop after step 4 (--only 1-4)"
         )
     if split not in benchmark.splits:
         raise DiffsegError(f"{benchmark.name} has no split {split!r}; it has {', '.join(benchmark.splits)}.")
     base, sought = Path(root) / benchmark.folder, benchmark
     if split == DEVELOPMENT:  # a missing file must not be sought in the official archives
-        sought = replace(benchmark, source=f"{benchmark.source}, hold back a part of its training pictures as {split}")
+        sought = replace(benchmark, source=f"{benchmark.source}, hold back a part of its training images as {split}")
     list_items = {"voc": _voc_items, "imagenet-s": _imagenet_s_items, "cityscapes": _cityscapes_items}
     items = list_items[benchmark.protocol](sought, base, split)
     if not items:
@@ -144,7 +144,7 @@ def _imagenet_s_items(benchmark: Benchmark, base: Path, split: str) -> list[tupl
     missing += sorted(masks / path.parent.name / f"{path.stem}.png" for path in there - expected)
     if missing:  # there is no list of the split, but its two folders hold the same names
         raise DiffsegError(
-            f"{len(missing)} of the pictures and masks of {benchmark.name} {split} are missing, the first is "
+            f"{len(missing)} of the images and masks of {benchmark.name} {split} are missing, the first is "
             f"{missing[0]}; unpack {split} and {split}-segmentation again, and whole."
         )
     return items
@@ -193,7 +193,7 @@ class PictureSet(LabelledPictures):
     def _read_map(self, path: Path, shape: torch.Size) -> torch.Tensor:
         pixels, mode = read_pixels(path)
         if mode != "L" or pixels.shape != shape:
-            raise DiffsegError(f"{path} is no one-channel picture of its label's size; make the synthetic set again.")
+            raise DiffsegError(f"{path} is no one-channel image of its label's size; make the synthetic set again.")
         return torch.from_numpy(pixels)
 
 
@@ -214,7 +214,7 @@ def pictures_set(folder: str | os.PathLike, benchmark: Benchmark, split: str = "
     )
     names = _listed(listing)
     if not names:
-        raise DiffsegError(f"{listing} names no picture; make the synthetic set again.")
+        raise DiffsegError(f"{listing} names no image; make the synthetic set again.")
     reliability = folder / "Reliability"
     return PictureSet(
         benchmark,

@@ -2,7 +2,7 @@
 
 python -m diffseg.experiments.agreement # writes results/tables/agreement.csv
 
-The label maps hold every corner case: absent classes, a picture of ignored pixels only, objects of one pixel. The
+The label maps hold every corner case: absent classes, an image of ignored pixels only, objects of one pixel. The
 references are torchmetrics, cityscapesScripts (both in the extra `test`) and numpy from the definition.
 """
 

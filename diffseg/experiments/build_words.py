@@ -112,7 +112,7 @@ def curated_class(rows: list[Word], rule: dict, against: list[str]) -> list[Word
             if word.lower() not in have:
                 result.append(Word(name, "", word, relation, depth, True, BY_HAND))
     for word in against:
-        reason = "kept against VOC's guidelines: its picture is close to the class's"
+        reason = "kept against VOC's guidelines: its image is close to the class's"
         result = [row for row in result if row.word != word] + [
             next((replace(row, keep=True, reason=reason) for row in result if row.word == word),
                  Word(name, "", word, "hyponym", 1, True, f"{BY_HAND}; {reason}"))

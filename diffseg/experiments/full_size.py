@@ -1,7 +1,7 @@
 """Generators at their published size with random weights: what a machine, and this package, make of them.
 
 The configurations are those of the published repositories (Stable Diffusion 1.5, XL base 1.0, 3.5 medium without its
-optional T5). Pictures of random weights show nothing.
+optional T5). Images of random weights show nothing.
 """
 
 import gzip

@@ -43,7 +43,7 @@ def accuracies(
 ) -> dict[str, list[dict[str, float]]]:
     """Return, for all pixels and for those labelled as objects, a row per tenth of the margin.
 
-    A row holds tenth, pixels, and the accuracy (0..1) of "label" and of each network. pictures: items (name, image
+    A row holds tenth, pixels, and the accuracy (0..1) of "label" and of each network. images: items (name, image
     uint8 3 x H x W, label int64 H x W, reliability uint8 2 x H x W: margin and rank). reference, networks: from images
     (float B x 3 x H x W, 0..1) to scores B x K x H x W.
     """
@@ -87,7 +87,7 @@ def reliability_figure(rows: Sequence[dict]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="their synthetic pictures must be the same (the first's)")
+    parser.add_argument("runs", nargs="+", type=Path, help="their synthetic images must be the same (the first's)")
     parser.add_argument("--reference", default="mini", help="mini, or the folder of a saved network")
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)

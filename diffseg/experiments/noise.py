@@ -48,7 +48,7 @@ STRENGTHS = {"dilation": (3, 6), "shift": (4, 8), "dropped": (0.25, 0.5), "wrong
 MODES = ("ensemble", "cotrain")
 START = "results/runs/mini-imagenet-s/04_robust_training/synthetic"  # 300 steps from scratch make no teacher
 LINES = {"baseline": "baseline", "ensemble": "ensemble of two", "cotrain": "co-trained"}  # mode -> its name
-FARTHEST = 16  # pixels from an edge beyond which reliability no longer grows; a quarter of a picture, our choice
+FARTHEST = 16  # pixels from an edge beyond which reliability no longer grows; a quarter of an image, our choice
 COLUMNS = ("kind", "strength", "mode", "seed", "label_miou", "miou", "seconds")  # mIoU in %
 
 
@@ -56,7 +56,7 @@ def disturb(label: torch.Tensor, kind: str, strength: float, seed: int, classes:
     """Disturb a ground-truth mask (int64 H x W; 0 = background, 1..classes-1, ignore stays); strength 0: as it is.
 
     dilation: objects grow by `strength` pixels (the larger id wins where two meet); shift: the mask moves by
-    `strength` pixels in a random direction, background comes in; dropped: each class of the picture becomes background
+    `strength` pixels in a random direction, background comes in; dropped: each class of the image becomes background
     with probability `strength`; wrong class: it becomes another class. Raises a DiffsegError for another kind.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +99,7 @@ def distance_margin(label: torch.Tensor, farthest: int = FARTHEST) -> torch.Tens
 
 
 class Disturbed(Dataset):
-    """Pictures whose masks are disturbed, each in a way that only the seed decides; items as a synthetic set's."""
+    """Images whose masks are disturbed, each in a way that only the seed decides; items as a synthetic set's."""
 
     def __init__(self, pictures: Dataset, kind: str, strength: float, seed: int):
         self.pictures, self.kind, self.strength, self.seed = pictures, kind, strength, seed

@@ -32,7 +32,7 @@ from diffseg.words import nfc, with_article
 def largest_classes(label: np.ndarray, names: Sequence[str], share: float, most: int) -> list[str]:
     """Return the names of the `most` largest classes of a label map (ids, 0 = background), each of `share` at least.
 
-    share: of the picture's pixels, 0..1. The largest comes first; of two as large, the one with the smaller id.
+    share: of the image's pixels, 0..1. The largest comes first; of two as large, the one with the smaller id.
     """
     pixels = np.bincount(label.ravel(), minlength=len(names))
     order = sorted(range(1, len(names)), key=lambda k: -pixels[k])
@@ -49,17 +49,17 @@ def write_captions(
     most: int,
     side: int,
 ) -> dict[str, str]:
-    """Write links to the pictures and METADATA into a folder; return the captions by file name.
+    """Write links to the images and METADATA into a folder; return the captions by file name.
 
     template: with one `{}`, which takes "a bus and a car"; words: the word for a class where its name will not do;
     side: as in `predict`.
-    Raises a DiffsegError for a class that the network does not know, a bad template, and two pictures of one name.
+    Raises a DiffsegError for a class that the network does not know, a bad template, and two images of one name.
     """
     if template.count("{}") != 1:
         raise DiffsegError(f"the template {template!r} must hold {{}} once, where the classes come.")
     if len({path.name for path in pictures}) < len(pictures):
         raise DiffsegError(
-            "two of the target pictures have the same file name; rename one, as they come into one folder."
+            "two of the target images have the same file name; rename one, as they come into one folder."
         )
     segmenter = load_segmenter(network)
     if unknown := words.keys() - set(segmenter.classes):
@@ -68,7 +68,7 @@ def write_captions(
         )
     folder.mkdir(parents=True, exist_ok=True)
     captions = {}
-    for path in tqdm(pictures, "looking at pictures"):
+    for path in tqdm(pictures, "looking at images"):
         seen = largest_classes(*predict(segmenter, path, side), share, most)
         if seen:
             phrase = " and ".join(with_article(words.get(name, name)) for name in seen)
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     captions = write_captions(
         chosen.network, pictures, chosen.out, chosen.template, words, chosen.share, chosen.most, chosen.side
     )
-    print(f"{len(captions)} of {len(pictures)} pictures have a caption of their own in {chosen.out / METADATA}")
+    print(f"{len(captions)} of {len(pictures)} images have a caption of their own in {chosen.out / METADATA}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A dress rehearsal of the runs at the paper's scale: their files, full-size networks, few pictures.
+"""A dress rehearsal of the runs at the paper's scale: their files, full-size networks, few images.
 
 python -m diffseg.experiments.rehearsal voc --pictures 2 --steps 2
 
 Runs notebooks 01 to 06 with voc.yaml, imagenet-s.yaml or cityscapes.yaml to their table. The generator has its
-published size and random weights, the data set a few pictures of blocks at real sizes in the official layout, so the
+published size and random weights, the data set a few images of blocks at real sizes in the official layout, so the
 scores mean nothing. Nothing is downloaded. Counts are lowered, and what this machine cannot do is changed; each change
 is printed. Seconds of every step and the largest process's memory go to results/benchmarks/paper_scale.json.
 """
@@ -45,7 +45,7 @@ SHAPES = {
 
 
 def places(benchmark: Benchmark, split: str, k: int) -> tuple[str, str, str]:
-    """Return name, picture and label of a split's k-th item, in the official layout below the data root."""
+    """Return name, image and label of a split's k-th item, in the official layout below the data root."""
     if benchmark.protocol == "voc":
         name = f"{2007 + list(benchmark.splits).index(split)}_{k:06d}"
         base = benchmark.folder
@@ -60,7 +60,7 @@ def places(benchmark: Benchmark, split: str, k: int) -> tuple[str, str, str]:
 
 
 def write_data(root: Path, benchmark: Benchmark, pictures: int) -> None:
-    """Write a few pictures of blocks, each block a class, for the splits that a run reads."""
+    """Write a few images of blocks, each block a class, for the splits that a run reads."""
     rng, sizes = np.random.default_rng(0), SIZES[benchmark.protocol]
     for split in (benchmark.training_split, benchmark.evaluation_split):
         names = []

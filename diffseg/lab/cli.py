@@ -56,15 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     publisher.add_argument("run", nargs="?", type=Path, help="such as results/runs/mini-voc; without, the README and "
                            "the pages that are older than their notebook or data")  # fmt: skip
     publisher.add_argument("--check", action="store_true", help="write nothing, only list the old pages")
-    predictor = commands.add_parser("predict", help="masks, overlays and class areas of any pictures")
+    predictor = commands.add_parser("predict", help="masks, overlays and class areas of any images")
     predictor.add_argument("network", help="folder of a trained network (RUN/04_robust_training/synthetic), or hub id")
-    predictor.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="files, and folders of pictures")
+    predictor.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="files, and folders of images")
     predictor.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="comes to hold masks/, overlays/, areas.csv"
     )
     predictor.add_argument("--side", metavar="PIXELS", type=int, help="shorter side at which the network sees "
-                           "a picture (default: that of its training; 0: the picture's own size)")  # fmt: skip
-    predictor.add_argument("--batch", metavar="N", type=int, default=8, help="pictures of one size seen at once")
+                           "an image (default: that of its training; 0: the image's own size)")  # fmt: skip
+    predictor.add_argument("--batch", metavar="N", type=int, default=8, help="images of one size seen at once")
     exporter = commands.add_parser("export", help="a network as ONNX, or the synthetic set of a run for other trainers")
     exporter.add_argument("source", help="with --onnx a network as for predict, with --format a run's name or folder")
     target = exporter.add_mutually_exclusive_group(required=True)
@@ -136,7 +136,7 @@ def predict(arguments: argparse.Namespace) -> None:
     network = load_segmenter(arguments.network).to(PartialState().device)  # a GPU if there is one
     with writing(arguments.out):
         count = predict_files(network, arguments.pictures, arguments.out, arguments.side, arguments.batch)
-    print(f"{count} pictures: masks, overlays and areas.csv in {arguments.out}")
+    print(f"{count} images: masks, overlays and areas.csv in {arguments.out}")
 
 
 def export(arguments: argparse.Namespace) -> None:

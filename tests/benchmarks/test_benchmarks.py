@@ -316,7 +316,7 @@ def test_a_half_unpacked_imagenet_s_is_not_scored_on_fewer_pictures(tmp_path, ha
         with pytest.raises(DiffsegError) as caught:
             open_split(IMAGENET_S_50, tmp_path, "validation")
         message = str(caught.value)
-        assert message.startswith(f"{gone} of the pictures and masks of imagenet-s-50 validation are missing")
+        assert message.startswith(f"{gone} of the images and masks of imagenet-s-50 validation are missing")
         assert (
             f"the first is {lost[0]}; unpack validation and validation-segmentation again" in message
             and "\n" not in message
@@ -358,7 +358,7 @@ def test_a_missing_tree_names_what_is_missing_where_it_is_had_and_the_tree(tmp_p
     message = str(caught.value)
     assert benchmark.source in message and str(tmp_path / "nothing" / benchmark.folder) in message
     assert message.count("\n") == 0
-    with pytest.raises(DiffsegError, match="hold back a part of its training pictures as dev"):
+    with pytest.raises(DiffsegError, match="hold back a part of its training images as dev"):
         open_split(benchmark, tmp_path / "nothing", "dev")
     with pytest.raises(DiffsegError, match="has no split 'best'; it has"):
         open_split(benchmark, tmp_path, "best")
@@ -441,7 +441,7 @@ def test_a_synthetic_set_of_any_benchmark_is_read_back(tmp_path, name):
     Image.fromarray(255 - rank.numpy()).save(tmp_path / "ReliabilityRank" / "a.png")
     assert torch.equal(pictures_set(tmp_path, benchmark)[0][3][1], 255 - rank)
     Image.fromarray(margin[1:]).save(tmp_path / "Reliability" / "a.png")
-    with pytest.raises(DiffsegError, match="no one-channel picture of its label's size"):
+    with pytest.raises(DiffsegError, match="no one-channel image of its label's size"):
         pictures_set(tmp_path, benchmark)[0]
 
 

@@ -477,10 +477,10 @@ def test_nothing_recorded_raises(sd1, pipelines):
 
 
 def test_a_batch_of_another_size_raises(sd1):
-    with pytest.raises(DiffsegError, match="words of 2 pictures and the call draws 1"):
+    with pytest.raises(DiffsegError, match="words of 2 images and the call draws 1"):
         with AttentionRecorder(sd1, [[CAT], [CAT]]):
             draw(sd1, [PROMPT])  # with guidance a batch of two, but one picture
-    with pytest.raises(DiffsegError, match="words of 1 pictures and the call draws 2"):
+    with pytest.raises(DiffsegError, match="words of 1 images and the call draws 2"):
         with AttentionRecorder(sd1, [[CAT]]):
             draw(sd1, [PROMPT, PROMPT], guidance=1.0)
     with pytest.raises(DiffsegError, match="serves one call"):

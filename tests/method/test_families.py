@@ -475,9 +475,9 @@ def test_after_an_exception_in_a_layer_all_is_as_before(name):
 def test_a_batch_of_another_size_raises():
     for name in ("pixart-alpha", "flux-dev"):  # neither says whether it is guided
         pipeline = shared(name)
-        with pytest.raises(DiffsegError, match="words of 2 pictures and the call draws 1"):
+        with pytest.raises(DiffsegError, match="words of 2 images and the call draws 1"):
             record(pipeline, [PROMPT, OTHER], draws=lambda p, *args: images_of(p))
-        with pytest.raises(DiffsegError, match="words of 1 pictures and the call draws 2"):
+        with pytest.raises(DiffsegError, match="words of 1 images and the call draws 2"):
             record(pipeline, draws=lambda p, *args: images_of(p, [PROMPT, OTHER]))
         assert is_as_before(pipeline)
 

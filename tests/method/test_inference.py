@@ -115,7 +115,7 @@ def test_the_command_writes_masks_overlays_and_areas(folder, pictures, tmp_path,
     out, network = pictures / "out", load_segmenter(folder)
     assert main(["predict", str(folder), str(pictures), "--out", str(out)]) == 0
     assert main(["predict", str(folder), str(pictures), "--out", str(pictures), "--batch", "2"]) == 0  # not those masks
-    assert capsys.readouterr().out.splitlines()[-1].startswith("5 pictures:")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("5 images:")
     files = {"a": "a.jpg", "b": "b.png", "c": "c.png", "d": "d.bmp", "more/turned": "more/turned.jpg"}
     rows = read_rows(out / "areas.csv")
     assert {row["picture"] for row in rows} == set(files) and read_rows(out / "failed.csv") == []
@@ -142,14 +142,14 @@ def test_a_broken_picture_stops_no_other(folder, pictures, tmp_path, capsys):
     (pictures / "b.png").write_bytes(b"no picture")
     out = tmp_path / "out"
     assert main(["predict", str(folder), str(pictures), "--out", str(out)]) == 1
-    assert "1 of 5 pictures could not be read" in capsys.readouterr().err
+    assert "1 of 5 images could not be read" in capsys.readouterr().err
     assert len(list(out.rglob("*.png"))) == 4 and "b.png" in read_rows(out / "failed.csv")[0]["picture"]
 
 
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        (["nowhere.jpg"], "no picture or folder nowhere.jpg"),
+        (["nowhere.jpg"], "no image or folder nowhere.jpg"),
         (["--side", "-3"], "side -3"),
         (["--batch", "0"], "batch is 0"),
     ],
@@ -208,7 +208,7 @@ def test_two_pictures_of_one_name_and_no_picture_are_refused(pictures, tmp_path)
     with pytest.raises(DiffsegError, match="would both become a.png"):
         find_pictures([pictures])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DiffsegError, match="no picture in"):
+    with pytest.raises(DiffsegError, match="no image in"):
         find_pictures([tmp_path / "empty"])
 
 

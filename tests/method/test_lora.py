@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path, pictu
     other = dataclasses.replace(OPTIONS, alpha=2)
     for changed in (dict(seed=1), dict(captions=["a car"]), dict(options=other)):
         arguments = dict(captions=CAPTIONS, options=OPTIONS, seed=0) | changed
-        with pytest.raises(DiffsegError, match="is of other pictures, captions, options or seed"):
+        with pytest.raises(DiffsegError, match="is of other images, captions, options or seed"):
             tune(tiny_pipeline(), pictures, folder=tmp_path / "lora", **arguments)
     (tmp_path / "lora" / lora.CHECKPOINT).write_bytes(b"half a file")
     with pytest.raises(DiffsegError, match="is damaged; delete it"):
@@ -471,11 +471,11 @@ def test_bad_folders_and_pictures(tmp_path, pictures):
     with pytest.raises(DiffsegError, match="there is no folder .*nowhere"):
         target_domain.find_pictures(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DiffsegError, match="empty holds no picture"):
+    with pytest.raises(DiffsegError, match="empty holds no image"):
         target_domain.find_pictures(tmp_path / "empty")
     whole = (pictures / "city" / "a.JPG").read_bytes()
     (pictures / "city" / "a.JPG").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DiffsegError, match="a.JPG is truncated or no picture"):
+    with pytest.raises(DiffsegError, match="a.JPG is truncated or no image"):
         tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
 
 

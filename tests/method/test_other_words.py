@@ -124,7 +124,7 @@ def test_after_an_exception_all_is_as_before(name):
         images_of(pipeline)
     hook.remove()
     assert is_as_before(pipeline)
-    with pytest.raises(DiffsegError, match="words of 1 pictures and the call draws 2"), others(pipeline, OTHER):
+    with pytest.raises(DiffsegError, match="words of 1 images and the call draws 2"), others(pipeline, OTHER):
         images_of(pipeline, [PROMPT, OTHER])
     assert is_as_before(pipeline)
     with pytest.raises(DiffsegError, match="2 other prompts and words of 1 images"):

@@ -53,7 +53,7 @@ def test_a_picture_of_any_mode_is_read_as_it_looks(mode):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_a_mode_whose_white_is_unknown_is_refused(tmp_path, mode):
     photo(mode).save(tmp_path / "a.tif")
-    for picture, name in ((photo(mode), "the picture"), (tmp_path / "a.tif", "a.tif")):
+    for picture, name in ((photo(mode), "the image"), (tmp_path / "a.tif", "a.tif")):
         with pytest.raises(DiffsegError, match=f"{name} has the mode {mode} .*; convert it to 8-bit RGB"):
             read_picture(picture)
 
@@ -145,7 +145,7 @@ def test_target_pictures_of_every_format_and_mode_are_read(tmp_path, name):
 def test_pictures_that_are_not_read_are_refused_by_name(tmp_path, name):
     photo("RGB").save(tmp_path / "1.png")
     (tmp_path / name).write_bytes(b"....ftyp")
-    with pytest.raises(DiffsegError, match=f"{name} is truncated or no picture that can be read"):
+    with pytest.raises(DiffsegError, match=f"{name} is truncated or no image that can be read"):
         find_pictures(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_a_caption_finds_its_picture_however_its_name_was_typed(tmp_path):
         (METADATA, b'["0.png"]', "metadata.jsonl, line 1: give"),
         (METADATA, b'{"file_name": "0.png"}', "metadata.jsonl, line 1: give"),
         (METADATA, b'{"file_name": "0.png", "text": 3}', "metadata.jsonl, line 1: give"),
-        (METADATA, b'{"file_name": "7.png", "text": "a car"}', "line 1: there is no picture .*7.png"),
+        (METADATA, b'{"file_name": "7.png", "text": "a car"}', "line 1: there is no image .*7.png"),
         (METADATA, b'{"file_name": "0.png", "text": " "}', "line 1: the text is empty"),
         (METADATA, b'{"file_name": "0.png", "text": "\xe4"}', "metadata.jsonl, line 1, is not UTF-8"),
         ("0.txt", b" \n", "0.txt, line 1: the text is empty"),

@@ -228,7 +228,7 @@ def test_layers_are_chosen_after_drawing(pipeline, rows):
     assert not torch.equal(some, every)
     with pytest.raises(DiffsegError, match=r"attention_layers has '\*.attn3', which is no .*; choose among .*attn2"):
         maps.mean((16,), [1], ["up_blocks.*", "*.attn3"])
-    with pytest.raises(DiffsegError, match=r"at this picture size there is \[4\] in attention_layers"):
+    with pytest.raises(DiffsegError, match=r"at this image size there is \[4\] in attention_layers"):
         maps.mean((16,), [1], ["mid_block.*"])
 
 
@@ -302,7 +302,7 @@ def test_a_resolution_that_the_generator_has_not(pipeline, rows):
 def test_a_recorder_needs_the_words_of_every_image(pipeline, rows):
     tokens = [token_positions(pipeline.tokenizer, rows[0].prompt, rows[0].spans)]
     with AttentionRecorder(pipeline, tokens) as recorder:
-        with pytest.raises(DiffsegError, match="give it the words of every picture"):
+        with pytest.raises(DiffsegError, match="give it the words of every image"):
             draw_rows(pipeline, rows[:2], DrawingOptions(64, 64, 1, 4.0))
     assert not recorder.sums
 

@@ -1,9 +1,9 @@
-"""What do capture and refiners cost? Pictures per second beside the plain pipeline, in one run.
+"""What do capture and refiners cost? Images per second beside the plain pipeline, in one run.
 
 python -m diffseg.experiments.speed.capture      writes results/benchmarks/capture.json
 
 Every repetition calls all variants in turn, and a ratio is the median of the ratios within a repetition, so a change
-in the machine's load meets plain and captured pictures alike. Pipelines (random weights but for `mini`):
+in the machine's load meets plain and captured images alike. Pipelines (random weights but for `mini`):
 
 - mini: the shipped generator, 64 x 64 pixels, batch 4;
 - sd15-quarter: Stable Diffusion 1.5 with 2 of its 8 heads: 64 x 64 latents, 77 tokens, all 16 cross-attention layers,
@@ -237,9 +237,9 @@ def refinements(
 
 
 def compare(calls: dict[str, Callable], pictures: int, repetitions: int) -> dict[str, dict[str, float]]:
-    """Time calls side by side, the first of them as the base; each call makes that many pictures.
+    """Time calls side by side, the first of them as the base; each call makes that many images.
 
-    For each: seconds and cpu_seconds of a picture and images_per_second (medians), ratio and cpu_ratio to the base
+    For each: seconds and cpu_seconds of an image and images_per_second (medians), ratio and cpu_ratio to the base
     (median over the repetitions). CPU seconds are those of this process's threads; another process on the same
     cores disturbs them less than the wall time.
     """

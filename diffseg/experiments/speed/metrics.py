@@ -1,10 +1,10 @@
-"""What does the metric cost beside decoding and a network? One picture of 512 x 512 pixels at a time, 21 classes.
+"""What does the metric cost beside decoding and a network? One image of 512 x 512 pixels at a time, 21 classes.
 
 python -m diffseg.experiments.speed.metrics      writes results/benchmarks/metrics.json
 
-Every repetition decodes a picture and its label, predicts it, and counts it, so a change in the machine's load meets
+Every repetition decodes an image and its label, predicts it, and counts it, so a change in the machine's load meets
 all three alike; a share is the median over repetitions of metric / (decoding + network + metric). The bootstrap comes
-once an evaluation: its time for 1,449 pictures (VOC val) is given by itself and a picture's part is in the metric.
+once an evaluation: its time for 1,449 images (VOC val) is given by itself and an image's part is in the metric.
 On a GPU if there is one.
 """
 
@@ -36,7 +36,7 @@ VOC_VAL = 1449
 
 
 def write_pictures(folder: Path, count: int) -> LabelledPictures:
-    """Write textured pictures with blocks of classes as JPEG and palette PNG, and open them."""
+    """Write textured images with blocks of classes as JPEG and palette PNG, and open them."""
     random = np.random.default_rng(0)
     items = []
     for k in range(count):
@@ -50,7 +50,7 @@ def write_pictures(folder: Path, count: int) -> LabelledPictures:
 
 
 def measure(network: torch.nn.Module, dataset: LabelledPictures, repetitions: int, device: torch.device) -> dict:
-    """Return the medians of milliseconds a picture of each part, and the metric's median share."""
+    """Return the medians of milliseconds an image of each part, and the metric's median share."""
     matrix, extra = ConfusionMatrix(VOC.num_classes, VOC.ignore), ImageNetSScores(VOC.num_classes, VOC.ignore)
 
     def now() -> float:
@@ -92,7 +92,7 @@ def measure(network: torch.nn.Module, dataset: LabelledPictures, repetitions: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=20, help="pictures that are timed with each network")
+    parser.add_argument("--repetitions", type=int, default=20, help="images that are timed with each network")
     parser.add_argument("--networks", nargs="+", default=["deeplabv3plus-resnet18", "deeplabv3plus-resnet101"])
     arguments = parser.parse_args()
     device = PartialState().device

@@ -4,7 +4,7 @@ python -m diffseg.experiments.speed.paper_scale      writes results/benchmarks/p
 
 torch counts the operations of the real classes without weights, a multiplication and an addition being two. GPU hours
 are operations over an ASSUMED throughput (PEAK, SUSTAINED): no GPU was used. Not counted: files and augmentation, what
-capture adds (capture.json), idle time. Bytes of pictures follow from those of mini VOC's last run.
+capture adds (capture.json), idle time. Bytes of images follow from those of mini VOC's last run.
 """
 
 import functools
@@ -37,11 +37,11 @@ from diffseg.training import NETWORKS
 RUNS = ("voc", "imagenet-s", "cityscapes")
 PEAK = {"fp16": 312e12, "bf16": 312e12, "fp32": 19.5e12}  # operations a second of an NVIDIA A100, dense (data sheet)
 SUSTAINED = 0.4  # of the peak; our assumption
-# validation pictures, and the size that a network reads: VOC's at most, ImageNet-S's assumed, Cityscapes' halves
+# validation images, and the size that a network reads: VOC's at most, ImageNet-S's assumed, Cityscapes' halves
 VALIDATION = {"voc": (1449, 512, 512), "imagenet-s": (12419, 512, 512), "cityscapes": (500, 512, 1024)}
 TRAINING = 3  # a training step costs three forward passes: the gradients by inputs and by weights are one each
 TUNING = 2  # LoRA's frozen weights need no gradient; checkpointing repeats the forward pass
-KINDS = {  # of the files of a synthetic picture: suffix, how they are enlarged, how they are written
+KINDS = {  # of the files of a synthetic image: suffix, how they are enlarged, how they are written
     "JPEGImages": ("jpg", Image.Resampling.BICUBIC, {"quality": 95, "subsampling": 0}),
     "SegmentationClass": ("png", Image.Resampling.NEAREST, {}),
     "Reliability": ("png", Image.Resampling.BICUBIC, {}),
@@ -56,7 +56,7 @@ def operations(call: Callable, *inputs: torch.Tensor) -> int:
 
 
 def count_generator(text, unet, vae, height: int, width: int) -> dict[str, int]:
-    """Return the operations of one picture's pass through each network; all are on torch's default device, meta."""
+    """Return the operations of one image's pass through each network; all are on torch's default device, meta."""
     factor, tokens = 2 ** (len(vae.config.block_out_channels) - 1), text.config.max_position_embeddings
     latents = torch.empty(1, unet.config.in_channels, height // factor, width // factor)
     prompt = torch.empty(1, tokens, unet.config.cross_attention_dim)
@@ -69,12 +69,12 @@ def count_generator(text, unet, vae, height: int, width: int) -> dict[str, int]:
 
 
 def picture_cost(counted: Mapping[str, int], steps: int) -> int:
-    """Return the operations of a drawn picture: guidance needs text and UNet with and without the prompt."""
+    """Return the operations of a drawn image: guidance needs text and UNet with and without the prompt."""
     return 2 * counted["text"] + 2 * steps * counted["unet"] + counted["decoder"]
 
 
 def training_cost(p: Mapping, mode: str, forward: int) -> float:
-    """Return the operations of a training; co-training looks at the pictures to paste once more, after its warm-up."""
+    """Return the operations of a training; co-training looks at the images to paste once more, after its warm-up."""
     looks = p["mixing"] * (1 - p["warmup"]) if mode == "cotrain" else 0
     return p["iterations"] * p["training_batch"] * NETWORKS[mode] * forward * (TRAINING + looks)
 
@@ -141,16 +141,16 @@ def count(p: Mapping, height: int, width: int) -> dict:
 
 
 def bytes_per_pixel(folder: Path, pictures: int = 60) -> dict[str, list[float]]:
-    """Return for each kind of file [least, most] bytes a pixel: of a run's pictures enlarged eightfold, as they are.
+    """Return for each kind of file [least, most] bytes a pixel: of a run's images enlarged eightfold, as they are.
 
-    An enlarged emoji is smoother than a photograph of that size; a small picture holds more in each pixel. What a
-    black picture takes is taken off: the file's header does not grow.
+    An enlarged emoji is smoother than a photograph of that size; a small image holds more in each pixel. What a
+    black image takes is taken off: the file's header does not grow.
     """
     found = {}
     for kind, (suffix, how, options) in KINDS.items():
         paths, sizes = sorted((folder / kind).glob(f"*.{suffix}")), []
         if not paths:
-            raise DiffsegError(f"{folder / kind} holds no picture; run `diffseg run mini-voc` first.")
+            raise DiffsegError(f"{folder / kind} holds no image; run `diffseg run mini-voc` first.")
 
         def size(picture: Image.Image, suffix: str = suffix, options: Mapping = options) -> float:
             file = io.BytesIO()
@@ -166,7 +166,7 @@ def bytes_per_pixel(folder: Path, pictures: int = 60) -> dict[str, list[float]]:
 
 
 def crf_seconds(folder: Path, side: int = 512) -> list[float]:
-    """Return [least, most] seconds of one core a pixel of the dense CRF: on a run's picture enlarged, and on noise."""
+    """Return [least, most] seconds of one core a pixel of the dense CRF: on a run's image enlarged, and on noise."""
     torch.manual_seed(0)
     picture = Image.open(next((folder / "JPEGImages").glob("*.jpg"))).resize((side, side), Image.Resampling.BICUBIC)
     found, refine = [], get_refiner("crf")
