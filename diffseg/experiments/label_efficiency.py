@@ -42,6 +42,8 @@ ALONE, AFTER, FINER, MIXED = (
     "mixed with synthetic images",
 )
 ARMS = (ALONE, AFTER, FINER, MIXED)
+# Of the second half of a pretrained network's steps; chosen on the development split. None: the parameter file's.
+RATES = {AFTER: 5e-4, FINER: None}
 
 
 def trainings(chosen: argparse.Namespace) -> list[dict]:
@@ -78,8 +80,8 @@ def trainings(chosen: argparse.Namespace) -> list[dict]:
         for count in chosen.counts:
             some = Subset(real, order[:count].tolist())
             row(ALONE, count, seed, None, {}, options, some)
-            for arm in (AFTER, FINER):
-                row(arm, count, seed, None, starts[arm], half, some)
+            for arm, rate in RATES.items():
+                row(arm, count, seed, None, starts[arm], replace(half, learning_rate=rate or half.learning_rate), some)
             both = ConcatDataset([synthetic[1], *[some] * max(1, len(synthetic[1]) // count)])
             row(MIXED, count, seed, synthetic[0], {}, options, both)
     return rows

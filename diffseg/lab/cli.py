@@ -100,8 +100,11 @@ def main(argv: list[str] | None = None) -> int:
                 publish(arguments.run)
             old = old_pages()
             for page, changed in old.items():
-                print(f"{page} is older than {', '.join(changed)}; run diffseg run {page.parent.name} --force, "
-                      f"then diffseg publish results/runs/{page.parent.name}")  # fmt: skip
+                step, made = page.stem, f"results/runs/{page.parent.name}"
+                again = f"diffseg run {page.parent.name} --force"
+                if step not in STEPS:  # 00 and 07, outside the chain
+                    again = f"papermill notebooks/{step}.ipynb {made}/notebooks/{step}.ipynb"
+                print(f"{page} is older than {', '.join(changed)}; run {again}, then diffseg publish {made}")
             return int(arguments.check and bool(old))
         elif arguments.command == "predict":
             predict(arguments)
