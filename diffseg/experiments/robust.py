@@ -36,7 +36,7 @@ from diffseg.segmenters import Ensemble
 # Doubt few pixels, late, among the image's classes: our choice, on the development split.
 RESTRICTED = {
     "training_mode": "cotrain",
-    "reliable_share": 0.8,
+    "reliable_share": 0.9,
     "warmup": 0.5,
     "warmup_pixels": "all",
     "peer_classes": "image",
@@ -48,7 +48,7 @@ ARMS = {
     "BECO": {"training_mode": "cotrain"},
     "restricted": RESTRICTED,
     # the winner taken apart, one thing at a time
-    "a tenth doubted": RESTRICTED | {"reliable_share": 0.9},
+    "a fifth doubted": RESTRICTED | {"reliable_share": 0.8},
     "half doubted": RESTRICTED | {"reliable_share": 0.5},
     "share of the set": RESTRICTED | {"reliable_rule": "set"},
     "warm-up of a quarter": RESTRICTED | {"warmup": 0.25},
