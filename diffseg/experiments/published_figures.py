@@ -111,16 +111,12 @@ def main() -> None:
     results, notebooks = project_root() / "results", project_root() / "notebooks"
     tables = results / "tables"
     records = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((results / "studies").glob("*.json"))}
-    reliability = [
-        row | {"tenth": int(row["tenth"]), "accuracy": float(row["accuracy"])}
-        for row in read_rows(tables / "reliability.csv")
-    ]
     figures = {
         **{name: study_scores(score_rows(record), record["configurations"]) for name, record in records.items()},
         **ablation_figures(tables),
         "noise": noise_figure(read_rows(tables / "noise_seeds.csv")),
         "ladder": ladder_figure(read_rows(tables / "ladder_seeds.csv")),
-        "reliability": reliability_figure(reliability),
+        "reliability": reliability_figure(read_rows(tables / "reliability.csv")),
         "techniques_gains": gains(technique_gains([records[name] for name in STUDIES if name in records])),
         "pipeline": pipeline_figure(),
     }

@@ -2,7 +2,7 @@
 
 python -m diffseg.experiments.robust mini-voc --runs mini-voc mini-voc-unrefined [--split dev] [--seeds 5]
     results/tables/robust_arms.csv (means, paired differences, their intervals), robust_arms_seeds.csv (a row a
-    training), robust_arms.json
+    training), robust_arms.json, results/figures/robust_arms.png and .pdf
 
 All arms train on the images and masks of a run's step 3, as the parameter file says, but for what ARMS changes. A
 baseline costs nothing of its own: it is the first network of the ensemble of the same seed.
@@ -14,16 +14,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from accelerate import PartialState
+from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 
 from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
+from diffseg.charts import dots
 from diffseg.cotraining import classes_of_images, restricted
 from diffseg.errors import DiffsegError
 from diffseg.experiments.paired import options_of, paired_gain, score, trained
+from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_manifest
@@ -128,6 +132,24 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found).round(2)
 
 
+def arms_figure(rows: pd.DataFrame) -> Figure:
+    """Draw each arm's gain over the ensemble of the same seed, with its 95 % interval: a panel a run and split."""
+    panels, arms = list(rows.groupby(["run", "split"], sort=False)), [arm for arm in ARMS if arm in set(rows.arm)][1:]
+    size = (WIDTH, 0.8 + 0.2 * len(arms))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, sharex=True)
+    for axis, ((run, split), group) in zip(axes[0], panels, strict=True):
+        scores = group.pivot(index="seed", columns="arm", values="miou")
+        for place, arm in enumerate(arms):
+            if arm in scores and len(differences := (scores[arm] - scores["ensemble"]).dropna()):
+                dots(axis, [place], [differences.tolist()], color=COLOURS[0], marker="o")
+        axis.axvline(0, color="0.3", linewidth=1)
+        axis.set(title=f"{run}, {split}", xlabel="gain over the ensemble (mIoU)", ylim=(len(arms) - 0.5, -0.5))
+        axis.grid(axis="x", color="0.92")
+        axis.set_yticks(range(len(arms)), arms)
+    figure.tight_layout()
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parameters", help="name of a parameter file, whose training all arms share")
@@ -143,11 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arms = [arm for arm in ARMS if arm in {"ensemble", *chosen.arms}]  # the ensemble is what others are compared with
     for name in chosen.runs:
         rows += scores_of(parameters, run_folder(name), arms, chosen.seeds, chosen.split, chosen.folder)
-    tables, frame = chosen.out / "tables", pd.DataFrame(rows)
+    tables = chosen.out / "tables"
+    kept = [pd.read_csv(found)] if (found := tables / "robust_arms_seeds.csv").is_file() else []
+    frame = pd.concat([*kept, pd.DataFrame(rows)]).drop_duplicates(["run", "split", "arm", "seed"], keep="last")
     for name, table in (("robust_arms", means(frame)), ("robust_arms_seeds", frame)):
         write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    about = {"arms": {arm: ARMS[arm] for arm in arms}, "parameters": parameters, "runs": chosen.runs} | provenance()
+    about = {"arms": ARMS, "parameters": parameters, "runs": chosen.runs} | provenance()
     write_text(tables / "robust_arms.json", json.dumps(about, indent=1))
+    save_figure(arms_figure(frame), chosen.out / "figures" / "robust_arms.png")
 
 
 if __name__ == "__main__":

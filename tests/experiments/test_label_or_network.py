@@ -1,8 +1,18 @@
-"""Whether labels or networks are right, by the margin: hand-made pictures whose truth is known."""
+"""Whether labels or networks are right, by the margin: hand-made images whose truth is known."""
 
 import torch
 
-from diffseg.experiments.label_or_network import TENTHS, accuracies, reliability_figure, tenths
+from diffseg.experiments.label_or_network import (
+    AGREED,
+    LABEL,
+    NETWORK,
+    OPINIONS,
+    PAIR,
+    TENTHS,
+    accuracies,
+    reliability_figure,
+    tenths,
+)
 from diffseg.reliability import rank_within_class
 
 
@@ -25,16 +35,16 @@ def test_accuracies_by_tenth_of_the_margin():
     margin = torch.full((2, 20), 200, dtype=torch.uint8)
     margin[1, :2] = 1  # and it is not sure of them
     reliability = torch.stack([margin, rank_within_class(label, margin)])
-    pictures = [("one", torch.zeros(3, 2, 20, dtype=torch.uint8), label, reliability)]
-    always = {"right": lambda image: scores(truth), "background": lambda image: scores(torch.zeros_like(truth))}
-    rows, objects = accuracies(pictures, lambda image: scores(truth), always).values()
-    assert sum(row["pixels"] for row in rows) == 40 and all(row["right"] == 1 for row in rows)
-    assert rows[0]["label"] == 1 and rows[-1]["label"] == 0.3333  # two of the last tenth's three are wrong
-    assert sum(row["pixels"] for row in objects) == 18
-    assert all(row["label"] == 1 and row["background"] == 0 for row in objects if row["pixels"])
+    images = [("one", torch.zeros(3, 2, 20, dtype=torch.uint8), label, reliability)]
+    other = truth.clone()
+    other[1, 0] = 0  # the second network is right in one of the two
+    networks = [lambda image: 9 * scores(truth), lambda image: scores(other)]
+    rows = accuracies(images, lambda image: scores(truth), networks)
+    assert sum(row["pixels"] for row in rows) == 40
+    assert all(row[NETWORK] == row[PAIR] == 1 for row in rows)  # the first network is surer than the second
+    assert rows[0][LABEL] == 1 and rows[-1][LABEL] == 0.3333  # two of the last tenth's three are wrong
+    assert rows[-1][AGREED] == 0.5  # in two of these three the networks agree, in one of the two against the label
     table = [
-        {"region": "all pixels", "tenth": row["tenth"], "opinion": name, "accuracy": row[name]}
-        for row in rows
-        for name in ("label", "right")
+        {"run": "r", "tenth": row["tenth"], "opinion": name, "accuracy": row[name]} for row in rows for name in OPINIONS
     ]
-    assert len(reliability_figure(table).axes[0].lines) == 2
+    assert len(reliability_figure(table).axes[0].lines) == len(OPINIONS)

@@ -4,9 +4,11 @@ import math
 
 import pandas as pd
 import pytest
+import torch
 
+from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
-from diffseg.experiments.robust import ARMS, means, scores_of
+from diffseg.experiments.robust import ARMS, Corrected, arms_figure, means, scores_of
 from diffseg.lab.parameters import declared
 from diffseg.lab.steps import notebook_of
 
@@ -37,3 +39,29 @@ def test_every_arm_changes_parameters_of_notebook_4():
 def test_a_run_without_images_is_one_sentence(tmp_path):
     with pytest.raises(DiffsegError, match="no finished step 3"):
         scores_of({}, tmp_path / "nothing", ["ensemble"], 1, "dev", tmp_path)
+
+
+def test_the_figure_has_a_panel_for_each_run_and_split():
+    rows = [
+        {"run": "r", "split": split, "arm": arm, "seed": seed, "miou": 50 + seed * (arm == "restricted")}
+        for split in ("dev", "val")
+        for arm in ("ensemble", "ensemble, first network", "restricted", "BECO")
+        for seed in range(3)
+    ]
+    axes = arms_figure(pd.DataFrame(rows)).axes
+    assert [axis.get_title() for axis in axes] == ["r, dev", "r, val"]
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["BECO", "restricted"]
+
+
+def test_a_second_round_corrects_doubtful_pixels_within_the_images_classes():
+    """The network sees class 2 everywhere; the image is of class 1, so its doubtful pixels become class 1."""
+    label = torch.zeros(16, 16, dtype=torch.int64)
+    label[:8] = 1
+    rank = torch.zeros(16, 16, dtype=torch.uint8)
+    rank[6:10] = 255  # both sides of the object's edge
+    images = [("one", torch.zeros(3, 16, 16, dtype=torch.uint8), label, torch.stack([rank, rank]))]
+    logits = torch.zeros(1, VOC.num_classes, 16, 16)
+    logits[:, 2] = 9
+    _, image, corrected = Corrected(images, lambda batch: logits, VOC)[0]
+    assert image.shape == (3, 16, 16)
+    assert (corrected[:10] == 1).all() and (corrected[10:] == 0).all()
