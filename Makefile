@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with the table
 	$(BIN)/diffseg run mini-voc
 
-study: install  ## the mini benchmarks, then every study of notebooks/studies: about eight hours on two cores; what was cut goes on
+study: install  ## the mini benchmarks, then every study of notebooks/studies: about seven hours on two cores; an interrupted study resumes
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
 	$(BIN)/diffseg run mini-cityscapes --only 1-4 --set run=mini-cityscapes-untuned 'target_images=""' train_real=false
 	$(BIN)/python -m diffseg.experiments.pseudo_captions results/runs/mini-cityscapes-untuned/04_robust_training/synthetic \

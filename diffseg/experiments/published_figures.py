@@ -26,7 +26,7 @@ from diffseg.lab.manifests import read_json
 from diffseg.lab.study_results import captions, score_rows
 from diffseg.paths import project_root
 
-STUDIES = ("augmentation", "robust", "lora", "techniques", "pretraining")  # whose first configuration is a baseline
+STUDIES = ("augmentation", "robust", "lora", "techniques")  # whose first configuration is a baseline
 # notebook -> where its box stands, and its text
 BOXES = {
     "01": ((1.1, 1), "01 prompts"),
