@@ -88,17 +88,15 @@ class WordMaps:
         return cls(layers, steps, attention)
 
 
-def choose_layers(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+def choose_layers(names: Iterable[str], patterns: Sequence[str], parameter: str = "attention_layers") -> list[str]:
     """Return the names that match one of some patterns, such as "up_blocks.1.*" or "*blocks.9.attn"; no pattern: all.
 
-    Raises a DiffsegError for a pattern that matches none.
+    Raises a DiffsegError that names the parameter for a pattern that matches none.
     """
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise DiffsegError(
-                f"attention_layers has {pattern!r}, which is no layer of the generator; choose among {', '.join(names)}"
-            )
+            raise DiffsegError(f"{parameter} has {pattern!r}, which matches no layer; choose among {', '.join(names)}")
     return [name for name in names if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

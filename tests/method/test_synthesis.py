@@ -226,7 +226,7 @@ def test_layers_are_chosen_after_drawing(pipeline, rows):
     refine = OPTIONS.refine("cpu")
     some, every = (cut(images[0], maps, rows[0], VOC, options, refine).scores for options in (chosen, OPTIONS))
     assert not torch.equal(some, every)
-    with pytest.raises(DiffsegError, match=r"attention_layers has '\*.attn3', which is no .*; choose among .*attn2"):
+    with pytest.raises(DiffsegError, match=r"attention_layers has '\*.attn3', which matches no layer; .*attn2"):
         maps.mean((16,), [1], ["up_blocks.*", "*.attn3"])
     with pytest.raises(DiffsegError, match=r"at this image size there is \[4\] in attention_layers"):
         maps.mean((16,), [1], ["mid_block.*"])
