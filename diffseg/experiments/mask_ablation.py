@@ -1,8 +1,9 @@
 """Which maps make the best masks? One thing varied at a time, on images that are drawn once.
 
-A variant is a set of map resolutions, a choice of denoising steps and a refiner; each is thresholded with several
-betas. All variants have the same images, because one drawing carries one recorder for every choice of steps: recorders
-nest, and change neither the image nor another recorder's maps.
+A variant is a set of map resolutions, a choice of denoising steps, a refiner and a choice of layers; each is
+thresholded with several betas. All variants have the same images, because one drawing carries one recorder for every
+choice of steps: recorders nest, and change neither the image nor another recorder's maps. A recorder keeps the maps of
+each layer, so a choice of layers needs none of its own.
 
 The reference is what a segmentation network predicts for the image. A drawn image has no ground-truth mask, so the
 network must be better than the masks. For the mini world it is the oracle, which was trained on ground-truth masks.
@@ -33,6 +34,7 @@ from diffseg.benchmarks.metrics import ConfusionMatrix, bootstrap_interval, mean
 from diffseg.drawing import draw_rows
 from diffseg.errors import DiffsegError
 from diffseg.experiments.speed import time_in_turn
+from diffseg.families import layer_names
 from diffseg.figures import COLOURS, COLUMN, MARKERS, WIDTH
 from diffseg.files import MANIFEST, atomic_path
 from diffseg.masks import class_scores, label_and_margin
@@ -44,22 +46,28 @@ from diffseg.sampling_steps import parse_steps
 from diffseg.segmenters import load_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
 from diffseg.tokens import key_positions
+from diffseg.word_maps import choose_layers
 
 SMALLEST_OBJECT = 0.01  # share of the picture below which a class counts as not seen; our choice
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way from attention to scores; resolutions and steps are `SynthesisOptions`' attention_... of that name."""
+    """One way from attention to scores; all but the refiner are `SynthesisOptions`' attention_... of that name."""
 
     resolutions: tuple[int, ...]
     steps: str
     refiner: str
+    layers: tuple[str, ...] = ()
 
     @property
     def columns(self) -> dict[str, str]:
         """Its place in the tables."""
-        return {"resolutions": "+".join(map(str, self.resolutions)), "steps": self.steps, "refiner": self.refiner}
+        resolutions, layers = "+".join(map(str, self.resolutions)), "+".join(self.layers) or "all"
+        return {"resolutions": resolutions, "steps": self.steps, "refiner": self.refiner, "layers": layers}
+
+
+VARIED = tuple(field.name for field in dataclasses.fields(Variant))
 
 
 @dataclass
@@ -80,13 +88,29 @@ def step_choices(sampling_steps: int) -> list[str]:
     return ["all", "middle", *halves, *(str(k) for k in range(sampling_steps) if k != half)]
 
 
+def layer_choices(pipeline, compared: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the patterns of each choice of layers, such as "down_blocks.*+up_blocks.2.*"; of "all" none.
+
+    Raises a DiffsegError for a pattern that matches no layer of the generator.
+    """
+    choices = [() if text == "all" else tuple(text.split("+")) for text in compared]
+    for patterns in choices:
+        choose_layers(layer_names(pipeline), patterns, "compared_layers")
+    return choices
+
+
 def one_at_a_time(
-    base: Variant, resolutions: Sequence[Sequence[int]], steps: Sequence[str], refiners: Sequence[str]
+    base: Variant,
+    resolutions: Sequence[Sequence[int]],
+    steps: Sequence[str],
+    refiners: Sequence[str],
+    layers: Sequence[Sequence[str]],
 ) -> list[Variant]:
     """Return the base and every variant that differs from it in one thing, each once."""
     varied = [dataclasses.replace(base, resolutions=tuple(sorted(set(r)))) for r in resolutions]
     varied += [dataclasses.replace(base, steps=s) for s in steps]
     varied += [dataclasses.replace(base, refiner=r) for r in refiners]
+    varied += [dataclasses.replace(base, layers=tuple(patterns)) for patterns in layers]
     return list(dict.fromkeys([base, *varied]))
 
 
@@ -100,6 +124,7 @@ def options_of(variant: Variant, beta: float, options: SynthesisOptions) -> Synt
         options,
         attention_resolutions=variant.resolutions,
         attention_steps=variant.steps,
+        attention_layers=variant.layers,
         refiner=variant.refiner,
         beta=beta,
     )
@@ -112,6 +137,7 @@ def draw_variants(
 
     Of `options`, picture size, sampling and checkpoint count; what a variant has of its own is the variant's.
     A picture is the same, bit for bit, and has the same scores as `draw_with_masks` gives with that variant alone.
+    Raises a DiffsegError for a variant whose layers have no map at one of its resolutions.
     """
     tokens = [key_positions(pipeline, row.prompt, row.spans) for row in rows]
     with ExitStack() as stack:
@@ -125,13 +151,14 @@ def draw_variants(
                 recorders[key] = stack.enter_context(recorder)
         images = draw_rows(pipeline, rows, options)
     drawn = [Recorded(row, image, as_pixels(image), {}, {}) for row, image in zip(rows, images, strict=True)]
+    kept = {key: recorder.word_maps() for key, recorder in recorders.items()}
     for variant in variants:
-        recorder = recorders[variant.steps, self_resolution(variant)]
-        reads = recorder.self_attention() if self_resolution(variant) else [None] * len(rows)
-        for one, maps, attention in zip(drawn, recorder.maps(variant.resolutions), reads, strict=True):
+        steps = parse_steps(variant.steps, options.sampling_steps)
+        for one, maps in zip(drawn, kept[variant.steps, self_resolution(variant)], strict=True):
             ids = [benchmark.classes.index(name) for name in one.row.classes]
-            one.scores[variant] = class_scores(maps, ids, one.image.size[::-1])
-            one.attention[variant] = attention
+            mean = maps.mean(variant.resolutions, steps, variant.layers)
+            one.scores[variant] = class_scores(mean, ids, one.image.size[::-1])
+            one.attention[variant] = maps.attention
     return drawn
 
 
@@ -256,8 +283,8 @@ def time_variants(
     """Measure what each variant costs alone: seconds a picture from prompt to mask, drawing included.
 
     rows: one batch. Every repetition draws the batch plainly and then with each variant in turn, so that a change in
-    the machine's load meets all of them; the medians are returned. Columns resolutions, steps, refiner (all "-" in
-    the row without any recorder), seconds (wall time), cpu_seconds (of this process's threads, which other
+    the machine's load meets all of them; the medians are returned. Columns of `VARIED` (all "-" in the row without
+    any recorder), seconds (wall time), cpu_seconds (of this process's threads, which other
     processes disturb less), both for one picture.
     """
     calls = {None: lambda: draw_rows(pipeline, rows, options)}
@@ -268,26 +295,26 @@ def time_variants(
     table = []
     for variant, found in time_in_turn(calls, repetitions).items():
         wall, cpu = (statistics.median(values) / len(rows) for values in zip(*found, strict=True))
-        columns = variant.columns if variant else dict.fromkeys(("resolutions", "steps", "refiner"), "-")
+        columns = variant.columns if variant else dict.fromkeys(VARIED, "-")
         table.append({**columns, "seconds": wall, "cpu_seconds": cpu})
     return pd.DataFrame(table)
 
 
 def along(table: pd.DataFrame, base: Variant, name: str) -> pd.DataFrame:
-    """Return the rows that differ from the base in `name` alone ("resolutions", "steps", "refiner"), all betas."""
+    """Return the rows that differ from the base in `name` alone (one of `VARIED`), all betas."""
     fixed = {column: value for column, value in base.columns.items() if column != name}
     return table[(table[list(fixed)] == pd.Series(fixed)).all(axis=1)]
 
 
 def best_beta(table: pd.DataFrame) -> pd.DataFrame:
     """Return each variant's row with the beta of the highest mIoU."""
-    return table.loc[table.groupby(["resolutions", "steps", "refiner"], sort=False).miou.idxmax()]
+    return table.loc[table.groupby([*VARIED], sort=False).miou.idxmax()]
 
 
 def betas_figure(table: pd.DataFrame, base: Variant) -> Figure:
     """Draw mIoU over beta with 95 % intervals over images: a panel for each thing that was varied, a line a value."""
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.1), sharey=True)
-    for axis, name in zip(axes, ("resolutions", "steps", "refiner"), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.6), sharex=True, sharey=True)
+    for axis, name in zip(axes.flat, VARIED, strict=True):
         shown = along(table, base, name)
         shown = shown[~shown.steps.str.isdecimal()] if name == "steps" else shown
         values = list(shown.groupby(name, sort=False))
@@ -296,9 +323,11 @@ def betas_figure(table: pd.DataFrame, base: Variant) -> Figure:
             bounds = 100 * (rows.miou - rows.low), 100 * (rows.high - rows.miou)
             look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "label": value}
             axis.errorbar(rows.beta + off, 100 * rows.miou, bounds, elinewidth=0.8, **look)
-        axis.set(xlabel="beta")
         axis.legend(title=name, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=1, borderpad=0)
-    axes[0].set(ylabel="mask mIoU (%)")
+    for axis in axes[1]:
+        axis.set(xlabel="beta")
+    for axis in axes[:, 0]:
+        axis.set(ylabel="mask mIoU (%)")
     figure.tight_layout()
     return figure
 

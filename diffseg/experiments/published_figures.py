@@ -99,11 +99,12 @@ def ablation_figures(tables: Path) -> dict[str, Figure]:
     """Return the charts of notebook 07 from its published table and manifest."""
     table = pd.read_csv(tables / "mask_ablation.csv", dtype={"resolutions": str, "steps": str}, keep_default_na=False)
     manifest = read_json(tables / "mask_ablation.manifest.json")
-    used = manifest["metrics"]["base"]
-    base = Variant(tuple(map(int, used["resolutions"].split("+"))), used["steps"], used["refiner"])
+    used = manifest["parameters"]
+    resolutions, layers = tuple(used["attention_resolutions"]), tuple(used["attention_layers"])
+    base = Variant(resolutions, used["attention_steps"], used["refiner"], layers)
     return {
         "mask_ablation_betas": betas_figure(table, base),
-        "mask_ablation_single_steps": steps_figure(table, base, manifest["parameters"]["sampling_steps"]),
+        "mask_ablation_single_steps": steps_figure(table, base, used["sampling_steps"]),
     }
 
 

@@ -232,6 +232,14 @@ class Parameters(BaseModel):
         Filled,
     ]
     compared_steps: list[Name]
+    compared_layers: Annotated[
+        list[
+            Annotated[
+                Text, matches(lambda t: re.fullmatch(r"[^+\s]+(\+[^+\s]+)*", t), "be all, or patterns joined by +")
+            ]
+        ],
+        Filled,
+    ]
     compared_betas: Annotated[list[BelowOne], Filled]
     compared_refiners: Annotated[list[Text], Filled, OneOf("diffseg.refiners", "REFINERS")]
     timed_pictures: Annotated[Whole, Field(ge=1, le=10_000)]

@@ -1,5 +1,7 @@
 """The ablation's numbers on hand-made pictures, and its variants against the recorder and the product alone."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,11 +13,13 @@ from diffseg.drawing import draw_rows
 from diffseg.errors import DiffsegError
 from diffseg.experiments import mask_ablation
 from diffseg.experiments.mask_ablation import (
+    VARIED,
     Variant,
     ablate,
     along,
     cut,
     draw_variants,
+    layer_choices,
     load_reference,
     one_at_a_time,
     options_of,
@@ -34,7 +38,8 @@ from diffseg.tokens import token_positions
 
 OPTIONS = SynthesisOptions(64, 64, 4, 4.0, (16,), "all", 0.2, "none")
 BASE = Variant((16,), "2-3", "none")
-VARIANTS = one_at_a_time(BASE, [(8,), (16,), (8, 16)], step_choices(4), ["none", "pamr", "self-attention"])
+LAYERS = [(), ("down_blocks.*",), ("up_blocks.*",)]
+VARIANTS = one_at_a_time(BASE, [(8,), (16,), (8, 16)], step_choices(4), ["none", "pamr", "self-attention"], LAYERS)
 CAT, DOG = VOC.classes.index("cat"), VOC.classes.index("dog")
 
 
@@ -57,9 +62,21 @@ def test_step_choices():
 
 
 def test_one_thing_at_a_time():
-    assert VARIANTS[0] == BASE and len(set(VARIANTS)) == len(VARIANTS) == 1 + 2 + 6 + 2
+    assert VARIANTS[0] == BASE and len(set(VARIANTS)) == len(VARIANTS) == 1 + 2 + 6 + 2 + 2
     for variant in VARIANTS[1:]:
-        assert sum(getattr(variant, name) != getattr(BASE, name) for name in ("resolutions", "steps", "refiner")) == 1
+        assert sum(getattr(variant, name) != getattr(BASE, name) for name in VARIED) == 1
+
+
+def test_choices_of_layers_are_patterns_and_one_that_matches_nothing_is_refused(pipeline, rows):
+    assert layer_choices(pipeline, ["all", "down_blocks.*", "down_blocks.*+mid_block.*"]) == [
+        (),
+        ("down_blocks.*",),
+        ("down_blocks.*", "mid_block.*"),
+    ]
+    with pytest.raises(DiffsegError, match=r"compared_layers has 'left.*', which matches no layer; choose among down_"):
+        layer_choices(pipeline, ["all", "up_blocks.*+left.*"])
+    with pytest.raises(DiffsegError, match=r"attention_layers has 'mid_block.*', which matches no layer; choose among"):
+        draw_variants(pipeline, rows[:1], VOC, OPTIONS, [Variant((16,), "0", "none", ("mid_block.*",))])  # it has 4 x 4
 
 
 def test_nested_recorders_change_neither_the_picture_nor_each_others_maps(pipeline, rows):
@@ -96,6 +113,7 @@ def test_every_variant_is_what_it_gives_alone(pipeline, rows):
     rows = rows[:2]
     drawn = draw_variants(pipeline, rows, VOC, OPTIONS, VARIANTS)
     several = [Variant((8, 16), "2-3", "none"), Variant((16,), "1", "none"), Variant((16,), "2-3", "self-attention")]
+    several += [dataclasses.replace(BASE, layers=patterns) for patterns in LAYERS[1:]]
     for variant in several:
         assert variant in VARIANTS
         alone = draw_with_masks(pipeline, rows, VOC, options_of(variant, 0.3, OPTIONS))
@@ -103,6 +121,8 @@ def test_every_variant_is_what_it_gives_alone(pipeline, rows):
             assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
             assert torch.equal(one.scores[variant][1], other.scores)
             assert torch.equal(cut(one, variant, 0.3, get_refiner(variant.refiner)), other.label)
+    down, up = (drawn[0].scores[variant][1] for variant in several[-2:])
+    assert not torch.equal(down, up) and not torch.equal(down, drawn[0].scores[BASE][1])
 
 
 def test_the_reference_names_only_the_prompts_classes():
@@ -145,7 +165,7 @@ def test_miou_is_that_of_one_confusion_matrix_over_all_pictures(pipeline, rows):
     assert counts == {"pictures": 3, "not_seen": 1, "ignored": pytest.approx(3 / 64)}
     assert len(table) == 4 and table.seconds_cut.gt(0).all()
     for _, row in table.iterrows():
-        variant = next(v for v in variants if v.columns == row[["resolutions", "steps", "refiner"]].to_dict())
+        variant = next(v for v in variants if v.columns == row[[*VARIED]].to_dict())
         labels = [cut(one, variant, row.beta, get_refiner(variant.refiner)) for one in drawn[:2]]
         guess, truth = torch.stack(labels).long(), torch.stack(truths[:2])
         for column, counted in (("miou", truth != absent), ("miou_strict", truth >= 0)):
@@ -167,6 +187,7 @@ def test_a_reference_that_sees_nothing_is_one_sentence(pipeline, rows):
 def test_the_time_table_has_each_variant_and_the_plain_pipeline(pipeline, rows):
     table = time_variants(pipeline, rows[:1], VOC, OPTIONS, [BASE, Variant((16,), "all", "pamr")], repetitions=1)
     assert table.resolutions.tolist() == ["-", "16", "16"] and table.refiner.tolist() == ["-", "none", "pamr"]
+    assert table.layers.tolist() == ["-", "all", "all"]
     assert table.seconds.gt(0).all() and table.cpu_seconds.gt(0).all()
 
 
@@ -175,6 +196,7 @@ def test_along_gives_the_rows_that_differ_in_one_thing():
     assert along(table, BASE, "resolutions").resolutions.tolist() == ["16", "16", "8", "8", "8+16", "8+16"]
     assert set(along(table, BASE, "refiner").refiner) == {"none", "pamr", "self-attention"}
     assert len(along(table, BASE, "steps")) == 2 * 7
+    assert along(table, BASE, "layers").layers.tolist()[::2] == ["all", "down_blocks.*", "up_blocks.*"]
 
 
 def test_a_reference_of_other_classes_is_one_sentence(tmp_path):
@@ -210,7 +232,8 @@ def test_publish_copies_table_manifest_and_figures(tmp_path):
 
 
 def test_the_options_of_a_variant_are_the_products_own():
-    options = options_of(Variant((8, 16), "0-1", "pamr"), 0.4, OPTIONS)
+    options = options_of(Variant((8, 16), "0-1", "pamr", ("up_blocks.*",)), 0.4, OPTIONS)
     assert (options.attention_resolutions, options.attention_steps) == ((8, 16), "0-1")
+    assert options.attention_layers == ("up_blocks.*",)
     assert (options.refiner, options.beta, options.sampling_steps) == ("pamr", 0.4, 4)
     assert mask_ablation.refiner_of(BASE, OPTIONS, "cpu") is get_refiner("none")

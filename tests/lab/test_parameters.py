@@ -232,6 +232,7 @@ evaluation_scales     | []                    | at least 1 item             | Se
 evaluation_scales     | [-1]                  | greater than 0              | Set `evaluation_scales=[1.0]`
 bootstrap             | 0                     | equal to 1                  | Set `bootstrap=1000`
 compared_resolutions  | ["8+"]                | map sizes                   | Set `compared_resolutions=
+compared_layers       | ["up_blocks.*+"]      | patterns joined             | Set `compared_layers=
 compared_betas        | [0.2, 1.0]            | less than 1                 | Set `compared_betas=
 timing_repetitions    | 0                     | equal to 1                  | Set `timing_repetitions=3`
 """
