@@ -143,9 +143,10 @@ def arms_figure(rows: pd.DataFrame) -> Figure:
             if arm in scores and len(differences := (scores[arm] - scores["ensemble"]).dropna()):
                 dots(axis, [place], [differences.tolist()], color=COLOURS[0], marker="o")
         axis.axvline(0, color="0.3", linewidth=1)
-        axis.set(title=f"{run}, {split}", xlabel="gain over the ensemble (mIoU)", ylim=(len(arms) - 0.5, -0.5))
+        axis.set(title=f"{run}, {split}", ylim=(len(arms) - 0.5, -0.5))
         axis.grid(axis="x", color="0.92")
         axis.set_yticks(range(len(arms)), arms)
+    figure.supxlabel("gain over the ensemble (mIoU)", fontsize="medium")
     figure.tight_layout()
     return figure
 
