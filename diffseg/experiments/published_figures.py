@@ -16,10 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from diffseg.charts import gains, study_scores
+from diffseg.experiments.label_efficiency import label_figure
 from diffseg.experiments.label_or_network import reliability_figure
 from diffseg.experiments.ladder import ladder_figure
 from diffseg.experiments.mask_ablation import Variant, betas_figure, steps_figure
 from diffseg.experiments.noise import noise_figure
+from diffseg.experiments.robust import arms_figure
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import atomic_path, read_rows, write_text
 from diffseg.lab.manifests import read_json
@@ -117,6 +119,8 @@ def main() -> None:
         **ablation_figures(tables),
         "noise": noise_figure(read_rows(tables / "noise_seeds.csv")),
         "ladder": ladder_figure(read_rows(tables / "ladder_seeds.csv")),
+        "robust_arms": arms_figure(pd.read_csv(tables / "robust_arms_seeds.csv")),
+        "label_efficiency": label_figure(pd.read_csv(tables / "label_efficiency_seeds.csv")),
         "reliability": reliability_figure(read_rows(tables / "reliability.csv")),
         "techniques_gains": gains(technique_gains([records[name] for name in STUDIES if name in records])),
         "pipeline": pipeline_figure(),
@@ -126,7 +130,8 @@ def main() -> None:
         plt.close(figure)
     for record in records.values():
         for name, text in captions(record).items():
-            write_text(results / "figures" / f"{name}.txt", text)
+            if (results / "figures" / f"{name}.png").is_file():  # predictions need the runs
+                write_text(results / "figures" / f"{name}.txt", text)
     (notebooks / "figures").mkdir(exist_ok=True)
     for name in BOXES:
         figure = pipeline_figure(name)
