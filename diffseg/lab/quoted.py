@@ -16,7 +16,7 @@ from typing import Any
 
 from diffseg.errors import DiffsegError
 
-NUMBER = r"\d[\d,]*(?:\.\d+)?"
+NUMBER = r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?"  # a hyphen between digits is no sign
 QUOTED = re.compile(
     rf"(?P<mean>{NUMBER})(?: ± (?P<spread>{NUMBER}))?<!-- (?P<file>[^ ;]+\.(?:csv|json)); (?P<cell>.+?) -->"
 )

@@ -154,13 +154,16 @@ def test_a_wrong_number_planted_on_a_page_is_found_wherever_it_stands():
 )
 def test_a_comment_without_its_cell_is_named(comment, problem, tmp_path):
     (tmp_path / "ladder.csv").write_text("rung,seed,miou,miou_spread\nreal,0,84.04,0.21\nours,0,71,2\nours,1,72.16,2\n")
-    (tmp_path / "a.json").write_text('{"runs": [{"name": "a", "share": 0.8412}, {"name": "b", "share": 1234.5}]}')
+    (tmp_path / "a.json").write_text(
+        '{"runs": [{"name": "a", "share": 0.8412}, {"name": "b", "share": 1234.5}, {"share": -3.26}]}'
+    )
     good = {
         "84.0 ± 0.2": "ladder.csv; rung=real; miou",
         "72": "ladder.csv; rung=ours; seed=1; miou",
         "84.1": "a.json; runs; name=a; share * 100",
         "1.23": "a.json; runs; 1; share / 1e3",
         "1,234": "a.json; runs; name=b; share",
+        "-3.3": "a.json; runs; 2; share",
     }
     page = "".join(f"{number}<!-- {cell} --> % " for number, cell in good.items())
     wrong = (
@@ -168,6 +171,7 @@ def test_a_comment_without_its_cell_is_named(comment, problem, tmp_path):
         .replace("72<", "99<")
         .replace("84.1<", "0.1<")
         .replace("1,234<", "9,999<")
+        .replace("-3.3<", "3.4<")
     )
     assert with_numbers(wrong, tmp_path) == page
     with pytest.raises(DiffsegError, match=f"{re.escape(comment)}`.*{problem}"):
