@@ -155,7 +155,7 @@ def test_a_wrong_number_planted_on_a_page_is_found_wherever_it_stands():
 def test_a_comment_without_its_cell_is_named(comment, problem, tmp_path):
     (tmp_path / "ladder.csv").write_text("rung,seed,miou,miou_spread\nreal,0,84.04,0.21\nours,0,71,2\nours,1,72.16,2\n")
     (tmp_path / "a.json").write_text(
-        '{"runs": [{"name": "a", "share": 0.8412}, {"name": "b", "share": 1234.5}, {"share": -3.26}]}'
+        '{"runs": [{"name": "a", "share": 0.8412}, {"name": "b", "share": 1234.5}, {"name": "c", "share": -3.26}]}'
     )
     good = {
         "84.0 ± 0.2": "ladder.csv; rung=real; miou",
