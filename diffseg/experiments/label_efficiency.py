@@ -23,12 +23,10 @@ from torch.utils.data import ConcatDataset, Subset
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import half_interval
-from diffseg.errors import DiffsegError
-from diffseg.experiments.paired import network_folder, options_of, paired_gain, score, trained
+from diffseg.experiments.paired import images_key, network_folder, options_of, paired_gain, score, trained
 from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
-from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
 from diffseg.paths import project_root
@@ -59,7 +57,12 @@ def trainings(chosen: argparse.Namespace) -> list[dict]:
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     options = options_of(parameters, "baseline")
     half = replace(options, iterations=options.iterations // 2)
-    synthetic, finer = (images_of(name) for name in (chosen.parameters, chosen.finer))
+    finer = get_benchmark(resolve(chosen.finer, {})[0]["benchmark"])
+    sets = {}  # arm -> key and images of its synthetic set, and their classes
+    for arm, name, classes in ((AFTER, chosen.parameters, benchmark), (FINER, chosen.finer, finer)):
+        run = run_folder(name)
+        sets[arm] = images_key(run), pictures_set(run / "03_synthesis", classes), classes
+    key, synthetic, _ = sets[AFTER]
     rows = []
 
     def row(arm: str, count: int, seed: int, *recipe) -> None:
@@ -72,29 +75,19 @@ def trainings(chosen: argparse.Namespace) -> list[dict]:
     for seed in range(chosen.seeds):
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(derive_seed(seed, "labelled")))
         starts = {}
-        for arm, (key, dataset, classes) in {AFTER: synthetic, FINER: finer}.items():
-            how = chosen.folder, f"start-{ARMS.index(arm)}", key, parameters, half
+        for arm, (made, dataset, classes) in sets.items():
+            how = chosen.folder, f"start-{ARMS.index(arm)}", made, parameters, half
             trained(*how, dataset, classes, seed)
             starts[arm] = {"initial_network": str(network_folder(*how, seed).resolve())}
-        row(AFTER, 0, seed, synthetic[0], {}, options, synthetic[1])
+        row(AFTER, 0, seed, key, {}, options, synthetic)
         for count in chosen.counts:
             some = Subset(real, order[:count].tolist())
             row(ALONE, count, seed, None, {}, options, some)
             for arm, rate in RATES.items():
                 row(arm, count, seed, None, starts[arm], replace(half, learning_rate=rate or half.learning_rate), some)
-            both = ConcatDataset([synthetic[1], *[some] * max(1, len(synthetic[1]) // count)])
-            row(MIXED, count, seed, synthetic[0], {}, options, both)
+            both = ConcatDataset([synthetic, *[some] * max(1, len(synthetic) // count)])
+            row(MIXED, count, seed, key, {}, options, both)
     return rows
-
-
-def images_of(name: str) -> tuple:
-    """Return the key, the images and masks, and the classes of a run's step 3."""
-    values, _ = resolve(name, {})
-    benchmark, folder = get_benchmark(values["benchmark"]), run_folder(name) / "03_synthesis"
-    manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest is None:
-        raise DiffsegError(f"{folder} is not finished; run `diffseg run {name} --only 1-3` first.")
-    return manifest["key"], pictures_set(folder, benchmark), benchmark
 
 
 def means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -143,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     frame, tables = pd.DataFrame(trainings(chosen)), chosen.out / "tables"
     for name, table in (("label_efficiency", means(frame)), ("label_efficiency_seeds", frame)):
         write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    images = {name: images_of(name)[0] for name in (chosen.parameters, chosen.finer)}
+    runs = (chosen.parameters, chosen.finer)
+    images = {name: images_key(run_folder(name)) for name in runs}
     split = chosen.split or "validation"
     write_text(
         tables / "label_efficiency.json", json.dumps({"images": images, "split": split} | provenance(), indent=1)

@@ -12,13 +12,12 @@ Seeds are of the training: initial decoder, order and augmentation; all of them 
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset, Subset
 
@@ -27,7 +26,7 @@ from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.errors import DiffsegError
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.experiments.paired import options_of, paired_gain, score, trained
+from diffseg.experiments.paired import Relabelled, options_of, paired_gain, score, trained
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import read_rows, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
@@ -46,28 +45,12 @@ REAL, ORACLE, UNTUNED, WITHOUT = (
 RUNGS = {"real": REAL, "oracle": ORACLE, "ours": OURS, "untuned": UNTUNED, "without": WITHOUT}
 
 
-class Relabelled(Dataset):
-    """Images of a synthetic set under the masks that a network sees in them; items (name, image, label)."""
-
-    def __init__(self, pictures: Dataset, network: Callable[[torch.Tensor], torch.Tensor]):
-        self.pictures, self.labels = pictures, []
-        with torch.inference_mode():
-            for k in range(len(pictures)):
-                self.labels.append(network(pictures[k][1][None].float() / 255)[0].argmax(dim=0))
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
-        name, image = self.pictures[index][:2]
-        return name, image, self.labels[index]
-
-
 def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Dataset:
     """Return a rung's images with their labels; `run` is the run that made the synthetic ones."""
     synthetic = pictures_set(run / "03_synthesis", benchmark)
     if rung == "oracle":
-        return Relabelled(synthetic, load_reference("mini", benchmark).eval())
+        oracle = load_reference("mini", benchmark).eval()
+        return Relabelled(synthetic, lambda name, image, *_: oracle(image[None].float() / 255)[0].argmax(dim=0))
     if rung != "real":
         return synthetic
     real = open_split(benchmark, root, benchmark.training_split)

@@ -1,11 +1,13 @@
 """Trainings that are compared seed by seed: each is made once, and their mean difference has an interval."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from statistics import mean
 
+import torch
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
@@ -13,10 +15,38 @@ from torch.utils.data import Dataset
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.evaluation import evaluate
 from diffseg.charts import half_interval
+from diffseg.errors import DiffsegError
 from diffseg.files import sha256_text
+from diffseg.lab.manifests import read_manifest
 from diffseg.lab.steps import named_files
 from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import NETWORKS, TrainingOptions, train_once
+
+
+class Relabelled(Dataset):
+    """Images of a synthetic set with other labels; items (name, image, label).
+
+    relabel: from an item of the set (name, image, label, reliability) to the new label, int64 H x W.
+    """
+
+    def __init__(self, images: Dataset, relabel: Callable[..., torch.Tensor]):
+        self.images = images
+        with torch.inference_mode():
+            self.labels = [relabel(*images[k]) for k in range(len(images))]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
+        return *self.images[index][:2], self.labels[index]
+
+
+def images_key(run: Path) -> str:
+    """Return the key of the step 3 that made a run's images; an unfinished one raises a DiffsegError."""
+    manifest = read_manifest(run / "03_synthesis") if run.is_dir() else None
+    if manifest is None:
+        raise DiffsegError(f"{run} has no finished step 3; run `diffseg run ... --only 1-3 --set run={run.name}`.")
+    return manifest["key"]
 
 
 def options_of(parameters: dict, mode: str) -> TrainingOptions:

@@ -25,12 +25,10 @@ from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.cotraining import classes_of_images, restricted
-from diffseg.errors import DiffsegError
-from diffseg.experiments.paired import options_of, paired_gain, score, trained
+from diffseg.experiments.paired import Relabelled, images_key, options_of, paired_gain, score, trained
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
-from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
 from diffseg.paths import project_root
@@ -63,26 +61,19 @@ ARMS = {
 }
 
 
-class Corrected(Dataset):
-    """A synthetic set whose doubtful pixels have a network's answer among the image's classes and background; items
-    (name, image, label). The doubtful ones are those of RESTRICTED."""
+def corrected(images: Dataset, network: Ensemble, benchmark: Benchmark) -> Relabelled:
+    """Return a synthetic set whose doubtful pixels, those of RESTRICTED, have a network's answer among the image's
+    classes and background."""
+    device, background = PartialState().device, benchmark.classes.index("background")
 
-    def __init__(self, pictures: Dataset, network: Ensemble, benchmark: Benchmark):
-        self.pictures, self.labels = pictures, []
-        device, background = PartialState().device, benchmark.classes.index("background")
-        for _, image, label, (_, rank) in (pictures[k] for k in range(len(pictures))):
-            with torch.inference_mode():
-                seen = network(image[None].float().to(device) / 255).float().softmax(dim=1).cpu()
-            named = classes_of_images(label[None], benchmark.num_classes)
-            answer = restricted(seen, named, background)[0].argmax(dim=0)
-            kept = reliable_pixels(rank, RESTRICTED["reliable_share"]) | (label == benchmark.ignore)
-            self.labels.append(torch.where(kept, label, answer))
+    def relabel(name: str, image: torch.Tensor, label: torch.Tensor, reliability: torch.Tensor) -> torch.Tensor:
+        seen = network(image[None].float().to(device) / 255).float().softmax(dim=1).cpu()
+        named = classes_of_images(label[None], benchmark.num_classes)
+        answer = restricted(seen, named, background)[0].argmax(dim=0)
+        kept = reliable_pixels(reliability[1], RESTRICTED["reliable_share"]) | (label == benchmark.ignore)
+        return torch.where(kept, label, answer)
 
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
-        return *self.pictures[index][:2], self.labels[index]
+    return Relabelled(images, relabel)
 
 
 def scores_of(parameters: dict, run: Path, arms: Sequence[str], seeds: int, split: str, folder: Path) -> list[dict]:
@@ -90,9 +81,7 @@ def scores_of(parameters: dict, run: Path, arms: Sequence[str], seeds: int, spli
 
     parameters: those of steps 4 and 5. run: the folder of the run whose images and masks are trained on.
     """
-    images = read_manifest(run / "03_synthesis") if run.is_dir() else None
-    if images is None:
-        raise DiffsegError(f"{run} has no finished step 3; run `diffseg run ... --only 1-3 --set run={run.name}`.")
+    key = images_key(run)
     benchmark, rows = get_benchmark(parameters["benchmark"], parameters["class_list"]), []
     dataset, split = pictures_set(run / "03_synthesis", benchmark), split or benchmark.evaluation_split
     scored = open_split(benchmark, data_folder(parameters["data_root"]), split)
@@ -102,11 +91,11 @@ def scores_of(parameters: dict, run: Path, arms: Sequence[str], seeds: int, spli
         if arm == "baseline, twice as long":
             options = replace(options, iterations=2 * options.iterations)
         for seed in range(seeds):
-            how = images["key"], parameters, options
+            how = key, parameters, options
             labelled = dataset
             if arm == "second round":
                 first = trained(folder / run.name, "ensemble", *how, dataset, benchmark, seed)
-                labelled = Corrected(dataset, first, benchmark)
+                labelled = corrected(dataset, first, benchmark)
             network = trained(folder / run.name, arm, *how, labelled, benchmark, seed)
             members = {f"{arm}, first network": network.networks[0]} if isinstance(network, Ensemble) else {}
             for name, each in ({arm: network} | members).items():

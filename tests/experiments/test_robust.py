@@ -8,7 +8,7 @@ import torch
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
-from diffseg.experiments.robust import ARMS, Corrected, arms_figure, means, scores_of
+from diffseg.experiments.robust import ARMS, arms_figure, corrected, means, scores_of
 from diffseg.lab.parameters import declared
 from diffseg.lab.steps import notebook_of
 
@@ -62,6 +62,6 @@ def test_a_second_round_corrects_doubtful_pixels_within_the_images_classes():
     images = [("one", torch.zeros(3, 16, 16, dtype=torch.uint8), label, torch.stack([rank, rank]))]
     logits = torch.zeros(1, VOC.num_classes, 16, 16)
     logits[:, 2] = 9
-    _, image, corrected = Corrected(images, lambda batch: logits, VOC)[0]
+    _, image, label = corrected(images, lambda batch: logits, VOC)[0]
     assert image.shape == (3, 16, 16)
-    assert (corrected[:10] == 1).all() and (corrected[10:] == 0).all()
+    assert (label[:10] == 1).all() and (label[10:] == 0).all()
