@@ -29,6 +29,7 @@ from diffseg.experiments.paired import Relabelled, images_key, options_of, paire
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
+from diffseg.lab.parameters import parse_assignments
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
 from diffseg.paths import project_root
@@ -76,10 +77,13 @@ def corrected(images: Dataset, network: Ensemble, benchmark: Benchmark) -> Relab
     return Relabelled(images, relabel)
 
 
-def scores_of(parameters: dict, run: Path, arms: Sequence[str], seeds: int, split: str, folder: Path) -> list[dict]:
+def scores_of(
+    parameters: dict, run: Path, title: str, arms: Sequence[str], seeds: int, split: str, folder: Path
+) -> list[dict]:
     """Train each arm and seed that is not in `folder` yet; return a row for each network and pair, mIoU in %.
 
-    parameters: those of steps 4 and 5. run: the folder of the run whose images and masks are trained on.
+    parameters: those of steps 4 and 5. run: the folder of the run whose images and masks are trained on, under which
+    title in the table.
     """
     key = images_key(run)
     benchmark, rows = get_benchmark(parameters["benchmark"], parameters["class_list"]), []
@@ -100,7 +104,7 @@ def scores_of(parameters: dict, run: Path, arms: Sequence[str], seeds: int, spli
             members = {f"{arm}, first network": network.networks[0]} if isinstance(network, Ensemble) else {}
             for name, each in ({arm: network} | members).items():
                 miou = round(score(each, scored, benchmark), 2)
-                rows.append({"run": run.name, "split": split, "arm": name, "seed": seed, "miou": miou})
+                rows.append({"run": title, "split": split, "arm": name, "seed": seed, "miou": miou})
                 print(*rows[-1].values(), sep=", ", flush=True)
     return rows
 
@@ -145,16 +149,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("parameters", help="name of a parameter file, whose training all arms share")
     parser.add_argument("--runs", nargs="+", required=True, help="names of runs whose images and masks are trained on")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="besides the ensemble")
+    parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", default=[], help="parameters, named in the table")
     parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "robust-arms")
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
-    values, _ = resolve(chosen.parameters, {})
+    values, _ = resolve(chosen.parameters, parse_assignments(chosen.set))
     parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
     arms = [arm for arm in ARMS if arm in {"ensemble", *chosen.arms}]  # the ensemble is what others are compared with
     for name in chosen.runs:
-        rows += scores_of(parameters, run_folder(name), arms, chosen.seeds, chosen.split, chosen.folder)
+        title = ", ".join([name, *chosen.set])
+        rows += scores_of(parameters, run_folder(name), title, arms, chosen.seeds, chosen.split, chosen.folder)
     tables = chosen.out / "tables"
     kept = [pd.read_csv(found)] if (found := tables / "robust_arms_seeds.csv").is_file() else []
     frame = pd.concat([*kept, pd.DataFrame(rows)]).drop_duplicates(["run", "split", "arm", "seed"], keep="last")
