@@ -110,13 +110,14 @@ def confusion_map(counts: np.ndarray, names: Sequence[str], most: int = 21) -> F
 
 
 def study_scores(scores: pd.DataFrame, changes: Mapping[str, Mapping]) -> Figure:
-    """Draw each configuration's mean scores with 95 % intervals and the seeds; over the images if only these differ.
+    """Draw each configuration's mean scores with 95 % intervals and the seeds; over the images if only these, and
+    perhaps the iterations with them, differ.
 
     scores: one row for each configuration, seed, network and score, with its value in %. changes: configuration ->
     what it changes.
     """
     sizes = {name: changed.get("images") for name, changed in changes.items()}
-    others = [{k: v for k, v in changed.items() if k != "images"} for changed in changes.values()]
+    others = [{k: v for k, v in each.items() if k not in ("images", "iterations")} for each in changes.values()]
     is_curve = len(sizes) > 2 and None not in sizes.values() and all(other == others[0] for other in others)
     shown = list(scores.groupby(["network", "score"], sort=False))
     tall = 2.4 if is_curve else 0.14 * len(changes) * (len(shown) + 0.5) + 0.9
