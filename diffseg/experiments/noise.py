@@ -157,9 +157,10 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
 def noise_figure(rows: pd.DataFrame) -> Figure:
     """Draw mIoU over strength (0: ground truth), a panel a kind, a line an arm: means, 95 % intervals over seeds."""
     kinds = [kind for kind in STRENGTHS if kind in set(rows.kind)]
+    arms = [arm for arm in COMPARED if arm in set(rows.arm)]
     figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 2.3), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        for arm, colour, marker in zip(COMPARED, COLOURS, MARKERS, strict=False):
+        for arm, colour, marker in zip(arms, COLOURS, MARKERS, strict=False):
             groups = rows[(rows.arm == arm) & rows.kind.isin(["none", kind])].groupby("strength").miou
             halves = [half_interval(some.tolist()) for _, some in groups]
             axis.errorbar(groups.mean().index, groups.mean(), halves, color=colour, marker=marker, capsize=2, label=arm)
@@ -167,7 +168,7 @@ def noise_figure(rows: pd.DataFrame) -> Figure:
         axis.set(title=kind, xlabel="pixels" if kind in ("dilation", "shift") else "probability per object")
     axes[0, 0].set(ylabel="mIoU (%)")
     figure.tight_layout(rect=(0, 0, 1, 0.92))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(COMPARED))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(arms))
     return figure
 
 

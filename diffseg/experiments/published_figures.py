@@ -3,7 +3,7 @@
 python -m diffseg.experiments.published_figures
 
 Figures of predictions and sheets of images need the runs; `diffseg study NAME`, `diffseg publish RUN` and the commands
-in results/README.md draw them. `techniques_gains` sums up all studies of a technique, `pipeline` shows the method's
+in results/README.md draw them. `techniques_gains` sums up what each technique adds, `pipeline` shows the method's
 steps; notebooks/figures holds it once a notebook, with that notebook's step marked.
 """
 
@@ -15,20 +15,22 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from diffseg.benchmarks.classes import VOC
 from diffseg.charts import gains, study_scores
 from diffseg.experiments.label_efficiency import label_figure
 from diffseg.experiments.label_or_network import reliability_figure
-from diffseg.experiments.ladder import ladder_figure
+from diffseg.experiments.ladder import UNTUNED, WITHOUT, ladder_figure
 from diffseg.experiments.mask_ablation import Variant, betas_figure, steps_figure
 from diffseg.experiments.noise import noise_figure
 from diffseg.experiments.robust import arms_figure
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import atomic_path, read_rows, write_text
 from diffseg.lab.manifests import read_json
+from diffseg.lab.report import OURS
 from diffseg.lab.study_results import captions, score_rows
 from diffseg.paths import project_root
 
-STUDIES = ("augmentation", "robust", "lora", "techniques")  # whose first configuration is a baseline
+UNREFINED = "mini-voc-unrefined"  # the run of the robust trainings
 # notebook -> where its box stands, and its text
 BOXES = {
     "01": ((1.1, 1), "01 prompts"),
@@ -83,17 +85,33 @@ def pipeline_figure(here: str = "") -> Figure:
     return figure
 
 
-def technique_gains(records: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """Return heading -> configuration -> differences in mIoU to the study's first configuration, paired by seed."""
+def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
+    """Return heading -> technique -> differences in mIoU to training without it, paired by seed, on validation.
+
+    ladder: rows of ladder_seeds.csv; arms: robust_arms_seeds.csv. A technique that was not measured is left out.
+    """
+    rungs = pd.DataFrame(ladder).astype({"seed": int, "miou": float})
+    rungs = rungs[rungs.split == "validation"].pivot(index="seed", columns=["benchmark", "rung"], values="miou")
+    networks = arms[(arms.run == UNREFINED) & (arms.split == VOC.evaluation_split)]
+    networks = networks.pivot(index="seed", columns="arm", values="miou")
+    one, two = "ensemble, first network", "ensemble"
+    pairs = {
+        "mini VOC": {"augmented prompts": (rungs, ("mini-voc", OURS), ("mini-voc", WITHOUT))},
+        "mini Cityscapes": {
+            "LoRA": (rungs, ("mini-cityscapes", OURS), ("mini-cityscapes", UNTUNED)),
+            "augmented prompts and LoRA": (rungs, ("mini-cityscapes", OURS), ("mini-cityscapes", WITHOUT)),
+        },
+        "mini VOC, masks without a refiner": {
+            "two averaged baselines": (networks, two, one),
+            "restricted co-training": (networks, "restricted", one),
+        },
+    }
     found = {}
-    for record in records:
-        scores = score_rows(record)
-        scores = scores[(scores.score == "miou") & (scores.network == "synthetic")]
-        table = scores.pivot(index="seed", columns="configuration", values="value")
-        first, *others = record["configurations"]
-        versions = ", ".join(sorted({each["diffseg"] for each in record["versions"]}))
-        heading = f"{record['study']}, {record['base']}: over {first}, version {versions}"
-        found[heading] = {name: (table[name] - table[first]).dropna().tolist() for name in others if name in table}
+    for heading, techniques in pairs.items():
+        rows = {
+            name: (table[w] - table[wo]).dropna() for name, (table, w, wo) in techniques.items() if {w, wo} <= {*table}
+        }
+        found[heading] = {name: differences.tolist() for name, differences in rows.items() if len(differences)}
     return found
 
 
@@ -114,15 +132,16 @@ def main() -> None:
     results, notebooks = project_root() / "results", project_root() / "notebooks"
     tables = results / "tables"
     records = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((results / "studies").glob("*.json"))}
+    ladder, arms = read_rows(tables / "ladder_seeds.csv"), pd.read_csv(tables / "robust_arms_seeds.csv")
     figures = {
         **{name: study_scores(score_rows(record), record["configurations"]) for name, record in records.items()},
         **ablation_figures(tables),
-        "noise": noise_figure(read_rows(tables / "noise_seeds.csv")),
-        "ladder": ladder_figure(read_rows(tables / "ladder_seeds.csv")),
-        "robust_arms": arms_figure(pd.read_csv(tables / "robust_arms_seeds.csv")),
+        "noise": noise_figure(pd.read_csv(tables / "noise_seeds.csv")),
+        "ladder": ladder_figure(ladder),
+        "robust_arms": arms_figure(arms),
         "label_efficiency": label_figure(pd.read_csv(tables / "label_efficiency_seeds.csv")),
         "reliability": reliability_figure(read_rows(tables / "reliability.csv")),
-        "techniques_gains": gains(technique_gains([records[name] for name in STUDIES if name in records])),
+        "techniques_gains": gains(technique_gains(ladder, arms)),
         "pipeline": pipeline_figure(),
     }
     for name, figure in figures.items():

@@ -1,34 +1,36 @@
 """The charts that are drawn again from records and tables."""
 
 import matplotlib.pyplot as plt
-import pytest
+import pandas as pd
 
 from diffseg.charts import gains
-from diffseg.experiments.noise import LINES, STRENGTHS, noise_figure
-from diffseg.experiments.published_figures import BOXES, pipeline_figure, technique_gains
+from diffseg.experiments.ladder import UNTUNED
+from diffseg.experiments.noise import COMPARED, STRENGTHS, noise_figure
+from diffseg.experiments.published_figures import BOXES, UNREFINED, pipeline_figure, technique_gains
 from diffseg.figures import COLOURS
-from diffseg.files import read_rows
+from diffseg.lab.report import OURS
 from diffseg.paths import project_root
 
 
 def test_gains_are_paired_by_seed():
-    """The order of runs does not matter, and a seed that only one of the two has does not count."""
-    scores = {("plain", 0): 0.4, ("lora", 1): 0.47, ("plain", 1): 0.5, ("lora", 0): 0.45, ("lora", 2): 0.9}
-    runs = {
-        f"{name}-{seed}": {
-            "configuration": name,
-            "seed": seed,
-            "steps": {"05_evaluation": {"metrics": {"synthetic": {"miou": miou}, "real": {"miou": 0.8}}}},
-        }
-        for (name, seed), miou in scores.items()
+    """The order of rows does not matter, and a seed that only one of the two has does not count."""
+    scores = {(OURS, 1): 47, (UNTUNED, 0): 40, (OURS, 0): 45, (UNTUNED, 1): 50, (OURS, 2): 90}
+    ladder = [
+        {"benchmark": "mini-cityscapes", "split": "validation", "rung": rung, "seed": str(seed), "miou": str(miou)}
+        for (rung, seed), miou in scores.items()
+    ]
+    arms = pd.DataFrame(
+        {"run": UNREFINED, "split": "val", "arm": arm, "seed": seed, "miou": miou}
+        for arm, seed, miou in (("restricted", 0, 70), ("ensemble, first network", 0, 66), ("restricted", 1, 71))
+    )
+    found = technique_gains(ladder, arms)
+    assert found == {
+        "mini VOC": {},
+        "mini Cityscapes": {"LoRA": [5, -3]},
+        "mini VOC, masks without a refiner": {"restricted co-training": [4]},
     }
-    record = {"study": "s", "base": "mini-voc", "configurations": {"plain": {}, "lora": {}}, "runs": runs}
-    found = technique_gains([record | {"versions": [{"diffseg": "0.3.0"}]}])
-    ((heading, rows),) = found.items()
-    assert heading == "s, mini-voc: over plain, version 0.3.0" and list(rows) == ["lora"]
-    assert rows["lora"] == pytest.approx([5, -3])
-    figure = gains(found)
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["lora"]
+    figure = gains({heading: rows for heading, rows in found.items() if rows})
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["LoRA", "restricted co-training"]
     plt.close(figure)
 
 
@@ -44,10 +46,12 @@ def test_the_pipeline_marks_one_notebook():
 
 def test_the_chart_of_noise_has_every_network_at_every_strength():
     """A row whose name the figure does not know would be left out in silence."""
-    rows = read_rows(project_root() / "results" / "tables" / "noise_seeds.csv")
-    assert {row["mode"] for row in rows} == set(LINES)
+    rows = pd.read_csv(project_root() / "results" / "tables" / "noise_seeds.csv")
+    arms = [arm for arm in COMPARED if arm in set(rows.arm)]
+    assert set(rows.arm) == set(arms)
     figure = noise_figure(rows)
-    for axis, strengths in zip(figure.axes, STRENGTHS.values(), strict=True):
+    for axis in figure.axes:
         drawn = {line.get_label(): line.lines[0].get_xdata().tolist() for line in axis.containers}
-        assert drawn == {name: [0, *strengths] for name in LINES.values()}
+        assert drawn == {arm: [0, *STRENGTHS[axis.get_title()]] for arm in arms}
+    assert {axis.get_title() for axis in figure.axes} == set(rows.kind) - {"none"}
     plt.close(figure)

@@ -32,13 +32,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffseg import denoising, lora, target_domain
 from diffseg.errors import DiffsegError
-from diffseg.experiments.pseudo_captions import largest_classes
-from diffseg.experiments.pseudo_captions import main as guess_captions
 from diffseg.files import METADATA
 from diffseg.generator import draw, load_generator
 from diffseg.lora import TuningOptions, load_lora, tune
 from diffseg.paths import locate, project_root
-from diffseg.segmenters import new_networks, save_segmenter
 
 CAPTIONS = ["a street with a car", "a street with a rider"]
 OPTIONS = TuningOptions(height=16, width=32, rank=2, alpha=6, learning_rate=1e-2, steps=4, batch=2, checkpoint_every=2)
@@ -342,39 +339,6 @@ def test_a_picture_has_its_own_caption_where_metadata_gives_one(pictures):
         own = torch.equal(draws[n]["pixels"], exact) and by_lot[n]["caption"]
         assert draws[n]["caption"] == ("a rider" if own else by_lot[n]["caption"])
     assert lora.describe(paths, CAPTIONS, OPTIONS, 0) != without  # a checkpoint of other captions is refused
-
-
-def test_the_largest_classes_are_named():
-    label = np.zeros((10, 10), np.int64)
-    label[:3], label[5, :2], label[6] = 2, 1, 3
-    names = ("background", "car", "bus", "rider")
-    assert largest_classes(label, names, 0.01, 2) == ["bus", "rider"]
-    assert largest_classes(label, names, 0.01, 9) == ["bus", "rider", "car"]
-    assert largest_classes(label, names, 0.10, 9) == ["bus", "rider"]
-    assert largest_classes(np.zeros((4, 4), np.int64), names, 0.0, 9) == []
-
-
-def test_guessed_captions_are_read_by_the_tuning(tmp_path, pictures):
-    """A network that sees one class everywhere: its word comes into every caption, by the word that was asked for."""
-    network = new_networks(1, "deeplabv3plus-resnet18", ("background", "motorcycle", "bus"), 0)
-    with torch.no_grad():
-        for parameter in network.network.segmentation_head.parameters():
-            parameter.zero_()
-        network.network.segmentation_head[0].bias[1] = 1
-    save_segmenter(network, tmp_path / "network")
-    call = [str(tmp_path / "network"), "--out", str(tmp_path / "out"), "--target-images", str(pictures)]
-    guess_captions([*call, "--words", "motorcycle=motorbike"])
-    paths = target_domain.find_pictures(tmp_path / "out")
-    assert len(paths) == 3 and all(path.is_symlink() for path in paths)
-    assert target_domain.own_captions(paths) == dict.fromkeys(paths, "a street scene with a motorbike")
-    assert target_domain.own_captions(target_domain.find_pictures(pictures)) == {}  # the folder itself is left alone
-    with pytest.raises(DiffsegError, match="the network knows no class 'tram'"):
-        guess_captions([*call, "--words", "tram=streetcar"])
-    with pytest.raises(DiffsegError, match="must hold {} once"):
-        guess_captions([*call, "--template", "a street"])
-    shutil.copyfile(pictures / "b.png", pictures / "city" / "b.png")
-    with pytest.raises(DiffsegError, match="the same file name"):
-        guess_captions(call)
 
 
 def test_held_out_pictures_are_the_others(tmp_path):
