@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from accelerate import PartialState
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 
@@ -52,14 +53,16 @@ def accuracies(images: Dataset, reference: Callable, networks: Sequence[Callable
     """Return a row per tenth of the margin: tenth, pixels, and the accuracy (0..1) of each of OPINIONS.
 
     images: items (name, image uint8 3 x H x W, label int64 H x W, reliability uint8 2 x H x W: margin and rank); class
-    0 is the background. reference, networks: from images (float B x 3 x H x W, 0..1) to logits B x K x H x W.
+    0 is the background. reference, networks: from images (float B x 3 x H x W, 0..1) to logits B x K x H x W, on this
+    machine's device.
     """
+    device = PartialState().device
     right = {name: torch.zeros(TENTHS, dtype=torch.int64) for name in OPINIONS}
     asked = {name: torch.zeros(TENTHS, dtype=torch.int64) for name in OPINIONS}
     for _, image, label, (_, rank) in (images[k] for k in range(len(images))):
-        batch, every = image[None].float() / 255, torch.ones_like(label, dtype=torch.bool)
-        truth, where = reference(batch).argmax(dim=1)[0], tenths(rank)
-        seen = [network(batch).softmax(dim=1) for network in networks]
+        batch, every = image[None].float().to(device) / 255, torch.ones_like(label, dtype=torch.bool)
+        truth, where = reference(batch).argmax(dim=1)[0].cpu(), tenths(rank)
+        seen = [network(batch).softmax(dim=1).cpu() for network in networks]
         first, second = (one.argmax(dim=1)[0] for one in seen)
         named = classes_of_images(label[None], seen[0].shape[1])
         pair = restricted(sum(seen) / 2, named, 0).argmax(dim=1)[0]
@@ -102,12 +105,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
     pairs = {run: Path(folder) for run, _, folder in (text.partition("=") for text in chosen.pairs)}
-    reference = load_reference(chosen.reference, VOC).eval()
+    device = PartialState().device
+    reference = load_reference(chosen.reference, VOC).eval().to(device)
     rows = [
         {"run": run, "tenth": row["tenth"], "pixels": row["pixels"], "opinion": name, "accuracy": row[name]}
         for run, folder in pairs.items()
         for row in accuracies(pictures_set(run_folder(run) / "03_synthesis", VOC), reference,
-                              load_segmenter(folder).networks)
+                              load_segmenter(folder).to(device).networks)
         for name in OPINIONS
     ]  # fmt: skip
     write_rows(chosen.out / "tables" / "reliability.csv", rows)

@@ -4,7 +4,7 @@ python -m diffseg.experiments.published_figures
 
 Figures of predictions and sheets of images need the runs; `diffseg study NAME`, `diffseg publish RUN` and the commands
 in results/README.md draw them. `techniques_gains` sums up what each technique adds, `pipeline` shows the method's
-steps; notebooks/figures holds it once a notebook, with that notebook's step marked.
+steps; notebooks/figures holds it once a notebook, with that notebook's step marked, and the charts of notebook texts.
 """
 
 import json
@@ -30,6 +30,7 @@ from diffseg.lab.report import OURS
 from diffseg.lab.study_results import captions, score_rows
 from diffseg.paths import project_root
 
+SHOWN = ("reliability", "robust_arms")  # in notebook 04's text
 UNREFINED = "mini-voc-unrefined"  # the run of the robust trainings
 # notebook -> where its box stands, and its text
 BOXES = {
@@ -146,15 +147,14 @@ def main() -> None:
     }
     for name, figure in figures.items():
         save_figure(figure, results / "figures" / f"{name}.png")
-        plt.close(figure)
     for record in records.values():
         for name, text in captions(record).items():
             if (results / "figures" / f"{name}.png").is_file():  # predictions need the runs
                 write_text(results / "figures" / f"{name}.txt", text)
     (notebooks / "figures").mkdir(exist_ok=True)
-    for name in BOXES:
-        figure = pipeline_figure(name)
-        with atomic_path(notebooks / "figures" / f"pipeline_{name}.svg") as temporary:
+    shown = {f"pipeline_{name}": pipeline_figure(name) for name in BOXES}
+    for name, figure in (shown | {name: figures[name] for name in SHOWN}).items():
+        with atomic_path(notebooks / "figures" / f"{name}.svg") as temporary:
             with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "diffseg"}):
                 figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)

@@ -25,6 +25,7 @@ from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.cotraining import classes_of_images, restricted
+from diffseg.experiments.label_or_network import AGREED, accuracies, tenths
 from diffseg.experiments.paired import Relabelled, images_key, options_of, paired_gain, score, trained
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import write_text
@@ -58,23 +59,46 @@ ARMS = {
     "peer names any class": RESTRICTED | {"peer_classes": "all"},
     "soft targets": RESTRICTED | {"peer_target": "soft"},
     "with pasting": RESTRICTED | {"mixing": 0.5},
-    "second round": {"training_mode": "ensemble"},  # on labels that the ensemble of the first round corrected
+    "second round": {"training_mode": "ensemble"},  # see ROUNDS
+    "second round, two votes": {"training_mode": "ensemble"},
 }
+
+
+def peer_answers(network: Ensemble, image: torch.Tensor, label: torch.Tensor, benchmark: Benchmark) -> torch.Tensor:
+    """Return a network's probabilities among the label's classes and background, K x H x W on the CPU."""
+    device, background = PartialState().device, benchmark.classes.index("background")
+    seen = network(image[None].float().to(device) / 255).float().softmax(dim=1).cpu()
+    return restricted(seen, classes_of_images(label[None], benchmark.num_classes), background)[0]
 
 
 def corrected(images: Dataset, network: Ensemble, benchmark: Benchmark) -> Relabelled:
     """Return a synthetic set whose doubtful pixels, those of RESTRICTED, have a network's answer among the image's
     classes and background."""
-    device, background = PartialState().device, benchmark.classes.index("background")
 
     def relabel(name: str, image: torch.Tensor, label: torch.Tensor, reliability: torch.Tensor) -> torch.Tensor:
-        seen = network(image[None].float().to(device) / 255).float().softmax(dim=1).cpu()
-        named = classes_of_images(label[None], benchmark.num_classes)
-        answer = restricted(seen, named, background)[0].argmax(dim=0)
+        answer = peer_answers(network, image, label, benchmark).argmax(dim=0)
         kept = reliable_pixels(reliability[1], RESTRICTED["reliable_share"]) | (label == benchmark.ignore)
         return torch.where(kept, label, answer)
 
     return Relabelled(images, relabel)
+
+
+def voted(images: Dataset, network: Ensemble, benchmark: Benchmark) -> Relabelled:
+    """Return a synthetic set whose labels follow from two noisy votes: a network's probabilities; and the label, right
+    as often as two agreeing networks say of its tenth of the margins, and else any other class of the image."""
+    believed = torch.tensor([row[AGREED] for row in accuracies(images, network, network.networks)])
+
+    def relabel(name: str, image: torch.Tensor, label: torch.Tensor, reliability: torch.Tensor) -> torch.Tensor:
+        answer, right = peer_answers(network, image, label, benchmark), believed[tenths(reliability[1])]
+        others = ((answer > 0).flatten(1).any(dim=1).sum() - 1).clamp(min=1)
+        own = torch.arange(len(answer))[:, None, None] == label
+        vote = (answer * torch.where(own, right, (1 - right) / others)).argmax(dim=0)
+        return torch.where(label == benchmark.ignore, label, vote)
+
+    return Relabelled(images, relabel)
+
+
+ROUNDS = {"second round": corrected, "second round, two votes": voted}  # new labels by the ensemble of the first round
 
 
 def scores_of(
@@ -97,9 +121,9 @@ def scores_of(
         for seed in range(seeds):
             how = key, parameters, options
             labelled = dataset
-            if arm == "second round":
+            if arm in ROUNDS:
                 first = trained(folder / run.name, "ensemble", *how, dataset, benchmark, seed)
-                labelled = corrected(dataset, first, benchmark)
+                labelled = ROUNDS[arm](dataset, first, benchmark)
             network = trained(folder / run.name, arm, *how, labelled, benchmark, seed)
             members = {f"{arm}, first network": network.networks[0]} if isinstance(network, Ensemble) else {}
             for name, each in ({arm: network} | members).items():
@@ -126,19 +150,31 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def arms_figure(rows: pd.DataFrame) -> Figure:
-    """Draw each arm's gain over the ensemble of the same seed, with its 95 % interval: a panel a run and split."""
-    panels, arms = list(rows.groupby(["run", "split"], sort=False)), [arm for arm in ARMS if arm in set(rows.arm)][1:]
-    size = (WIDTH, 0.8 + 0.2 * len(arms))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, sharex=True)
-    for axis, ((run, split), group) in zip(axes[0], panels, strict=True):
-        scores = group.pivot(index="seed", columns="arm", values="miou")
-        for place, arm in enumerate(arms):
-            if arm in scores and len(differences := (scores[arm] - scores["ensemble"]).dropna()):
-                dots(axis, [place], [differences.tolist()], color=COLOURS[0], marker="o")
+    """Draw gains over the ensemble of the same seed, with 95 % intervals: on the left every arm, on the development
+    split of the run that has most of them; on the right the restricted co-training, a row a run, on validation."""
+    development = rows[rows.split == "dev"]
+    run = development.groupby("run", sort=False).arm.nunique().idxmax()
+    apart = development[development.run == run]
+    arms = [arm for arm in ARMS if arm != "ensemble" and arm in set(apart.arm)]
+    runs = list(rows[(rows.split != "dev") & (rows.arm == "restricted")].run.unique())
+    groups = [
+        (f"{run}, development split", arms, [(apart, arm) for arm in arms]),
+        (
+            "restricted, validation",
+            runs,
+            [(rows[(rows.run == name) & (rows.split != "dev")], "restricted") for name in runs],
+        ),
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.8 + 0.2 * max(len(arms), len(runs))))
+    for axis, (title, names, shown) in zip(axes, groups, strict=True):
+        for place, (some, arm) in enumerate(shown):
+            scores = some.pivot(index="seed", columns="arm", values="miou")
+            dots(axis, [place], [(scores[arm] - scores["ensemble"]).dropna().tolist()], color=COLOURS[0], marker="o")
         axis.axvline(0, color="0.3", linewidth=1)
-        axis.set(title=f"{run}, {split}", ylim=(len(arms) - 0.5, -0.5))
+        axis.set_title(title, fontsize="medium")
+        axis.set(ylim=(len(names) - 0.5, -0.5))
         axis.grid(axis="x", color="0.92")
-        axis.set_yticks(range(len(arms)), arms)
+        axis.set_yticks(range(len(names)), names)
     figure.supxlabel("gain over the ensemble (mIoU)", fontsize="medium")
     figure.tight_layout()
     return figure

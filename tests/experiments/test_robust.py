@@ -8,7 +8,7 @@ import torch
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
-from diffseg.experiments.robust import ARMS, arms_figure, corrected, means, scores_of
+from diffseg.experiments.robust import ARMS, arms_figure, corrected, means, scores_of, voted
 from diffseg.lab.parameters import declared
 from diffseg.lab.steps import notebook_of
 
@@ -38,19 +38,25 @@ def test_every_arm_changes_parameters_of_notebook_4():
 
 def test_a_run_without_images_is_one_sentence(tmp_path):
     with pytest.raises(DiffsegError, match="no finished step 3"):
-        scores_of({}, tmp_path / "nothing", ["ensemble"], 1, "dev", tmp_path)
+        scores_of({}, tmp_path / "nothing", "nothing", ["ensemble"], 1, "dev", tmp_path)
 
 
-def test_the_figure_has_a_panel_for_each_run_and_split():
+def test_the_figure_has_the_arms_of_one_run_and_one_arm_of_every_run():
     rows = [
-        {"run": "r", "split": split, "arm": arm, "seed": seed, "miou": 50 + seed * (arm == "restricted")}
-        for split in ("dev", "val")
-        for arm in ("ensemble", "ensemble, first network", "restricted", "BECO")
+        {"run": run, "split": split, "arm": arm, "seed": seed, "miou": 50 + seed * (arm == "restricted")}
+        for run, split, arms in (
+            ("r", "dev", ("restricted", "BECO")),
+            ("s", "dev", ("restricted",)),
+            ("r", "val", ("restricted",)),
+            ("t", "validation", ("restricted",)),
+        )
+        for arm in ("ensemble", "ensemble, first network", *arms)
         for seed in range(3)
     ]
     axes = arms_figure(pd.DataFrame(rows)).axes
-    assert [axis.get_title() for axis in axes] == ["r, dev", "r, val"]
-    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["BECO", "restricted"]
+    labels = [[text.get_text() for text in axis.get_yticklabels()] for axis in axes]
+    assert labels == [["BECO", "restricted"], ["r", "t"]]
+    assert axes[0].get_title() == "r, development split"
 
 
 def test_a_second_round_corrects_doubtful_pixels_within_the_images_classes():
@@ -65,3 +71,31 @@ def test_a_second_round_corrects_doubtful_pixels_within_the_images_classes():
     _, image, label = corrected(images, lambda batch: logits, VOC)[0]
     assert image.shape == (3, 16, 16)
     assert (label[:10] == 1).all() and (label[10:] == 0).all()
+
+
+class Sure:
+    """Two networks that see one class everywhere, with a probability of almost 1."""
+
+    def __init__(self, seen: int):
+        self.seen, self.networks = seen, [self, self]
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(batch), VOC.num_classes, *batch.shape[2:])
+        logits[:, self.seen] = 9
+        return logits
+
+
+def test_of_two_votes_the_one_that_is_believed_more_wins():
+    """The networks see background. In the first tenth the label (class 1) never agrees with them, so it has no weight;
+    in the last one it says background, too."""
+    label = torch.zeros(16, 16, dtype=torch.int64)
+    label[:8], label[0, 0] = 1, VOC.ignore
+    rank = torch.zeros(16, 16, dtype=torch.uint8)
+    rank[8:] = 255
+    images = [("one", torch.zeros(3, 16, 16, dtype=torch.uint8), label, torch.stack([rank, rank]))]
+    _, _, voted_label = voted(images, Sure(0), VOC)[0]
+    assert voted_label[0, 0] == VOC.ignore and voted_label.flatten()[1:].eq(0).all()
+    _, _, voted_label = voted(images, Sure(1), VOC)[
+        0
+    ]  # now the label is right in the first tenth and never in the last
+    assert voted_label.flatten()[1:].eq(1).all()
