@@ -6,12 +6,6 @@ import pytest
 import torch
 
 from diffseg import cotraining as terms
-from diffseg.benchmarks.classes import VOC
-from diffseg.experiments.noise import STRENGTHS, distance_margin, disturb
-from diffseg.experiments.noise import main as noise_study
-from diffseg.experiments.noise import means as noise_means
-from diffseg.files import read_rows
-from diffseg.segmenters import new_networks, save_segmenter
 
 IGNORE = 255
 
@@ -201,67 +195,3 @@ def test_pasting_takes_pixels_labels_and_trust_from_the_region_only():
 
 def test_neighbours_exchange():
     assert terms.partners(4).tolist() == [1, 0, 3, 2] and terms.partners(3).tolist() == [1, 0, 2]
-
-
-def scene() -> torch.Tensor:
-    label = torch.zeros(16, 16, dtype=torch.int64)
-    label[4:8, 4:8], label[10:14, 2:6], label[0] = 3, 7, IGNORE
-    return label
-
-
-def test_noise_is_what_it_is_called():
-    label = scene()
-    grown = disturb(label, "dilation", 2, 0, 21, IGNORE)
-    assert (grown[2:10, 2:10] == 3).sum() >= 64 - 12 and (grown[4:8, 4:8] == 3).all()
-    assert (grown == 3).sum() <= 64
-    # the centre of a shifted object lies where it should, wherever the direction points
-    for seed in range(5):
-        moved = disturb(label, "shift", 3, seed, 21, IGNORE)
-        centre = (moved == 3).nonzero().float().mean(dim=0)
-        assert (centre - torch.tensor([5.5, 5.5])).norm() == pytest.approx(3, abs=0.75)
-    dropped = disturb(label, "dropped", 1.0, 0, 21, IGNORE)
-    assert set(dropped.unique().tolist()) == {0, IGNORE}
-    wrong = disturb(label, "wrong class", 1.0, 0, 21, IGNORE)
-    assert torch.equal(wrong > 0, label > 0) and not ((wrong == label) & (label > 0) & (label != IGNORE)).any()
-    assert 0 < wrong[5, 5] < 21 and 0 < wrong[11, 3] < 21
-    for kind in STRENGTHS:
-        noisy = disturb(label, kind, 0.5, 0, 21, IGNORE)
-        assert (noisy[0] == IGNORE).all() and torch.equal(disturb(label, kind, 0, 0, 21, IGNORE), label)
-        assert torch.equal(noisy, disturb(label, kind, 0.5, 0, 21, IGNORE))
-    hits = [int(disturb(label, "dropped", 0.3, seed, 21, IGNORE)[5, 5] == 0) for seed in range(300)]
-    assert sum(hits) / 300 == pytest.approx(0.3, abs=0.08)
-
-
-def test_the_margin_of_a_mask_is_the_distance_to_its_edge():
-    label = torch.zeros(9, 20, dtype=torch.int64)
-    label[:, 10:] = 1
-    margin = distance_margin(label, 5)
-    left = [255, 255, 255, 255, 255, 204, 153, 102, 51, 0]
-    assert margin[4].tolist() == left + left[::-1]
-    assert (distance_margin(torch.zeros(4, 4, dtype=torch.int64)) == 255).all()
-
-
-@pytest.mark.slow
-def test_the_study_of_noise_starts_anew_from_another_network(tmp_path, capsys):
-    start = tmp_path / "start"
-    few = f"--out {tmp_path / 'out'} --kinds dilation --modes cotrain --images 2 --iterations 1 --batch 2 --seeds 1"
-    call = [*few.split(), "--segmenter", "deeplabv3plus-resnet18", "--initial-network", str(start)]
-    lines = []
-    for seed in (0, 0, 1):
-        save_segmenter(new_networks(1, "deeplabv3plus-resnet18", VOC.classes, seed), start)
-        noise_study(call)
-        lines.append([line for line in capsys.readouterr().out.splitlines() if " cotrain 0 " in line])
-    assert [len(each) for each in lines] == [3, 0, 3] and lines[0] != lines[2]
-    tables = tmp_path / "out" / "tables"
-    assert len(read_rows(tables / "noise_seeds.csv")) == len(read_rows(tables / "noise.csv")) == 3
-
-
-def test_means_and_spreads_of_the_study_of_noise_are_over_seeds_alone():
-    def row(mode: str, seed: int, miou: float) -> dict:
-        return dict(kind="shift", strength="4.0", mode=mode, seed=seed, label_miou=60, miou=miou, seconds=seed)
-
-    three = [row("baseline", seed, miou) for seed, miou in ((0, 50), (2, 53), (1, 47))]
-    baseline, cotrain = noise_means([*three, row("cotrain", 0, 40)])
-    assert baseline["seeds"] == 3 and baseline["seconds"] == 1
-    assert baseline["miou"] == "50.0" and baseline["miou_spread"] == "3.0"
-    assert cotrain["mode"] == "cotrain" and cotrain["seeds"] == 1 and cotrain["miou_spread"] == ""
