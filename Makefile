@@ -22,6 +22,7 @@ study: install  ## the mini benchmarks, then all that results/claims.csv rests o
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
 	$(BIN)/diffseg run mini-voc --only 1-3 --set run=mini-voc-without plain_share=1.0
 	$(BIN)/diffseg run mini-voc --only 1-3 --set run=mini-voc-unrefined refiner=none beta=0.2
+	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-unrefined refiner=none beta=0.2
 	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-untuned lora_scale=0
 	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-without lora_scale=0 plain_share=1.0
 	$(MAKE) -j$(JOBS) study-scaling study-label_efficiency study-robust study-ladder
@@ -34,6 +35,7 @@ study-label_efficiency: install
 
 study-robust: install
 	$(BIN)/python -m diffseg.experiments.robust mini-voc --runs mini-voc-unrefined --arms restricted
+	$(BIN)/python -m diffseg.experiments.robust mini-cityscapes --runs mini-cityscapes-unrefined --arms restricted
 
 study-ladder: install
 	$(BIN)/python -m diffseg.experiments.ladder mini-voc --rungs real oracle ours without --without mini-voc-without

@@ -3,8 +3,9 @@
 python -m diffseg.experiments.published_figures
 
 Figures of predictions and sheets of images need the runs; `diffseg study NAME`, `diffseg publish RUN` and the commands
-in results/README.md draw them. `techniques_gains` sums up what each technique adds, `pipeline` shows the method's
-steps; notebooks/figures holds it once a notebook, with that notebook's step marked, and the charts of notebook texts.
+in results/README.md draw them. `techniques_gains` (a table, too) sums up what each technique adds; `pipeline` shows the
+method's steps. notebooks/figures holds it once a notebook, with that notebook's step marked, and the charts of their
+texts.
 """
 
 import json
@@ -15,8 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from diffseg.benchmarks.classes import VOC
-from diffseg.charts import gains, study_scores
+from diffseg.charts import gains, half_interval, study_scores
 from diffseg.experiments.label_efficiency import label_figure
 from diffseg.experiments.label_or_network import reliability_figure
 from diffseg.experiments.ladder import UNTUNED, WITHOUT, ladder_figure
@@ -31,7 +31,6 @@ from diffseg.lab.study_results import captions, score_rows
 from diffseg.paths import project_root
 
 SHOWN = ("reliability", "robust_arms")  # in notebook 04's text
-UNREFINED = "mini-voc-unrefined"  # the run of the robust trainings
 # notebook -> where its box stands, and its text
 BOXES = {
     "01": ((1.1, 1), "01 prompts"),
@@ -89,31 +88,46 @@ def pipeline_figure(here: str = "") -> Figure:
 def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     """Return heading -> technique -> differences in mIoU to training without it, paired by seed, on validation.
 
-    ladder: rows of ladder_seeds.csv; arms: robust_arms_seeds.csv. A technique that was not measured is left out.
+    ladder: rows of ladder_seeds.csv; arms: robust_arms_seeds.csv. What was not measured is left out.
     """
     rungs = pd.DataFrame(ladder).astype({"seed": int, "miou": float})
     rungs = rungs[rungs.split == "validation"].pivot(index="seed", columns=["benchmark", "rung"], values="miou")
-    networks = arms[(arms.run == UNREFINED) & (arms.split == VOC.evaluation_split)]
-    networks = networks.pivot(index="seed", columns="arm", values="miou")
-    one, two = "ensemble, first network", "ensemble"
-    pairs = {
-        "mini VOC": {"augmented prompts": (rungs, ("mini-voc", OURS), ("mini-voc", WITHOUT))},
-        "mini Cityscapes": {
-            "LoRA": (rungs, ("mini-cityscapes", OURS), ("mini-cityscapes", UNTUNED)),
-            "augmented prompts and LoRA": (rungs, ("mini-cityscapes", OURS), ("mini-cityscapes", WITHOUT)),
-        },
+    pairs = arms[arms.split == "val"].pivot(index="seed", columns=["run", "arm"], values="miou")
+    voc, streets = "mini-voc", "mini-cityscapes"
+    of_voc, of_streets = f"{voc}-unrefined", f"{streets}-unrefined"
+    one, restricted = "ensemble, first network", "restricted"
+    compared = {
+        "mini VOC": {"augmented prompts": (rungs, (voc, OURS), rungs, (voc, WITHOUT))},
         "mini VOC, masks without a refiner": {
-            "two averaged baselines": (networks, two, one),
-            "restricted co-training": (networks, "restricted", one),
+            "two averaged baselines": (pairs, (of_voc, "ensemble"), pairs, (of_voc, one)),
+            "restricted co-training": (pairs, (of_voc, restricted), pairs, (of_voc, one)),
+        },
+        "mini Cityscapes": {
+            "LoRA": (rungs, (streets, OURS), rungs, (streets, UNTUNED)),
+            "augmented prompts and LoRA": (rungs, (streets, OURS), rungs, (streets, WITHOUT)),
+        },
+        "mini Cityscapes, masks without a refiner": {
+            "restricted co-training": (pairs, (of_streets, restricted), pairs, (of_streets, one)),
+            "all three, over none (with PAMR)": (pairs, (of_streets, restricted), rungs, (streets, WITHOUT)),
         },
     }
     found = {}
-    for heading, techniques in pairs.items():
-        rows = {
-            name: (table[w] - table[wo]).dropna() for name, (table, w, wo) in techniques.items() if {w, wo} <= {*table}
-        }
-        found[heading] = {name: differences.tolist() for name, differences in rows.items() if len(differences)}
+    for heading, techniques in compared.items():
+        measured = {name: each for name, each in techniques.items() if each[1] in each[0] and each[3] in each[2]}
+        if measured:
+            found[heading] = {name: (t[w] - u[wo]).dropna().tolist() for name, (t, w, u, wo) in measured.items()}
     return found
+
+
+def gains_table(studies: dict[str, dict[str, list[float]]]) -> pd.DataFrame:
+    """Return a row for each technique of `technique_gains`: seeds, mean gain in mIoU, and its 95 % interval."""
+    rows = []
+    for where, techniques in studies.items():
+        for technique, gained in techniques.items():
+            mean, half = sum(gained) / len(gained), half_interval(gained)
+            row = {"where": where, "technique": technique, "seeds": len(gained), "gain": mean}
+            rows.append(row | {"gain_low": mean - half, "gain_high": mean + half})
+    return pd.DataFrame(rows).round(2)
 
 
 def ablation_figures(tables: Path) -> dict[str, Figure]:
@@ -134,6 +148,8 @@ def main() -> None:
     tables = results / "tables"
     records = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((results / "studies").glob("*.json"))}
     ladder, arms = read_rows(tables / "ladder_seeds.csv"), pd.read_csv(tables / "robust_arms_seeds.csv")
+    gained = technique_gains(ladder, arms)
+    write_text(tables / "techniques_gains.csv", gains_table(gained).to_csv(index=False))
     figures = {
         **{name: study_scores(score_rows(record), record["configurations"]) for name, record in records.items()},
         **ablation_figures(tables),
@@ -142,7 +158,7 @@ def main() -> None:
         "robust_arms": arms_figure(arms),
         "label_efficiency": label_figure(pd.read_csv(tables / "label_efficiency_seeds.csv")),
         "reliability": reliability_figure(read_rows(tables / "reliability.csv")),
-        "techniques_gains": gains(technique_gains(ladder, arms)),
+        "techniques_gains": gains(gained),
         "pipeline": pipeline_figure(),
     }
     for name, figure in figures.items():

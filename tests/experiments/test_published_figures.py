@@ -2,11 +2,12 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import pytest
 
 from diffseg.charts import gains
 from diffseg.experiments.ladder import UNTUNED
 from diffseg.experiments.noise import COMPARED, STRENGTHS, noise_figure
-from diffseg.experiments.published_figures import BOXES, UNREFINED, pipeline_figure, technique_gains
+from diffseg.experiments.published_figures import BOXES, gains_table, pipeline_figure, technique_gains
 from diffseg.figures import COLOURS
 from diffseg.lab.report import OURS
 from diffseg.paths import project_root
@@ -20,17 +21,19 @@ def test_gains_are_paired_by_seed():
         for (rung, seed), miou in scores.items()
     ]
     arms = pd.DataFrame(
-        {"run": UNREFINED, "split": "val", "arm": arm, "seed": seed, "miou": miou}
+        {"run": "mini-voc-unrefined", "split": "val", "arm": arm, "seed": seed, "miou": miou}
         for arm, seed, miou in (("restricted", 0, 70), ("ensemble, first network", 0, 66), ("restricted", 1, 71))
     )
     found = technique_gains(ladder, arms)
     assert found == {
-        "mini VOC": {},
-        "mini Cityscapes": {"LoRA": [5, -3]},
         "mini VOC, masks without a refiner": {"restricted co-training": [4]},
+        "mini Cityscapes": {"LoRA": [5, -3]},
     }
-    figure = gains({heading: rows for heading, rows in found.items() if rows})
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["LoRA", "restricted co-training"]
+    figure = gains(found)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["restricted co-training", "LoRA"]
+    row = gains_table(found).set_index("technique").loc["LoRA"]
+    assert row.gain == 1 and row.seeds == 2
+    assert (row.gain_low, row.gain_high) == pytest.approx((1 - 12.706 * 4, 1 + 12.706 * 4), abs=0.01)  # t of 1 degree
     plt.close(figure)
 
 
