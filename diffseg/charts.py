@@ -118,7 +118,11 @@ def study_scores(scores: pd.DataFrame, changes: Mapping[str, Mapping]) -> Figure
     """
     sizes = {name: changed.get("images") for name, changed in changes.items()}
     others = [{k: v for k, v in each.items() if k not in ("images", "iterations")} for each in changes.values()]
-    is_curve = len(sizes) > 2 and None not in sizes.values() and all(other == others[0] for other in others)
+    is_curve = (
+        len({*sizes.values()}) == len(sizes) > 2
+        and None not in sizes.values()
+        and all(other == others[0] for other in others)
+    )
     shown = list(scores.groupby(["network", "score"], sort=False))
     tall = 2.4 if is_curve else 0.14 * len(changes) * (len(shown) + 0.5) + 0.9
     figure, axis = plt.subplots(figsize=(COLUMN, tall))

@@ -55,7 +55,7 @@ def trainings(chosen: argparse.Namespace) -> list[dict]:
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
     real = open_split(benchmark, root, benchmark.training_split)
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
-    options = options_of(parameters, "baseline")
+    options, folder = options_of(parameters, "baseline"), chosen.folder / parameters["run"]
     half = replace(options, iterations=options.iterations // 2)
     finer = get_benchmark(resolve(chosen.finer, {})[0]["benchmark"])
     sets = {}  # arm -> key and images of its synthetic set, and their classes
@@ -68,7 +68,7 @@ def trainings(chosen: argparse.Namespace) -> list[dict]:
     def row(arm: str, count: int, seed: int, *recipe) -> None:
         images, start, how, dataset = recipe
         name = f"{ARMS.index(arm)}-{count}"
-        network = trained(chosen.folder, name, images, parameters | start, how, dataset, benchmark, seed)
+        network = trained(folder, name, images, parameters | start, how, dataset, benchmark, seed)
         rows.append({"arm": arm, "labelled": count, "seed": seed, "miou": round(score(network, scored, benchmark), 2)})
         print(*rows[-1].values(), sep=", ", flush=True)
 
@@ -76,7 +76,7 @@ def trainings(chosen: argparse.Namespace) -> list[dict]:
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(derive_seed(seed, "labelled")))
         starts = {}
         for arm, (made, dataset, classes) in sets.items():
-            how = chosen.folder, f"start-{ARMS.index(arm)}", made, parameters, half
+            how = folder, f"start-{ARMS.index(arm)}", made, parameters, half
             trained(*how, dataset, classes, seed)
             starts[arm] = {"initial_network": str(network_folder(*how, seed).resolve())}
         row(AFTER, 0, seed, key, {}, options, synthetic)

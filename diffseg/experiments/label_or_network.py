@@ -60,9 +60,10 @@ def accuracies(images: Dataset, reference: Callable, networks: Sequence[Callable
     right = {name: torch.zeros(TENTHS, dtype=torch.int64) for name in OPINIONS}
     asked = {name: torch.zeros(TENTHS, dtype=torch.int64) for name in OPINIONS}
     for _, image, label, (_, rank) in (images[k] for k in range(len(images))):
-        batch, every = image[None].float().to(device) / 255, torch.ones_like(label, dtype=torch.bool)
+        batch = image[None].float().to(device) / 255
         truth, where = reference(batch).argmax(dim=1)[0].cpu(), tenths(rank)
         seen = [network(batch).softmax(dim=1).cpu() for network in networks]
+        every = label < seen[0].shape[1]  # not the ignored
         first, second = (one.argmax(dim=1)[0] for one in seen)
         named = classes_of_images(label[None], seen[0].shape[1])
         pair = restricted(sum(seen) / 2, named, 0).argmax(dim=1)[0]
@@ -70,7 +71,7 @@ def accuracies(images: Dataset, reference: Callable, networks: Sequence[Callable
             (LABEL, label == truth, every),
             (NETWORK, first == truth, every),
             (PAIR, pair == truth, every),
-            (AGREED, label == first, first == second),
+            (AGREED, label == first, every & (first == second)),
         ):
             right[name] += where[hit & among].bincount(minlength=TENTHS)
             asked[name] += where[among].bincount(minlength=TENTHS)

@@ -96,7 +96,7 @@ def score(network: nn.Module, scored: Dataset, benchmark: Benchmark) -> float:
 
 def paired_gain(scores: dict[int, float], others: dict[int, float]) -> tuple[float, float, float]:
     """Return the mean difference of equal seeds (seed -> score in %) and the ends of its 95 % interval of Student's t;
-    nan for fewer than two seeds."""
+    nan for fewer than two seeds: a difference of two single trainings is no result."""
     gains = [scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())]
     if len(gains) < 2:
         return (float("nan"),) * 3

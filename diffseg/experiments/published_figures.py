@@ -113,9 +113,9 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
     }
     found = {}
     for heading, techniques in compared.items():
-        measured = {name: each for name, each in techniques.items() if each[1] in each[0] and each[3] in each[2]}
-        if measured:
-            found[heading] = {name: (t[w] - u[wo]).dropna().tolist() for name, (t, w, u, wo) in measured.items()}
+        for name, (table, of, others, without) in techniques.items():
+            if of in table and without in others and (gained := (table[of] - others[without]).dropna().tolist()):
+                found.setdefault(heading, {})[name] = gained
     return found
 
 

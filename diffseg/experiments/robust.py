@@ -25,11 +25,13 @@ from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.cotraining import classes_of_images, restricted
+from diffseg.errors import DiffsegError
 from diffseg.experiments.label_or_network import AGREED, accuracies, tenths
 from diffseg.experiments.paired import Relabelled, images_key, options_of, paired_gain, score, trained
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
+from diffseg.lab.manifests import read_json
 from diffseg.lab.parameters import parse_assignments
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
@@ -66,7 +68,8 @@ ARMS = {
 
 def peer_answers(network: Ensemble, image: torch.Tensor, label: torch.Tensor, benchmark: Benchmark) -> torch.Tensor:
     """Return a network's probabilities among the label's classes and background, K x H x W on the CPU."""
-    device, background = PartialState().device, benchmark.classes.index("background")
+    device = PartialState().device
+    background = benchmark.classes.index("background") if "background" in benchmark.classes else None
     seen = network(image[None].float().to(device) / 255).float().softmax(dim=1).cpu()
     return restricted(seen, classes_of_images(label[None], benchmark.num_classes), background)[0]
 
@@ -85,7 +88,9 @@ def corrected(images: Dataset, network: Ensemble, benchmark: Benchmark) -> Relab
 
 def voted(images: Dataset, network: Ensemble, benchmark: Benchmark) -> Relabelled:
     """Return a synthetic set whose labels follow from two noisy votes: a network's probabilities; and the label, right
-    as often as two agreeing networks say of its tenth of the margins, and else any other class of the image."""
+    as often as two agreeing networks say of its tenth of the margins, and else any other class of the image.
+
+    They count as independent, which they are not: the network was trained on these labels."""
     believed = torch.tensor([row[AGREED] for row in accuracies(images, network, network.networks)])
 
     def relabel(name: str, image: torch.Tensor, label: torch.Tensor, reliability: torch.Tensor) -> torch.Tensor:
@@ -106,8 +111,8 @@ def scores_of(
 ) -> list[dict]:
     """Train each arm and seed that is not in `folder` yet; return a row for each network and pair, mIoU in %.
 
-    parameters: those of steps 4 and 5. run: the folder of the run whose images and masks are trained on, under which
-    title in the table.
+    parameters: those of step 4. run: the folder of the run whose images and masks are trained on. title: its name in
+    the table.
     """
     key = images_key(run)
     benchmark, rows = get_benchmark(parameters["benchmark"], parameters["class_list"]), []
@@ -128,9 +133,21 @@ def scores_of(
             members = {f"{arm}, first network": network.networks[0]} if isinstance(network, Ensemble) else {}
             for name, each in ({arm: network} | members).items():
                 miou = round(score(each, scored, benchmark), 2)
-                rows.append({"run": title, "split": split, "arm": name, "seed": seed, "miou": miou})
-                print(*rows[-1].values(), sep=", ", flush=True)
+                rows.append({"run": title, "split": split, "arm": name, "seed": seed, "miou": miou, "images": key})
+                print(title, split, name, seed, miou, sep=", ", flush=True)
     return rows
+
+
+def parameters_under(name: str, assignments: Sequence[str]) -> dict:
+    """Return step 4's parameters of a parameter file under NAME=VALUE; a name that the arms or steps 1 to 3 decide, and
+    that would change nothing, raises a DiffsegError."""
+    changes = parse_assignments(assignments)
+    parameters = step_parameters(notebook_of("04_robust_training"), resolve(name, changes)[0])
+    if idle := sorted(changes.keys() - (parameters.keys() - RESTRICTED.keys())):
+        raise DiffsegError(
+            f"--set {', '.join(idle)} changes nothing here: the arms or the run's steps 1 to 3 decide it."
+        )
+    return parameters
 
 
 def means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -152,21 +169,18 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
 def arms_figure(rows: pd.DataFrame) -> Figure:
     """Draw gains over the ensemble of the same seed, with 95 % intervals: on the left every arm, on the development
     split of the run that has most of them; on the right the restricted co-training, a row a run, on validation."""
-    development = rows[rows.split == "dev"]
-    run = development.groupby("run", sort=False).arm.nunique().idxmax()
-    apart = development[development.run == run]
-    arms = [arm for arm in ARMS if arm != "ensemble" and arm in set(apart.arm)]
-    runs = list(rows[(rows.split != "dev") & (rows.arm == "restricted")].run.unique())
-    groups = [
-        (f"{run}, development split", arms, [(apart, arm) for arm in arms]),
-        (
-            "restricted, validation",
-            runs,
-            [(rows[(rows.run == name) & (rows.split != "dev")], "restricted") for name in runs],
-        ),
-    ]
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.8 + 0.2 * max(len(arms), len(runs))))
-    for axis, (title, names, shown) in zip(axes, groups, strict=True):
+    panels, development, published = [], rows[rows.split == "dev"], rows[rows.split != "dev"]
+    if len(development):
+        run = development.groupby("run", sort=False).arm.nunique().idxmax()
+        apart = development[development.run == run]
+        arms = [arm for arm in ARMS if arm != "ensemble" and arm in set(apart.arm)]
+        panels.append((f"{run}, development split", arms, [(apart, arm) for arm in arms]))
+    if runs := list(published[published.arm == "restricted"].run.unique()):
+        shown = [(published[published.run == name], "restricted") for name in runs]
+        panels.append(("restricted, validation", runs, shown))
+    size = (WIDTH, 0.8 + 0.2 * max((len(names) for _, names, _ in panels), default=0))
+    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=size, squeeze=False)
+    for axis, (title, names, shown) in zip(axes[0], panels, strict=False):
         for place, (some, arm) in enumerate(shown):
             scores = some.pivot(index="seed", columns="arm", values="miou")
             dots(axis, [place], [(scores[arm] - scores["ensemble"]).dropna().tolist()], color=COLOURS[0], marker="o")
@@ -191,19 +205,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "robust-arms")
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
-    values, _ = resolve(chosen.parameters, parse_assignments(chosen.set))
-    parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
+    parameters, rows, tables = parameters_under(chosen.parameters, chosen.set), [], chosen.out / "tables"
+    about = read_json(tables / "robust_arms.json") or {}
     arms = [arm for arm in ARMS if arm in {"ensemble", *chosen.arms}]  # the ensemble is what others are compared with
     for name in chosen.runs:
-        title = ", ".join([name, *chosen.set])
-        rows += scores_of(parameters, run_folder(name), title, arms, chosen.seeds, chosen.split, chosen.folder)
-    tables = chosen.out / "tables"
-    kept = [pd.read_csv(found)] if (found := tables / "robust_arms_seeds.csv").is_file() else []
-    frame = pd.concat([*kept, pd.DataFrame(rows)]).drop_duplicates(["run", "split", "arm", "seed"], keep="last")
+        title, run = ", ".join([name, *chosen.set]), run_folder(name)
+        about[title] = {"images": images_key(run), "parameters": parameters} | provenance()
+        rows += scores_of(parameters, run, title, arms, chosen.seeds, chosen.split, chosen.folder)
+    frame = pd.DataFrame(rows)
+    if (found := tables / "robust_arms_seeds.csv").is_file():  # other runs and arms stay, but for those of other images
+        kept = pd.read_csv(found)
+        kept = kept[~kept.run.isin(frame.run) | kept.images.isin(frame.images)]
+        frame = pd.concat([kept, frame]).drop_duplicates(["run", "split", "arm", "seed"], keep="last")
     for name, table in (("robust_arms", means(frame)), ("robust_arms_seeds", frame)):
         write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    about = {"arms": ARMS, "parameters": parameters, "runs": chosen.runs} | provenance()
-    write_text(tables / "robust_arms.json", json.dumps(about, indent=1))
+    write_text(tables / "robust_arms.json", json.dumps(about | {"arms": ARMS}, indent=1))
     save_figure(arms_figure(frame), chosen.out / "figures" / "robust_arms.png")
 
 

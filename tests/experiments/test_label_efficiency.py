@@ -38,4 +38,6 @@ def test_gains_are_over_as_many_real_images_alone():
 def test_a_run_without_images_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_folder", lambda name: tmp_path / name)
     with pytest.raises(DiffsegError, match="--only 1-3"):
-        study.trainings(argparse.Namespace(parameters="mini-voc", finer="mini-imagenet-s", split="dev"))
+        study.trainings(
+            argparse.Namespace(parameters="mini-voc", finer="mini-imagenet-s", split="dev", folder=tmp_path)
+        )

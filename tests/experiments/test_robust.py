@@ -8,7 +8,7 @@ import torch
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
-from diffseg.experiments.robust import ARMS, arms_figure, corrected, means, scores_of, voted
+from diffseg.experiments.robust import ARMS, arms_figure, corrected, means, parameters_under, scores_of, voted
 from diffseg.lab.parameters import declared
 from diffseg.lab.steps import notebook_of
 
@@ -57,6 +57,8 @@ def test_the_figure_has_the_arms_of_one_run_and_one_arm_of_every_run():
     labels = [[text.get_text() for text in axis.get_yticklabels()] for axis in axes]
     assert labels == [["BECO", "restricted"], ["r", "t"]]
     assert axes[0].get_title() == "r, development split"
+    validation = pd.DataFrame(rows).query("split == 'val'")
+    assert [axis.get_title() for axis in arms_figure(validation).axes] == ["restricted, validation"]
 
 
 def test_a_second_round_corrects_doubtful_pixels_within_the_images_classes():
@@ -73,29 +75,36 @@ def test_a_second_round_corrects_doubtful_pixels_within_the_images_classes():
     assert (label[:10] == 1).all() and (label[10:] == 0).all()
 
 
-class Sure:
-    """Two networks that see one class everywhere, with a probability of almost 1."""
+class Opinion:
+    """Two networks that prefer one class everywhere, by a difference of logits."""
 
-    def __init__(self, seen: int):
-        self.seen, self.networks = seen, [self, self]
+    def __init__(self, seen: int, by: float):
+        self.seen, self.by, self.networks = seen, by, [self, self]
 
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(batch), VOC.num_classes, *batch.shape[2:])
-        logits[:, self.seen] = 9
+        logits[:, 0] = logits[:, self.seen] = 9  # all else is out of the question
+        logits[:, self.seen] += self.by
         return logits
 
 
 def test_of_two_votes_the_one_that_is_believed_more_wins():
-    """The networks see background. In the first tenth the label (class 1) never agrees with them, so it has no weight;
-    in the last one it says background, too."""
-    label = torch.zeros(16, 16, dtype=torch.int64)
-    label[:8], label[0, 0] = 1, VOC.ignore
-    rank = torch.zeros(16, 16, dtype=torch.uint8)
-    rank[8:] = 255
-    images = [("one", torch.zeros(3, 16, 16, dtype=torch.uint8), label, torch.stack([rank, rank]))]
-    _, _, voted_label = voted(images, Sure(0), VOC)[0]
-    assert voted_label[0, 0] == VOC.ignore and voted_label.flatten()[1:].eq(0).all()
-    _, _, voted_label = voted(images, Sure(1), VOC)[
-        0
-    ]  # now the label is right in the first tenth and never in the last
-    assert voted_label.flatten()[1:].eq(1).all()
+    """In the first tenth the networks agree with 9 of 10 labels, so their slight preference overrules no other;
+    in the last tenth they agree with 1 of 10, so a label speaks against its own class."""
+    label = torch.ones(20, 10, dtype=torch.int64)
+    label[:10, 0], label[10:, 1:] = 0, 0
+    label[0, 9] = VOC.ignore
+    rank = torch.zeros(20, 10, dtype=torch.uint8)
+    rank[10:] = 255
+    margin = torch.full_like(rank, 7)  # is not asked
+    images = [("one", torch.zeros(3, 20, 10, dtype=torch.uint8), label, torch.stack([margin, rank]))]
+    made = voted(images, Opinion(1, by=0.5), VOC)[0][2]
+    assert torch.equal(made[:10], label[:10]) and torch.equal(made[10:], 1 - label[10:])
+    made = voted(images, Opinion(1, by=9), VOC)[0][2]  # who is certain overrules the first tenth, too
+    assert made[0, 9] == VOC.ignore and made.flatten()[:9].eq(1).all() and (made[10:] == 1).all()
+
+
+def test_what_changes_nothing_is_refused():
+    with pytest.raises(DiffsegError, match="--set refiner, reliable_share changes nothing here"):
+        parameters_under("mini-voc", ["refiner=none", "reliable_share=0.8", "iterations=8"])
+    assert parameters_under("mini-voc", ["iterations=8"])["iterations"] == 8
