@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with the table
 	$(BIN)/diffseg run mini-voc
 
-study: install  ## the mini benchmarks, then all that results/claims.csv rests on: about four hours on two cores; a second call resumes
+study: install  ## the mini benchmarks, then the five-seed trainings behind results/claims.csv: about four hours on two cores; a second call resumes
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
 	$(BIN)/diffseg run mini-voc --only 1-3 --set run=mini-voc-without plain_share=1.0
 	$(BIN)/diffseg run mini-voc --only 1-3 --set run=mini-voc-unrefined refiner=none beta=0.2
@@ -26,6 +26,7 @@ study: install  ## the mini benchmarks, then all that results/claims.csv rests o
 	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-untuned lora_scale=0
 	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-without lora_scale=0 plain_share=1.0
 	$(MAKE) -j$(JOBS) study-scaling study-label_efficiency study-robust study-ladder
+	$(BIN)/python -m diffseg.experiments.published_figures
 
 study-scaling: install
 	OMP_NUM_THREADS=1 $(BIN)/diffseg study scaling

@@ -108,7 +108,7 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
         },
         "mini Cityscapes, masks without a refiner": {
             "restricted co-training": (pairs, (of_streets, restricted), pairs, (of_streets, one)),
-            "all three, over none (with PAMR)": (pairs, (of_streets, restricted), rungs, (streets, WITHOUT)),
+            "all three, over none of them": (pairs, (of_streets, restricted), rungs, (streets, WITHOUT)),
         },
     }
     found = {}
