@@ -32,7 +32,7 @@ study-scaling: install
 	OMP_NUM_THREADS=1 $(BIN)/diffseg study scaling
 
 study-label_efficiency: install
-	$(BIN)/python -m diffseg.experiments.label_efficiency mini-voc --finer mini-imagenet-s --seeds 3
+	$(BIN)/python -m diffseg.experiments.label_efficiency mini-voc --finer mini-imagenet-s --seeds 3 --counts 20 90 720
 
 study-robust: install
 	$(BIN)/python -m diffseg.experiments.robust mini-voc --runs mini-voc-unrefined --arms restricted
