@@ -15,15 +15,14 @@ from functools import partial
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import Subset
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import data_folder, open_split
-from diffseg.experiments.noise import Disturbed
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import write_text
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
+from diffseg.reliability import rank_within_class
 from diffseg.segmenters import new_networks
 from diffseg.training import NETWORKS, TrainingOptions, train
 
@@ -32,7 +31,10 @@ def measure(options: TrainingOptions, segmenter: str, pictures: int, repetitions
     """Return a row a mode: networks, median seconds an iteration, median ratio to the baseline of the repetition."""
     device = PartialState().device
     real = open_split(VOC, data_folder("mini"), VOC.training_split)
-    dataset = Disturbed(Subset(real, range(pictures)), "dropped", 0.0, seed=0)  # ground truth, margins by distance
+    generator, dataset = torch.Generator().manual_seed(0), []
+    for name, image, label, *_ in (real[k] for k in range(pictures)):  # ground truth, with margins of any size
+        margin = torch.randint(256, label.shape, generator=generator, dtype=torch.uint8)
+        dataset.append((name, image, label, torch.stack([margin, rank_within_class(label, margin)])))
     networks = {mode: new_networks(count, segmenter, VOC.classes, seed=0) for mode, count in NETWORKS.items()}
     calls = {}
     for mode, network in networks.items():
