@@ -263,7 +263,7 @@ def test_tables_record_and_figure_by_hand(root, capsys):
 
 def test_predictions_of_a_study_lie_side_by_side(tmp_path, monkeypatch):
     """One network that is right everywhere and one that sees background only; the others have no predictions."""
-    study = load_study("robust")
+    study = load_study("scaling")
     monkeypatch.setattr(study_results, "finished_steps", lambda _, run: {"05_evaluation": tmp_path / run.name})
     assert study_results.prediction_folders(study) == {}
     validation = open_split(VOC, data_folder("mini"), VOC.evaluation_split)
