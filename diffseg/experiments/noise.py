@@ -129,11 +129,12 @@ def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
     pictures = open_split(benchmark, root, benchmark.training_split)
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     noises = [("none", 0.0), *((kind, strength) for kind in chosen.kinds for strength in STRENGTHS[kind])]
+    arms = [arm for arm in COMPARED if arm in {"ensemble", *chosen.arms}]  # gains are over the ensemble
     for seed in range(chosen.seeds):
         for kind, strength in noises:
             noisy = Disturbed(pictures, "dropped" if kind == "none" else kind, strength, seed, benchmark)
             labels = label_miou(pictures, noisy, benchmark)
-            for arm in [arm for arm in COMPARED if arm in {"ensemble", *chosen.arms}]:  # others are compared with it
+            for arm in arms:
                 options = options_of(parameters | ARMS[arm], ARMS[arm]["training_mode"])
                 how = folder, arm, f"{kind} {strength}", parameters, options
                 network = trained(*how, noisy, benchmark, seed)

@@ -92,29 +92,30 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
     """
     rungs = pd.DataFrame(ladder).astype({"seed": int, "miou": float})
     rungs = rungs[rungs.split == "validation"].pivot(index="seed", columns=["benchmark", "rung"], values="miou")
-    pairs = arms[arms.split == "val"].pivot(index="seed", columns=["run", "arm"], values="miou")
+    networks = arms[arms.split == "val"].pivot(index="seed", columns=["run", "arm"], values="miou")
+    scores = pd.concat([rungs, networks], axis=1)  # a column a (benchmark, rung) and a (run, arm)
     voc, streets = "mini-voc", "mini-cityscapes"
     of_voc, of_streets = f"{voc}-unrefined", f"{streets}-unrefined"
     one, restricted = "ensemble, first network", "restricted"
     compared = {
-        "mini VOC": {"augmented prompts": (rungs, (voc, OURS), rungs, (voc, WITHOUT))},
+        "mini VOC": {"augmented prompts": ((voc, OURS), (voc, WITHOUT))},
         "mini VOC, masks without a refiner": {
-            "two averaged baselines": (pairs, (of_voc, "ensemble"), pairs, (of_voc, one)),
-            "restricted co-training": (pairs, (of_voc, restricted), pairs, (of_voc, one)),
+            "two averaged baselines": ((of_voc, "ensemble"), (of_voc, one)),
+            "restricted co-training": ((of_voc, restricted), (of_voc, one)),
         },
         "mini Cityscapes": {
-            "LoRA": (rungs, (streets, OURS), rungs, (streets, UNTUNED)),
-            "augmented prompts and LoRA": (rungs, (streets, OURS), rungs, (streets, WITHOUT)),
+            "LoRA": ((streets, OURS), (streets, UNTUNED)),
+            "augmented prompts and LoRA": ((streets, OURS), (streets, WITHOUT)),
         },
         "mini Cityscapes, masks without a refiner": {
-            "restricted co-training": (pairs, (of_streets, restricted), pairs, (of_streets, one)),
-            "all three, over none of them": (pairs, (of_streets, restricted), rungs, (streets, WITHOUT)),
+            "restricted co-training": ((of_streets, restricted), (of_streets, one)),
+            "all three, over none of them": ((of_streets, restricted), (streets, WITHOUT)),
         },
     }
     found = {}
     for heading, techniques in compared.items():
-        for name, (table, of, others, without) in techniques.items():
-            if of in table and without in others and (gained := (table[of] - others[without]).dropna().tolist()):
+        for name, (of, without) in techniques.items():
+            if {of, without} <= {*scores} and (gained := (scores[of] - scores[without]).dropna().tolist()):
                 found.setdefault(heading, {})[name] = gained
     return found
 
