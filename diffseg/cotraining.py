@@ -1,10 +1,10 @@
 """The terms of reliability-aware training, each a pure function of tensors.
 
-Pseudo-labels are weak labels: where they are reliable they teach, elsewhere the other of two networks does, or they
-count little. The co-training is BECO's (CVPR 2023), which the paper modifies; that the other network may name only the
-image's classes is our addition. The weights are URN's (AAAI 2022). Every loss is a sum over pixels divided by the
-number of pixels that are not ignored, so a pixel weighs the same in every image, and an image without a single
-reliable or valid pixel adds zero and no nan.
+Pseudo-labels are weak labels: where they are reliable they teach, elsewhere a network does, or they count little. The
+co-training of two networks is BECO's (CVPR 2023), which the paper modifies; that a network may name only the image's
+classes and that its answer follows the image's edges are our additions. The weights are URN's (AAAI 2022).
+Every loss is a sum over pixels divided by the number of pixels that are not ignored, so a pixel weighs the same in
+every image, and an image without a single reliable or valid pixel adds zero and no nan.
 
 Shapes: images float32 B x 3 x H x W; logits float32 B x K x H x W; labels int64 B x H x W; masks bool B x H x W.
 """
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
+
+from diffseg.refiners import pamr
 
 
 def cross_entropies(logits: torch.Tensor, label: torch.Tensor, ignore: int) -> torch.Tensor:
@@ -84,6 +86,24 @@ def restricted(probabilities: torch.Tensor, named: torch.Tensor, background: int
     if background is not None:
         shared[:, background] = 1 - shared.sum(dim=1)
     return shared
+
+
+def edge_aware(
+    probabilities: torch.Tensor, images: torch.Tensor, label: torch.Tensor, reliable: torch.Tensor
+) -> torch.Tensor:
+    """Return probabilities that follow the edges of the images (float B x 3 x H x W in 0..1): the reliable labels, and
+    the probabilities elsewhere, refined together by PAMR.
+
+    Single-stage segmentation (Araslanov & Roth, CVPR 2020) learns from its own masks, refined so. The use on doubtful
+    pixels among reliable labels is our choice. Classes that have no probability in an image get none, and cost nothing
+    where no image of the batch has them.
+    """
+    found = probabilities.amax(dim=(2, 3)) > 0
+    classes = found.float().topk(int(found.sum(dim=1).max())).indices[:, :, None, None]  # of each image, B x C x 1 x 1
+    channels = classes.expand(-1, -1, *label.shape[1:])
+    scores = torch.where(reliable[:, None], (classes == label[:, None]).float(), probabilities.gather(1, channels))
+    dilations = [d for d in (1, 2, 4, 8, 12, 24) if d <= max(1, min(label.shape[1:]) // 16)]  # as for masks
+    return torch.zeros_like(probabilities).scatter(1, channels, pamr(images, scores, dilations=dilations))
 
 
 def weighted_loss(

@@ -12,6 +12,8 @@ import torch
 
 from diffseg.errors import DiffsegError
 
+TAUGHT = ("cotrain", "selftrain")  # training modes in which a network's answer replaces labels that are not reliable
+
 
 def rank_within_class(label: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
     """Rank the pixels of each class of one image by descending margin; the background is a class like any other.
@@ -88,7 +90,7 @@ def trusted_pixels(
     label: int64 H x W. reliability: uint8 2 x H x W (margin, rank), or None: all pixels are trusted. options: a
     `diffseg.training.TrainingOptions`. thresholds: of the whole set's margins, for the reliable_rule "set".
     """
-    if reliability is not None and options.training_mode == "cotrain":
+    if reliability is not None and options.training_mode in TAUGHT:
         margin, rank = reliability
         if thresholds is None:
             return reliable_pixels(rank, options.reliable_share)

@@ -1,8 +1,9 @@
-"""Train segmentation networks on images and (pseudo-)labels: one loop, four modes.
+"""Train segmentation networks on images and (pseudo-)labels: one loop, five modes.
 
 baseline   one network, cross-entropy on all pixels
 ensemble   two baselines with different initial weights, averaged at test time: what two networks give alone
 cotrain    two networks that teach each other where the labels are unreliable (BECO; `diffseg.cotraining`)
+selftrain  one network that teaches itself there (our choice: half of the cost)
 urn        one network that hardly listens where the label does not survive response scaling (URN)
 
 All modes see the same images in the same order under the same augmentation, for the same iterations. Nothing in a step
@@ -28,18 +29,20 @@ from tqdm import tqdm
 from diffseg import cotraining as terms
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, read_rows, write_rows
-from diffseg.reliability import margin_thresholds, trusted_pixels
+from diffseg.reliability import TAUGHT, margin_thresholds, trusted_pixels
 from diffseg.seeds import derive_seed
 from diffseg.segmenters import WEIGHTS, Ensemble, Segmenter, save_segmenter
 from diffseg.workers import threads
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-NETWORKS = {"baseline": 1, "ensemble": 2, "cotrain": 2, "urn": 1}  # training mode -> number of networks
+NETWORKS = {"baseline": 1, "ensemble": 2, "cotrain": 2, "selftrain": 1, "urn": 1}  # training mode -> number of networks
 OPTIMIZERS = ("adamw", "sgd")
-RULES = ("picture", "set")  # cotrain: of what the reliable share is taken
-WARMUP_PIXELS = ("reliable", "all")  # cotrain: which pixels' labels teach until the warm-up is over
-PEER_CLASSES = ("all", "image")  # cotrain: which classes the other network may name in an image
-PEER_TARGETS = ("hard", "soft")  # cotrain: its best class, or its probabilities
+# of cotrain and selftrain
+RULES = ("picture", "set")  # of what the reliable share is taken
+WARMUP_PIXELS = ("reliable", "all")  # which pixels' labels teach until the warm-up is over
+PEER_CLASSES = ("all", "image")  # which classes a network may name to the other, or to itself
+PEER_REFINERS = ("none", "pamr")  # what refines its answer
+PEER_TARGETS = ("hard", "soft")  # its best class, or its probabilities
 HISTORY = "history.csv"  # beside a trained network
 
 
@@ -65,6 +68,7 @@ class TrainingOptions:
     warmup: float = 0.25
     warmup_pixels: str = "reliable"
     peer_classes: str = "all"
+    peer_refiner: str = "none"
     peer_target: str = "hard"
     mixing: float = 0.5
     mixing_confidence: float = 0.95
@@ -83,6 +87,7 @@ class TrainingOptions:
             ("reliable_rule", RULES),
             ("warmup_pixels", WARMUP_PIXELS),
             ("peer_classes", PEER_CLASSES),
+            ("peer_refiner", PEER_REFINERS),
             ("peer_target", PEER_TARGETS),
         ):
             if getattr(self, name) not in known:
@@ -110,7 +115,7 @@ class Augmented(Dataset):
         epochs = -(-count // len(dataset))
         self.order = torch.cat([torch.randperm(len(dataset), generator=generator) for _ in range(epochs)])[:count]
         self.thresholds = None
-        if options.training_mode == "cotrain" and options.reliable_rule == "set":
+        if options.training_mode in TAUGHT and options.reliable_rule == "set":
             items = (dataset[k][2:] for k in range(len(dataset)))
             pairs = ((label, more[0][0] if more and more[0] is not None else None) for label, *more in items)
             self.thresholds = margin_thresholds(pairs, options.reliable_share)
@@ -182,36 +187,50 @@ def mix(
     return terms.paste(images, label, trusted, images[source.to(images.device)], region, online)
 
 
+def answers_of(
+    logits: Sequence[torch.Tensor],
+    images: torch.Tensor,
+    label: torch.Tensor,
+    trusted: torch.Tensor,
+    named: torch.Tensor | None,
+    options: TrainingOptions,
+    background: int | None,
+) -> list[torch.Tensor]:
+    """Return what each network tells the other (or itself), probabilities B x K x H x W without a gradient.
+
+    named (bool B x K): the classes of each image, for peer_classes "image".
+    """
+    answers = [own.detach().float().softmax(dim=1) for own in logits]
+    if options.peer_classes == "image":
+        answers = [terms.restricted(answer, named, background) for answer in answers]
+    if options.peer_refiner == "pamr":
+        answers = [terms.edge_aware(answer, images, label, trusted) for answer in answers]
+    return answers
+
+
 def step_losses(
     logits: Sequence[torch.Tensor],
     label: torch.Tensor,
     trusted: torch.Tensor,
     band: torch.Tensor | None,
-    is_warm: bool,
+    answers: Sequence[torch.Tensor] | None,
     options: TrainingOptions,
     ignore: int,
-    named: torch.Tensor | None = None,
-    background: int | None = None,
 ) -> list[torch.Tensor]:
     """Return each network's loss by the mode.
 
-    Until the warm-up is over co-trained networks do not hear each other: what an untrained network says is noise.
-    named (bool B x K): the classes of each image, for peer_classes "image".
+    answers: what each network tells the other, or a single one itself. None until the warm-up is over, as what an
+    untrained network says is noise, and in modes without answers.
     """
     if options.training_mode == "urn":
         return [terms.weighted_loss(own, label, trusted, ignore, options.uncertain_weight) for own in logits]
-    if options.training_mode != "cotrain":
-        return [terms.baseline_loss(own, label, ignore) for own in logits]
-    if not is_warm and options.warmup_pixels == "all":
+    if options.training_mode not in TAUGHT or (answers is None and options.warmup_pixels == "all"):
         return [terms.baseline_loss(own, label, ignore) for own in logits]
     losses = [terms.reliable_loss(own, label, trusted, ignore, band, options.band_weight) for own in logits]
-    if is_warm:
-        answers = [own.detach().float().softmax(dim=1) for own in logits]
-        if options.peer_classes == "image":
-            answers = [terms.restricted(answer, named, background) for answer in answers]
+    if answers is not None:
+        is_soft = options.peer_target == "soft"
         for k, own in enumerate(logits):
-            peer = answers[1 - k]
-            losses[k] = losses[k] + terms.peer_loss(own, peer, label, trusted, ignore, options.peer_target == "soft")
+            losses[k] = losses[k] + terms.peer_loss(own, answers[k - 1], label, trusted, ignore, is_soft)
     return losses
 
 
@@ -305,17 +324,19 @@ def train(
     bar = tqdm(batches, title, count, initial=learner.steps, unit="step", disable=not state.is_main_process)
     for step, (names, *tensors) in enumerate(bar, start=learner.steps):
         images, label, trusted = (each.to(device) for each in tensors)
-        band, is_warm = None, step >= options.warmup * count
-        named = None
-        if options.peer_classes == "image":  # before anything is pasted
+        band, named, answers = None, None, None
+        is_taught = options.training_mode in TAUGHT and step >= options.warmup * count  # by a network
+        if is_taught and options.peer_classes == "image":  # before anything is pasted
             named = terms.classes_of_images(label, len(network.classes))
         torch.manual_seed(derive_seed(seed, "step", step, state.process_index))  # for dropout
-        if options.training_mode == "cotrain" and is_warm and options.mixing:
+        if is_taught and options.mixing:
             generator = torch.Generator().manual_seed(derive_seed(seed, "mixing", step, state.process_index))
             images, label, trusted, band = mix(networks, images, label, trusted, options, background, ignore, generator)
         with autocast(device, options):
             logits = [each(images) for each in parallel]
-        losses = step_losses(logits, label, trusted, band, is_warm, options, ignore, named, background)
+        if is_taught:
+            answers = answers_of(logits, images, label, trusted, named, options, background)
+        losses = step_losses(logits, label, trusted, band, answers, options, ignore)
         learner.learn(finite_sum(losses, step, names))
         learner.record(values := measures(losses, logits, label, trusted, ignore))
         if watch and state.is_main_process:

@@ -71,14 +71,12 @@ def climb(chosen: argparse.Namespace) -> list[dict]:
     for rung in chosen.rungs:
         source = run.with_name(named.get(rung, run.name))
         dataset = training_set(rung, benchmark, source, root)
-        # ground truth and the oracle's masks need no robustness, and the last rung has none by its name
-        mode = parameters["training_mode"] if rung in ("ours", "untuned") else "baseline"
-        options = options_of(parameters, mode)
+        options = options_of(parameters, "baseline")  # what robust training adds is asked in `robust`
         images = (read_manifest(source / "03_synthesis") or {}).get("key")
         for seed in range(chosen.seeds):
             network = trained(folder, rung, images, parameters, options, dataset, benchmark, seed)
             row = {"benchmark": parameters["run"], "split": chosen.split or "validation", "rung": RUNGS[rung]}
-            row |= {"images": len(dataset), "mode": mode, "seed": seed}
+            row |= {"images": len(dataset), "mode": options.training_mode, "seed": seed}
             rows.append(row | {"miou": f"{score(network, scored, benchmark):.1f}"})
             print(*rows[-1].values(), sep=", ", flush=True)
     return rows

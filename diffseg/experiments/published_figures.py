@@ -96,12 +96,19 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
     scores = pd.concat([rungs, networks], axis=1)  # a column a (benchmark, rung) and a (run, arm)
     voc, streets = "mini-voc", "mini-cityscapes"
     of_voc, of_streets = f"{voc}-unrefined", f"{streets}-unrefined"
-    one, restricted = "ensemble, first network", "restricted"
+    one, restricted, alone = "ensemble, first network", "restricted", "edge-aware, one network"
     compared = {
-        "mini VOC": {"augmented prompts": ((voc, OURS), (voc, WITHOUT))},
+        "mini VOC": {
+            "augmented prompts": ((voc, OURS), (voc, WITHOUT)),
+            "two averaged baselines": ((voc, "ensemble"), (voc, one)),
+            "edge-aware co-training": ((voc, "edge-aware"), (voc, one)),
+            "edge-aware, one network": ((voc, alone), (voc, one)),
+        },
         "mini VOC, masks without a refiner": {
             "two averaged baselines": ((of_voc, "ensemble"), (of_voc, one)),
             "restricted co-training": ((of_voc, restricted), (of_voc, one)),
+            "edge-aware co-training": ((of_voc, "edge-aware"), (of_voc, one)),
+            "edge-aware, one network": ((of_voc, alone), (of_voc, one)),
         },
         "mini Cityscapes": {
             "LoRA": ((streets, OURS), (streets, UNTUNED)),
@@ -109,6 +116,7 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
         },
         "mini Cityscapes, masks without a refiner": {
             "restricted co-training": ((of_streets, restricted), (of_streets, one)),
+            "edge-aware co-training": ((of_streets, "edge-aware"), (of_streets, one)),
             "all three, over none of them": ((of_streets, restricted), (streets, WITHOUT)),
         },
     }

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch.utils.data import Dataset
 
 from diffseg.benchmarks.classes import Benchmark, get_benchmark
@@ -28,7 +29,7 @@ from diffseg.cotraining import classes_of_images, restricted
 from diffseg.errors import DiffsegError
 from diffseg.experiments.label_or_network import AGREED, accuracies, tenths
 from diffseg.experiments.paired import Relabelled, images_key, options_of, paired_gain, score, trained
-from diffseg.figures import COLOURS, WIDTH, save_figure
+from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_json
@@ -39,21 +40,36 @@ from diffseg.paths import project_root
 from diffseg.reliability import reliable_pixels
 from diffseg.segmenters import Ensemble
 
-# Doubt few pixels, late, among the image's classes: our choice, on the development split.
-RESTRICTED = {
+BECO = {
     "training_mode": "cotrain",
+    "reliable_share": 0.5,
+    "reliable_rule": "picture",
+    "warmup": 0.25,
+    "warmup_pixels": "reliable",
+    "peer_classes": "all",
+    "peer_refiner": "none",
+    "peer_target": "hard",
+    "mixing": 0.5,
+}
+# Doubt few pixels, late, among the image's classes: our choice, on the development split.
+RESTRICTED = BECO | {
     "reliable_share": 0.9,
     "warmup": 0.5,
     "warmup_pixels": "all",
     "peer_classes": "image",
     "mixing": 0.0,
 }
+# An answer that follows the image's edges may replace twice as many labels: our choice, on that split.
+EDGE_AWARE = RESTRICTED | {"peer_refiner": "pamr", "reliable_share": 0.8}
 ARMS = {
     "ensemble": {"training_mode": "ensemble"},
     "baseline, twice as long": {"training_mode": "baseline"},  # as dear as two networks
-    "BECO": {"training_mode": "cotrain"},
+    "BECO": BECO,
+    "edge-aware": EDGE_AWARE,
+    "edge-aware, one network": EDGE_AWARE | {"training_mode": "selftrain"},  # as cheap as a baseline
+    "edge-aware, a tenth doubted": EDGE_AWARE | {"reliable_share": 0.9},
     "restricted": RESTRICTED,
-    # the winner taken apart, one thing at a time
+    # the restricted co-training taken apart, one thing at a time
     "a fifth doubted": RESTRICTED | {"reliable_share": 0.8},
     "half doubted": RESTRICTED | {"reliable_share": 0.5},
     "share of the set": RESTRICTED | {"reliable_rule": "set"},
@@ -168,29 +184,36 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
 
 def arms_figure(rows: pd.DataFrame) -> Figure:
     """Draw gains over the ensemble of the same seed, with 95 % intervals: on the left every arm, on the development
-    split of the run that has most of them; on the right the restricted co-training, a row a run, on validation."""
-    panels, development, published = [], rows[rows.split == "dev"], rows[rows.split != "dev"]
+    split of the run that has most of them; on the right two arms, a row a run, on validation."""
+    development, published, styles = rows[rows.split == "dev"], rows[rows.split != "dev"], {}
+    panels = []  # title, names of the rows, and for each arm its place
     if len(development):
         run = development.groupby("run", sort=False).arm.nunique().idxmax()
         apart = development[development.run == run]
         arms = [arm for arm in ARMS if arm != "ensemble" and arm in set(apart.arm)]
-        panels.append((f"{run}, development split", arms, [(apart, arm) for arm in arms]))
-    if runs := list(published[published.arm == "restricted"].run.unique()):
-        shown = [(published[published.run == name], "restricted") for name in runs]
-        panels.append(("restricted, validation", runs, shown))
-    size = (WIDTH, 0.8 + 0.2 * max((len(names) for _, names, _ in panels), default=0))
+        panels.append((f"{run}, development split", arms, [(k, apart, arm) for k, arm in enumerate(arms)]))
+    compared = published[published.arm.isin(["edge-aware", "restricted"])]
+    if runs := list(compared.run.unique()):
+        styles = dict(zip(compared.arm.unique(), zip(COLOURS, MARKERS, strict=False), strict=False))
+        of_run = [(k, published[published.run == name]) for k, name in enumerate(runs)]
+        shown = [(k, some, arm) for k, some in of_run for arm in styles if arm in set(some.arm)]
+        panels.append(("validation", runs, shown))
+    size = (WIDTH, 1 + 0.2 * max((len(names) for _, names, _ in panels), default=0))
     figure, axes = plt.subplots(1, max(1, len(panels)), figsize=size, squeeze=False)
     for axis, (title, names, shown) in zip(axes[0], panels, strict=False):
-        for place, (some, arm) in enumerate(shown):
+        for place, some, arm in shown:
             scores = some.pivot(index="seed", columns="arm", values="miou")
-            dots(axis, [place], [(scores[arm] - scores["ensemble"]).dropna().tolist()], color=COLOURS[0], marker="o")
+            colour, marker = styles.get(arm, ("0.3", "o"))
+            dots(axis, [place], [(scores[arm] - scores["ensemble"]).dropna().tolist()], color=colour, marker=marker)
         axis.axvline(0, color="0.3", linewidth=1)
         axis.set_title(title, fontsize="medium")
         axis.set(ylim=(len(names) - 0.5, -0.5))
         axis.grid(axis="x", color="0.92")
         axis.set_yticks(range(len(names)), names)
     figure.supxlabel("gain over the ensemble (mIoU)", fontsize="medium")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    keys = [Line2D([], [], color=colour, marker=marker, label=arm) for arm, (colour, marker) in styles.items()]
+    figure.legend(handles=keys, loc="upper right", ncols=2)
     return figure
 
 

@@ -203,6 +203,7 @@ class Parameters(BaseModel):
     warmup: Share
     warmup_pixels: Annotated[Text, OneOf("diffseg.training", "WARMUP_PIXELS")]
     peer_classes: Annotated[Text, OneOf("diffseg.training", "PEER_CLASSES")]
+    peer_refiner: Annotated[Text, OneOf("diffseg.training", "PEER_REFINERS")]
     peer_target: Annotated[Text, OneOf("diffseg.training", "PEER_TARGETS")]
     mixing: Share
     mixing_confidence: Share

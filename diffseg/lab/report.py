@@ -57,9 +57,9 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
 def reproduction(run: Path, summary: Mapping) -> dict | None:
     """Compare the run in a folder, whose summary is given, with the published one of its name, results/<name>.
 
-    Returns published and measured (mIoU, 0..1), spread (standard deviation of published trainings over seeds),
-    tolerance and reproduced; None where no such run is published, where it had other parameters (seed aside), or
-    where fewer than two seeds are. The tolerance is our choice: 2.8 spreads, which two trainings of different seeds
+    Returns published and measured (mIoU, 0..1), spread (standard deviation over seeds of baselines on the published
+    images), tolerance and reproduced; None where no such run is published, where it had other parameters (seed aside),
+    or where fewer than two seeds are. The tolerance is our choice: 2.8 spreads, which two trainings of different seeds
     exceed in one case of twenty. Another CPU rounds differently, and training amplifies that as it amplifies another
     seed.
     """

@@ -41,24 +41,27 @@ def test_a_run_without_images_is_one_sentence(tmp_path):
         scores_of({}, tmp_path / "nothing", "nothing", ["ensemble"], 1, "dev", tmp_path)
 
 
-def test_the_figure_has_the_arms_of_one_run_and_one_arm_of_every_run():
+def test_the_figure_has_the_arms_of_one_run_and_two_arms_of_every_run():
     rows = [
         {"run": run, "split": split, "arm": arm, "seed": seed, "miou": 50 + seed * (arm == "restricted")}
         for run, split, arms in (
             ("r", "dev", ("restricted", "BECO")),
             ("s", "dev", ("restricted",)),
             ("r", "val", ("restricted",)),
-            ("t", "validation", ("restricted",)),
+            ("t", "validation", ("restricted", "edge-aware")),
+            ("u", "validation", ("BECO",)),
         )
         for arm in ("ensemble", "ensemble, first network", *arms)
         for seed in range(3)
     ]
-    axes = arms_figure(pd.DataFrame(rows)).axes
+    figure = arms_figure(pd.DataFrame(rows))
+    axes = figure.axes
+    assert [text.get_text() for text in figure.legends[0].texts] == ["restricted", "edge-aware"]
     labels = [[text.get_text() for text in axis.get_yticklabels()] for axis in axes]
     assert labels == [["BECO", "restricted"], ["r", "t"]]
     assert axes[0].get_title() == "r, development split"
     validation = pd.DataFrame(rows).query("split == 'val'")
-    assert [axis.get_title() for axis in arms_figure(validation).axes] == ["restricted, validation"]
+    assert [axis.get_title() for axis in arms_figure(validation).axes] == ["validation"]
 
 
 def test_a_second_round_corrects_doubtful_pixels_within_the_images_classes():

@@ -275,7 +275,7 @@ TOGETHER = [
     ({"refiner": "crff"}, "`refiner` is \"crff\" .* one of none, pamr.* such as crf"),
     ({"sam_model": "vit_x"}, "`sam_model` .* vit_b"),
     ({"segmenter": "deeplab"}, "`segmenter` .* deeplabv3plus-resnet101"),
-    ({"training_mode": "robust"}, "`training_mode` .* ensemble, cotrain, urn"),
+    ({"training_mode": "robust"}, "`training_mode` .* cotrain, selftrain, urn"),
     ({"optimizer": "adam"}, "`optimizer` .* adamw, sgd"),
     ({"training_precision": "fp8"}, "`training_precision` .* bf16"),
     ({"lora_precision": ""}, "`lora_precision` is \"\" .* fp32"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffseg import cotraining as terms
+from diffseg.refiners import pamr
 
 IGNORE = 255
 
@@ -102,6 +103,25 @@ def test_a_restricted_answer_names_only_the_classes_of_the_image():
     assert over(0) == over() == pytest.approx([1, 0, 0, 0])
     assert over(1, 2, background=None) == pytest.approx([0, 1 / 3, 2 / 3, 0])
     assert over(0, 1, 2, 3) == pytest.approx([0.3, 0.1, 0.2, 0.4])
+
+
+def test_an_edge_aware_answer_is_pamr_of_reliable_labels_and_answers():
+    """A dark half and a bright one. The answer says dog (1) one column too far; the second image has cat (2)."""
+    images = torch.zeros(2, 3, 32, 32)
+    images[..., 16:] = 1
+    answer = torch.zeros(2, 4, 32, 32)
+    answer[:, 0], answer[0, 1, :, :17], answer[1, 2, :, :17] = 0.4, 0.6, 0.6
+    answer[:, 0, :, 17:] = 1
+    label = answer.argmax(dim=1)
+    reliable = torch.zeros_like(label, dtype=torch.bool)
+    reliable[..., 20:] = True
+    label[..., 20:] = 0
+    label[0, 0, 0] = IGNORE
+    scores = torch.where(reliable[:, None], torch.tensor([1.0, 0, 0, 0])[:, None, None], answer)
+    refined = terms.edge_aware(answer, images, label, reliable)
+    torch.testing.assert_close(refined, pamr(images, scores, dilations=(1, 2)))  # of all classes at once
+    assert (answer[:, :, :, 16].argmax(dim=1) > 0).all() and (refined[:, :, :, 16].argmax(dim=1) == 0).all()
+    assert (refined[0, :, :, 8].argmax(dim=0) == 1).all() and (refined[1, :, :, 8].argmax(dim=0) == 2).all()
 
 
 def test_the_two_terms_with_a_perfect_peer_are_the_baseline_loss(label, reliable):

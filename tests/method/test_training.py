@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from diffseg import training
 from diffseg.errors import DiffsegError
 from diffseg.paths import locate, project_root
-from diffseg.reliability import rank_within_class, trusted_pixels
+from diffseg.reliability import TAUGHT, rank_within_class, trusted_pixels
 from diffseg.segmenters import (
     SEGMENTERS,
     STAGES,
@@ -23,7 +23,17 @@ from diffseg.segmenters import (
     new_networks,
     save_segmenter,
 )
-from diffseg.training import HISTORY, NETWORKS, Augmented, TrainingOptions, mix, train, train_once
+from diffseg.training import (
+    HISTORY,
+    NETWORKS,
+    Augmented,
+    TrainingOptions,
+    answers_of,
+    mix,
+    step_losses,
+    train,
+    train_once,
+)
 
 CLASSES = ("background", "thing")
 OPTIONS = TrainingOptions(
@@ -88,7 +98,27 @@ def test_an_ensemble_is_two_baselines(baseline):
         assert torch.allclose(ensemble(image), (first + second) / 2)
 
 
-@pytest.mark.parametrize("mode", ("cotrain", "urn"))
+def test_two_networks_hear_each_other_and_one_itself():
+    """All labels are doubtful and say 0; the first network says 1, the second 2."""
+    label, nothing = torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.bool)
+    logits = [torch.eye(3)[k].view(1, 3, 1, 1).repeat(1, 1, 4, 4).requires_grad_() for k in (1, 2)]
+
+    def taught(mode: str, count: int, **changes) -> list[int]:
+        """The class towards which each network's loss moves it."""
+        options, some = changed(training_mode=mode, mixing=0.0, **changes), logits[:count]
+        answers = answers_of(some, torch.rand(1, 3, 4, 4), label, nothing, named, options, background=0)
+        losses = step_losses(some, label, nothing, None, answers, options, 255)
+        gradients = [torch.autograd.grad(loss, own)[0] for loss, own in zip(losses, some, strict=True)]
+        return [int(gradient[0, :, 0, 0].argmin()) for gradient in gradients]
+
+    named = torch.tensor([[True, True, False]])
+    assert taught("cotrain", 2) == [2, 1] and taught("selftrain", 1) == [1]
+    assert taught("cotrain", 2, peer_refiner="pamr") == [2, 1]  # nothing to refine in a constant answer
+    assert taught("cotrain", 2, peer_classes="image") == [1, 1]  # what is said of class 2 counts for class 1
+    assert taught("baseline", 1) == [0]
+
+
+@pytest.mark.parametrize("mode", ("cotrain", "selftrain", "urn"))
 def test_robust_modes_learn_the_easy_task(mode):
     options = changed(training_mode=mode, iterations=16, urn_powers=(0.5, 0.7, 1.5, 2.0))
     network, history = trained(halves(margin=True), options)
@@ -159,6 +189,7 @@ class Cut(list):
     "options",
     (
         {"optimizer": "adamw"},
+        {"warmup_pixels": "all", "peer_classes": "image", "peer_refiner": "pamr", "mixing": 0.0},
         pytest.param({"optimizer": "sgd", "ema": 0.9, "precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param({"optimizer": "sgd", "precision": "fp16"}, marks=pytest.mark.slow),  # with its scaler of losses
     ),
@@ -201,7 +232,7 @@ def test_in_bf16_every_weight_moves_in_a_step_with_mixing(mode, monkeypatch):
     monkeypatch.setattr(training, "mix", mix_outside)
     train(network, Watched(halves(2, margin=True)), 255, options, 0)
     assert [name for name, value in network.named_parameters() if torch.equal(value, before[name])] == []
-    assert mixed == [False] * (mode == "cotrain")
+    assert mixed == [False] * (mode in TAUGHT)
 
 
 def test_a_network_that_is_there_is_not_trained_again(tmp_path):
@@ -292,6 +323,7 @@ def test_views_depend_on_their_place_only():
         {"ema": 1.0},
         {"warmup_pixels": "none"},
         {"peer_classes": "few"},
+        {"peer_refiner": "crf"},
         {"peer_target": "firm"},
     ),
     ids=str,
