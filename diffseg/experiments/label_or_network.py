@@ -4,8 +4,8 @@ python -m diffseg.experiments.label_or_network RUN=PAIR [RUN=PAIR ...]
     results/tables/reliability.csv, reliability.json, results/figures/reliability.png and .pdf
 
 Co-training replaces the pseudo-label by a network's answer on the pixels of small margin. That can help only where the
-network is right more often than the label. So each class's pixels of each image are divided into tenths by their rank
-(`diffseg.reliability`), and in each the label and the networks are compared with the reference (in the mini world the
+answer is right more often than the label. So each class's pixels of each image are divided into tenths by their rank
+(`diffseg.reliability`), and in each the label and the answers are compared with the reference (in the mini world the
 oracle, which was trained on ground-truth masks). PAIR is the folder of two baselines trained on RUN's images and masks
 (an ensemble of `diffseg.experiments.robust`). A user has no oracle, so the label is also compared with what both
 networks say where they agree.
@@ -24,23 +24,26 @@ from torch.utils.data import Dataset
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import pictures_set
-from diffseg.cotraining import classes_of_images, restricted
+from diffseg.cotraining import classes_of_images, edge_aware, restricted
 from diffseg.experiments.mask_ablation import load_reference
 from diffseg.figures import WIDTH, save_figure
 from diffseg.files import sha256_file, write_rows, write_text
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import run_folder
 from diffseg.paths import project_root
+from diffseg.reliability import reliable_pixels
 from diffseg.segmenters import WEIGHTS, load_segmenter
 
 TENTHS = 10
-LABEL, NETWORK, PAIR, AGREED = (
+LABEL, NETWORK, PAIR, EDGES, AGREED = (
     "label",
     "one network",
     "two networks, within the image's classes",
+    "the same, along the image's edges",
     "label, judged by two networks that agree",  # no reference needed
 )
-OPINIONS = (LABEL, NETWORK, PAIR, AGREED)
+OPINIONS = (LABEL, NETWORK, PAIR, EDGES, AGREED)
+RELIABLE = 0.8  # share of the labels that the answer along the edges sees, as in edge-aware training
 
 
 def tenths(rank: torch.Tensor) -> torch.Tensor:
@@ -66,11 +69,14 @@ def accuracies(images: Dataset, reference: Callable, networks: Sequence[Callable
         every = label < seen[0].shape[1]  # not the ignored
         first, second = (one.argmax(dim=1)[0] for one in seen)
         named = classes_of_images(label[None], seen[0].shape[1])
-        pair = restricted(sum(seen) / 2, named, 0).argmax(dim=1)[0]
+        pair = restricted(sum(seen) / 2, named, 0)
+        reliable = reliable_pixels(rank, RELIABLE) & every
+        edges = edge_aware(pair, batch.cpu(), label[None], reliable[None])
         for name, hit, among in (
             (LABEL, label == truth, every),
             (NETWORK, first == truth, every),
-            (PAIR, pair == truth, every),
+            (PAIR, pair.argmax(dim=1)[0] == truth, every),
+            (EDGES, edges.argmax(dim=1)[0] == truth, every),
             (AGREED, label == first, every & (first == second)),
         ):
             right[name] += where[hit & among].bincount(minlength=TENTHS)

@@ -40,7 +40,7 @@ from diffseg.seeds import derive_seed
 
 # Kind of noise -> strengths: pixels of 64 for the first two, probability per object for the others.
 STRENGTHS = {"dilation": (2, 4, 6), "shift": (2, 4, 8), "dropped": (0.1, 0.25, 0.5), "wrong class": (0.1, 0.25, 0.5)}
-COMPARED = ("ensemble", "restricted", "BECO")
+COMPARED = ("ensemble", "edge-aware", "restricted", "BECO")
 FARTHEST = 16  # pixels from an edge beyond which reliability no longer grows; a quarter of an image, our choice
 
 
