@@ -91,7 +91,7 @@ def accuracies(images: Dataset, reference: Callable, networks: Sequence[Callable
 def reliability_figure(rows: Sequence[dict]) -> Figure:
     """Draw accuracy over the tenth of the margin: a panel a run, a line an opinion."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    figure, axes = plt.subplots(1, len(runs), figsize=(WIDTH, 2.7), squeeze=False, sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, len(runs), figsize=(WIDTH, 2.9), squeeze=False, sharex=True, sharey=True)
     for axis, run in zip(axes[0], runs, strict=True):
         for opinion in dict.fromkeys(row["opinion"] for row in rows):
             found = [row for row in rows if row["run"] == run and row["opinion"] == opinion]
@@ -100,7 +100,7 @@ def reliability_figure(rows: Sequence[dict]) -> Figure:
             axis.plot([int(row["tenth"]) for row in found], values, label=opinion, **style.get(opinion, {}))
         axis.set(title=run, xlabel="tenth of the margins (1: largest)", ylim=(None, 100))
     axes[0][0].set_ylabel("right (%)")
-    figure.tight_layout(rect=(0, 0, 1, 0.86))
+    figure.tight_layout(rect=(0, 0, 1, 0.8))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=2)
     return figure
 
