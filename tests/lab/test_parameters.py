@@ -223,7 +223,7 @@ scale_jitter          | [2, 1]                | the smaller first           | Se
 scale_jitter          | [0, 1]                | greater than 0              | Set `scale_jitter=[0.9, 1.1]`
 colour_jitter         | 3                     | less than or equal to 2     | Set `colour_jitter=0.1`
 ema                   | 1                     | less than 1                 | Set `ema=0.0`
-reliable_share        | 0                     | greater than 0              | Set `reliable_share=0.5`
+reliable_share        | 0                     | greater than 0              | Set `reliable_share=0.8`
 urn_powers            | []                    | at least 1 item             | Set `urn_powers=
 urn_powers            | [1, -2]               | greater than 0              | Set `urn_powers=
 iterations            | 0                     | equal to 1                  | Set `iterations=400`
