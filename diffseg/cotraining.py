@@ -102,8 +102,7 @@ def edge_aware(
     classes = found.float().topk(int(found.sum(dim=1).max())).indices[:, :, None, None]  # of each image, B x C x 1 x 1
     channels = classes.expand(-1, -1, *label.shape[1:])
     scores = torch.where(reliable[:, None], (classes == label[:, None]).float(), probabilities.gather(1, channels))
-    dilations = [d for d in (1, 2, 4, 8, 12, 24) if d <= max(1, min(label.shape[1:]) // 16)]  # as for masks
-    return torch.zeros_like(probabilities).scatter(1, channels, pamr(images, scores, dilations=dilations))
+    return torch.zeros_like(probabilities).scatter(1, channels, pamr(images, scores))
 
 
 def weighted_loss(

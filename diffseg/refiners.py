@@ -31,16 +31,20 @@ def refine_none(image, scores: torch.Tensor, beta: float, attention=None) -> tor
 
 
 def pamr(
-    images: torch.Tensor, scores: torch.Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4)
+    images: torch.Tensor, scores: torch.Tensor, iterations: int = 10, dilations: Sequence[int] | None = None
 ) -> torch.Tensor:
     """Pixel-adaptive mask refinement (Araslanov & Roth, CVPR 2020): neighbours of like colour come to agree.
 
     images: float B x 3 x H x W in 0..1; scores: float B x C x H x W; returns the like of scores.
+    dilations: None for those up to 1/16 of the shorter side; at 512 pixels that is the paper's reach.
     Each pixel becomes a mean of its 8 neighbours at every dilation, weighted by the softmax over the
     neighbours of the colour channels' mean of -|difference| / (0.1 (deviation + 0.1)), with the standard
     deviation of the channel in the pixel's neighbourhood. The second 0.1 is our choice (the paper has none):
     it keeps differences of less than 0.01, a generator's noise, from being taken for edges.
     """
+
+    if dilations is None:
+        dilations = [d for d in (1, 2, 4, 8, 12, 24) if d <= max(1, min(images.shape[-2:]) // 16)]
 
     def neighbours(x: torch.Tensor) -> list[torch.Tensor]:  # 8 D of them, each of the size of x
         height, width = x.shape[-2:]
@@ -68,10 +72,7 @@ def pamr(
 
 
 def refine_pamr(image: torch.Tensor, scores: torch.Tensor, beta: float, attention=None) -> torch.Tensor:
-    """Refine by `pamr`, over up to 1/16 of the image's shorter side: at 512 pixels the paper's reach."""
-    reach = max(1, min(image.shape[-2:]) // 16)
-    dilations = [d for d in (1, 2, 4, 8, 12, 24) if d <= reach]
-    return add_background(pamr(image[None], scores[None], dilations=dilations)[0], beta)
+    return add_background(pamr(image[None], scores[None])[0], beta)
 
 
 def refine_self_attention(

@@ -27,7 +27,7 @@ from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.cotraining import classes_of_images, restricted
 from diffseg.errors import DiffsegError
-from diffseg.experiments.label_or_network import AGREED, accuracies, tenths
+from diffseg.experiments.label_or_network import AGREED, RELIABLE, accuracies, tenths
 from diffseg.experiments.paired import Relabelled, images_key, options_of, paired_gain, score, trained
 from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
 from diffseg.files import write_text
@@ -60,13 +60,13 @@ RESTRICTED = BECO | {
     "mixing": 0.0,
 }
 # An answer that follows the image's edges may replace twice as many labels: our choice, on that split.
-EDGE_AWARE = RESTRICTED | {"peer_refiner": "pamr", "reliable_share": 0.8}
+EDGE_AWARE = RESTRICTED | {"peer_refiner": "pamr", "reliable_share": RELIABLE}
 ARMS = {
     "ensemble": {"training_mode": "ensemble"},
     "baseline, twice as long": {"training_mode": "baseline"},  # as dear as two networks
     "BECO": BECO,
     "edge-aware": EDGE_AWARE,
-    "edge-aware, one network": EDGE_AWARE | {"training_mode": "selftrain"},  # as cheap as a baseline
+    "edge-aware, one network": EDGE_AWARE | {"training_mode": "selftrain"},  # a tenth dearer than a baseline
     "edge-aware, a tenth doubted": EDGE_AWARE | {"reliable_share": 0.9},
     "restricted": RESTRICTED,
     # the restricted co-training taken apart, one thing at a time
