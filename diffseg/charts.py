@@ -20,6 +20,12 @@ def half_interval(values: Sequence[float]) -> float:
     return float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return a mean and the ends of its 95 % interval; nan for the ends of fewer than two values."""
+    mean, half = float(np.mean(values)), half_interval(values)
+    return mean, mean - half, mean + half
+
+
 def dots(axis: Axes, places: Sequence[float], values: Sequence[Sequence[float]], **look) -> None:
     """Draw rows of a dot plot: in each the mean, its 95 % interval over the values, and the values themselves."""
     for place, some in zip(places, values, strict=True):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import torch
 from accelerate import PartialState
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.evaluation import evaluate
-from diffseg.charts import half_interval
+from diffseg.charts import mean_interval
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_text
 from diffseg.lab.manifests import read_manifest
@@ -100,4 +99,4 @@ def paired_gain(scores: dict[int, float], others: dict[int, float]) -> tuple[flo
     gains = [scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())]
     if len(gains) < 2:
         return (float("nan"),) * 3
-    return mean(gains), mean(gains) - half_interval(gains), mean(gains) + half_interval(gains)
+    return mean_interval(gains)

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from diffseg.charts import gains, half_interval, study_scores
+from diffseg.charts import gains, mean_interval, study_scores
 from diffseg.experiments.label_efficiency import label_figure
 from diffseg.experiments.label_or_network import reliability_figure
 from diffseg.experiments.ladder import UNTUNED, WITHOUT, ladder_figure
@@ -133,9 +133,8 @@ def gains_table(studies: dict[str, dict[str, list[float]]]) -> pd.DataFrame:
     rows = []
     for where, techniques in studies.items():
         for technique, gained in techniques.items():
-            mean, half = sum(gained) / len(gained), half_interval(gained)
-            row = {"where": where, "technique": technique, "seeds": len(gained), "gain": mean}
-            rows.append(row | {"gain_low": mean - half, "gain_high": mean + half})
+            row = {"where": where, "technique": technique, "seeds": len(gained)}
+            rows.append(row | dict(zip(("gain", "gain_low", "gain_high"), mean_interval(gained), strict=True)))
     return pd.DataFrame(rows).round(2)
 
 
