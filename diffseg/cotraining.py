@@ -55,10 +55,10 @@ def peer_loss(
     ignore: int,
     is_soft: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy to the OTHER network's answer on pixels that are neither reliable nor ignored.
+    """Cross-entropy to an answer (the OTHER network's; in selftrain its own) on pixels neither reliable nor ignored.
 
-    peer: its probabilities (B x K x H x W), through which no gradient flows; its best class is the target (BECO), or
-    all of its distribution (is_soft; our choice).
+    peer: the answer's probabilities (B x K x H x W), through which no gradient flows; its best class is the target
+    (BECO), or all of its distribution (is_soft; our choice).
     """
     losses = F.cross_entropy(logits.float(), peer.detach() if is_soft else peer.argmax(dim=1), reduction="none")
     return mean_over_valid(losses * ~(reliable | (label == ignore)), label, ignore)

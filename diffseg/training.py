@@ -301,8 +301,8 @@ def train(
 
     AdamW, or SGD with momentum 0.9 (BECO), under the poly schedule (power 0.9, DeepLab). The history has a value an
     iteration of: loss (mean of the networks'), valid (share of the pixels that are not ignored) and, as shares of the
-    valid pixels, trusted (taught by their own label at full weight), contradicted (the first network's argmax is
-    not the label) and, of two networks, disagreement (their argmax differ).
+    valid pixels, trusted (after the warm-up taught by their own label at full weight), contradicted (the first
+    network's argmax is not the label) and, of two networks, disagreement (their argmax differ).
 
     checkpoint: a file that is written every `options.checkpoint_every` iterations and at the end; where it is there
     the training resumes from it, bit-identical. watch: called by the main process after each step with its number (from

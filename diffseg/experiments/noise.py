@@ -7,8 +7,8 @@ python -m diffseg.experiments.noise mini-voc [--set iterations=200] [--split dev
 The claim should not hang on one generator's masks, whose errors nobody knows; here they are made. Reliability cannot
 come from attention, as there is none: a pixel's margin is its distance to the nearest edge of the DISTURBED mask. So
 it knows where a mask ends, not where it is wrong: that speaks of errors along edges (dilation, shift), and says
-nothing of a dropped object or a wrong class. The restricted co-training takes the disturbed mask's classes for those of
-the image, so it cannot undo a wrong class.
+nothing of a dropped object or a wrong class. The restricted and the edge-aware co-training take the disturbed
+mask's classes for those of the image, so they cannot undo a wrong class.
 """
 
 import argparse

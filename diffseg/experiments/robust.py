@@ -1,4 +1,4 @@
-"""Does reliability-aware co-training gain more than two networks do? One drawn set, paired seeds of the training.
+"""Does reliability-aware training gain more than baselines and their ensemble? One drawn set, paired seeds.
 
 python -m diffseg.experiments.robust mini-voc --runs mini-voc mini-voc-unrefined [--split dev] [--seeds 5]
     results/tables/robust_arms.csv (means, paired differences, their intervals), robust_arms_seeds.csv (a row a

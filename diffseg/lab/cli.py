@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     starter.add_argument("folder", metavar="FOLDER")
     commands.add_parser("list", help="list the parameter files and the state of the runs in results/runs")
     several = commands.add_parser("study", help="make the runs of a study and its table; without a name, list them")
-    several.add_argument("name", nargs="?", help="a name in notebooks/studies, such as augmentation")
+    several.add_argument("name", nargs="?", help="a name in notebooks/studies, such as scaling")
     several.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at the same time; they share the cores")
     cleaner = commands.add_parser("clean", help="list the steps that no run refers to, and remove them when you agree")
     cleaner.add_argument("--yes", action="store_true", help="remove them without asking")
