@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with the table
 	$(BIN)/diffseg run mini-voc
 
-study: install  ## the mini benchmarks, then the five-seed trainings behind results/claims.csv: about four hours on two cores; a second call resumes
+study: install  ## the mini benchmarks, then most trainings behind results/claims.csv: about four hours on two cores; a second call resumes
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
 	$(BIN)/diffseg run mini-voc --only 1-3 --set run=mini-voc-without plain_share=1.0
 	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-unrefined refiner=none beta=0.2
@@ -35,7 +35,7 @@ study-label_efficiency: install
 
 study-robust: install
 	$(BIN)/python -m diffseg.experiments.robust mini-voc --runs mini-voc --arms edge-aware "edge-aware, one network"
-	$(BIN)/python -m diffseg.experiments.robust mini-cityscapes --runs mini-cityscapes-unrefined --arms restricted
+	$(BIN)/python -m diffseg.experiments.robust mini-cityscapes --runs mini-cityscapes-unrefined --arms edge-aware
 
 study-ladder: install
 	$(BIN)/python -m diffseg.experiments.ladder mini-voc --rungs real oracle ours without --without mini-voc-without

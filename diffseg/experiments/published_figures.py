@@ -117,7 +117,8 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
         "mini Cityscapes, masks without a refiner": {
             "restricted co-training": ((of_streets, restricted), (of_streets, one)),
             "edge-aware co-training": ((of_streets, "edge-aware"), (of_streets, one)),
-            "all three, over none of them": ((of_streets, restricted), (streets, WITHOUT)),
+            "edge-aware, one network": ((of_streets, alone), (of_streets, one)),
+            "all three, over none of them": ((of_streets, "edge-aware"), (streets, WITHOUT)),
         },
     }
     found = {}
