@@ -165,7 +165,10 @@ def noise_figure(rows: pd.DataFrame) -> Figure:
     arms = [arm for arm in COMPARED if arm in set(rows.arm)]
     figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 2.3), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
+        tried = set(rows[rows.kind == kind].arm)
         for arm, colour, marker in zip(arms, COLOURS, MARKERS, strict=False):
+            if arm not in tried:
+                continue
             groups = rows[(rows.arm == arm) & rows.kind.isin(["none", kind])].groupby("strength").miou
             halves = [half_interval(some.tolist()) for _, some in groups]
             axis.errorbar(groups.mean().index, groups.mean(), halves, color=colour, marker=marker, capsize=2, label=arm)
