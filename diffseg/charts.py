@@ -34,6 +34,16 @@ def dots(axis: Axes, places: Sequence[float], values: Sequence[Sequence[float]],
     axis.errorbar(means, places, xerr=halves, linestyle="", capsize=2, zorder=2, **look)
 
 
+def mean_lines(axis: Axes, rows: pd.DataFrame, place: str, arms: Sequence[str]) -> None:
+    """Draw mIoU over the column `place`, a line for each of `arms` that has rows: means, 95 % intervals over them."""
+    for arm, colour, marker in zip(arms, COLOURS, MARKERS, strict=False):
+        scores = rows[rows.arm == arm].groupby(place).miou
+        if len(scores):
+            halves = [half_interval(some.tolist()) for _, some in scores]
+            look = {"color": colour, "marker": marker, "capsize": 2, "label": arm}
+            axis.errorbar(scores.mean().index, scores.mean(), halves, **look)
+
+
 def curves(
     lines: Mapping[str, Sequence[float]], ylabel: str, window: int = 20, log: bool = False, mark: float | None = None
 ) -> Figure:

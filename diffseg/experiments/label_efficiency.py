@@ -22,9 +22,9 @@ from torch.utils.data import ConcatDataset, Subset
 
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
-from diffseg.charts import half_interval
+from diffseg.charts import mean_lines
 from diffseg.experiments.paired import images_key, network_folder, options_of, paired_gain, score, trained
-from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
+from diffseg.figures import WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.provenance import provenance
@@ -109,10 +109,7 @@ def label_figure(rows: pd.DataFrame) -> Figure:
     synthetic images alone is a horizontal line."""
     figure, axis = plt.subplots(figsize=(WIDTH, 2.8))
     axis.axhline(rows[rows.labelled == 0].miou.mean(), color="0.3", linestyle="--", label="synthetic images alone")
-    for arm, colour, marker in zip(ARMS, COLOURS, MARKERS, strict=False):
-        groups = rows[(rows.arm == arm) & (rows.labelled > 0)].groupby("labelled").miou
-        halves = [half_interval(some.tolist()) for _, some in groups]
-        axis.errorbar(groups.mean().index, groups.mean(), halves, color=colour, marker=marker, capsize=2, label=arm)
+    mean_lines(axis, rows[rows.labelled > 0], "labelled", ARMS)
     counts = sorted(set(rows.labelled) - {0})
     axis.set(xscale="log", xlabel="labelled real images", ylabel="mIoU (%)")
     axis.set_xticks(counts, list(map(str, counts)))

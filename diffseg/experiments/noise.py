@@ -27,11 +27,11 @@ from torch.utils.data import Dataset
 from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.metrics import ConfusionMatrix, mean_iou
 from diffseg.benchmarks.readers import data_folder, open_split
-from diffseg.charts import half_interval
+from diffseg.charts import mean_interval, mean_lines
 from diffseg.errors import DiffsegError
-from diffseg.experiments.paired import options_of, paired_gain, score, trained
+from diffseg.experiments.paired import options_of, score, trained
 from diffseg.experiments.robust import ARMS, parameters_under
-from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
+from diffseg.figures import WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
@@ -153,9 +153,9 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
         for arm in [arm for arm in COMPARED if arm in scores]:
             row = {"kind": kind, "strength": strength, "arm": arm, "seeds": int(scores[arm].count())}
             row |= {"label_miou": group.label_miou.mean(), "miou": scores[arm].mean()}
-            row["over_ensemble"] = (scores[arm] - scores["ensemble"]).mean()  # of one seed, too: no claim rests on it
-            _, low, high = paired_gain(scores[arm].dropna().to_dict(), scores["ensemble"].to_dict())
-            found.append(row | {"over_ensemble_low": low, "over_ensemble_high": high})
+            gain = mean_interval((scores[arm] - scores["ensemble"]).dropna().tolist())  # the mean of one seed, too
+            names = "over_ensemble", "over_ensemble_low", "over_ensemble_high"
+            found.append(row | dict(zip(names, gain, strict=True)))
     return pd.DataFrame(found).round(2)
 
 
@@ -165,18 +165,14 @@ def noise_figure(rows: pd.DataFrame) -> Figure:
     arms = [arm for arm in COMPARED if arm in set(rows.arm)]
     figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 2.3), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        tried = set(rows[rows.kind == kind].arm)
-        for arm, colour, marker in zip(arms, COLOURS, MARKERS, strict=False):
-            if arm not in tried:
-                continue
-            groups = rows[(rows.arm == arm) & rows.kind.isin(["none", kind])].groupby("strength").miou
-            halves = [half_interval(some.tolist()) for _, some in groups]
-            axis.errorbar(groups.mean().index, groups.mean(), halves, color=colour, marker=marker, capsize=2, label=arm)
+        tried = rows.arm.isin(rows[rows.kind == kind].arm)
+        mean_lines(axis, rows[tried & rows.kind.isin(["none", kind])], "strength", arms)
         axis.set_xticks([0, *STRENGTHS[kind]], [f"{strength:g}" for strength in (0, *STRENGTHS[kind])])
         axis.set(title=kind, xlabel="pixels" if kind in ("dilation", "shift") else "probability per object")
     axes[0, 0].set(ylabel="mIoU (%)")
     figure.tight_layout(rect=(0, 0, 1, 0.92))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(arms))
+    drawn = {line.get_label(): line for axis in axes[0] for line in axis.containers}
+    figure.legend(drawn.values(), drawn.keys(), loc="upper center", ncols=len(drawn))
     return figure
 
 
