@@ -23,7 +23,7 @@ from torch.utils.data import ConcatDataset, Subset
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import mean_lines
-from diffseg.experiments.paired import images_key, network_folder, options_of, paired_gain, score, trained
+from diffseg.experiments.paired import images_key, network_folder, options_of, paired_gain, score, trained, with_earlier
 from diffseg.figures import WIDTH, save_figure
 from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
@@ -44,14 +44,12 @@ ARMS = (ALONE, AFTER, FINER, MIXED)
 RATES = {AFTER: 5e-4, FINER: None}
 
 
-def trainings(chosen: argparse.Namespace) -> list[dict]:
+def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
     """Train every arm, number and seed that is not there yet, and return a row each, mIoU in %.
 
     Pretrained networks take half of the steps on synthetic images (of their own classes) and half on the labelled
     ones. In a mixed set each labelled image is repeated, so that half of what the network sees is real.
     """
-    values, _ = resolve(chosen.parameters, {})
-    parameters = step_parameters(notebook_of("04_robust_training"), values)
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
     real = open_split(benchmark, root, benchmark.training_split)
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
@@ -130,15 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "label-efficiency")
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
-    frame, tables = pd.DataFrame(trainings(chosen)), chosen.out / "tables"
+    tables, runs = chosen.out / "tables", (chosen.parameters, chosen.finer)
+    parameters = step_parameters(notebook_of("04_robust_training"), resolve(chosen.parameters, {})[0])
+    about = {"images": {name: images_key(run_folder(name)) for name in runs}, "split": chosen.split or "validation"}
+    about["parameters"] = parameters
+    frame = pd.DataFrame(trainings(chosen, parameters))
+    frame = with_earlier(frame, tables / "label_efficiency_seeds.csv", ["arm", "labelled", "seed"], about)
     for name, table in (("label_efficiency", means(frame)), ("label_efficiency_seeds", frame)):
         write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    runs = (chosen.parameters, chosen.finer)
-    images = {name: images_key(run_folder(name)) for name in runs}
-    split = chosen.split or "validation"
-    write_text(
-        tables / "label_efficiency.json", json.dumps({"images": images, "split": split} | provenance(), indent=1)
-    )
+    write_text(tables / "label_efficiency.json", json.dumps(about | provenance(), indent=1))
     save_figure(label_figure(frame), chosen.out / "figures" / "label_efficiency.png")
 
 

@@ -29,7 +29,7 @@ from diffseg.benchmarks.metrics import ConfusionMatrix, mean_iou
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.charts import mean_interval, mean_lines
 from diffseg.errors import DiffsegError
-from diffseg.experiments.paired import options_of, score, trained
+from diffseg.experiments.paired import options_of, score, trained, with_earlier
 from diffseg.experiments.robust import ARMS, parameters_under
 from diffseg.figures import WIDTH, save_figure
 from diffseg.files import write_text
@@ -188,11 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
     parameters, tables = parameters_under(chosen.parameters, chosen.set), chosen.out / "tables"
+    about = {"split": chosen.split or "validation", "parameters": parameters}
     rows = pd.DataFrame(trainings(chosen, parameters))
+    rows = with_earlier(rows, tables / "noise_seeds.csv", ["kind", "strength", "arm", "seed"], about)
     for name, table in (("noise", means(rows)), ("noise_seeds", rows)):
         write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    about = {"split": chosen.split or "validation", "parameters": parameters} | provenance()
-    write_text(tables / "noise.json", json.dumps(about, indent=1))
+    write_text(tables / "noise.json", json.dumps(about | provenance(), indent=1))
     save_figure(noise_figure(rows), chosen.out / "figures" / "noise.png")
 
 

@@ -1,11 +1,12 @@
 """Trainings that are compared seed by seed: each is made once, and their mean difference has an interval."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -16,7 +17,7 @@ from diffseg.benchmarks.evaluation import evaluate
 from diffseg.charts import mean_interval
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_text
-from diffseg.lab.manifests import read_manifest
+from diffseg.lab.manifests import read_json, read_manifest
 from diffseg.lab.steps import named_files
 from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import NETWORKS, TrainingOptions, train_once
@@ -100,3 +101,15 @@ def paired_gain(scores: dict[int, float], others: dict[int, float]) -> tuple[flo
     if len(gains) < 2:
         return (float("nan"),) * 3
     return mean_interval(gains)
+
+
+def with_earlier(rows: pd.DataFrame, table: Path, training: Sequence[str], about: Mapping) -> pd.DataFrame:
+    """Return a call's rows, after those of NAME_seeds.csv, `table`, whose trainings it has not made again.
+
+    training: the columns that name a training. about: what earlier rows must have been made with to stay; the NAME.json
+    beside the table says what they were.
+    """
+    recorded = read_json(table.with_name(table.name.replace("_seeds.csv", ".json"))) or {}
+    if not table.is_file() or any(recorded.get(name) != value for name, value in about.items()):
+        return rows
+    return pd.concat([pd.read_csv(table), rows]).drop_duplicates(training, keep="last")

@@ -1,13 +1,11 @@
 """How many labelled images synthetic ones replace: the trainings of every arm at tiny size, and the paired gains."""
 
-import argparse
-
 import pandas as pd
 import pytest
 
 from diffseg.errors import DiffsegError
 from diffseg.experiments import label_efficiency as study
-from diffseg.experiments.paired import paired_gain
+from diffseg.experiments.paired import paired_gain, with_earlier
 
 
 def test_a_gain_is_paired_by_seed_and_has_students_interval():
@@ -38,6 +36,21 @@ def test_gains_are_over_as_many_real_images_alone():
 def test_a_run_without_images_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_folder", lambda name: tmp_path / name)
     with pytest.raises(DiffsegError, match="--only 1-3"):
-        study.trainings(
-            argparse.Namespace(parameters="mini-voc", finer="mini-imagenet-s", split="dev", folder=tmp_path)
-        )
+        study.main(["mini-voc", "--finer", "mini-imagenet-s", "--folder", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_rows_of_earlier_calls_stay_unless_made_anew_or_on_other_images(tmp_path):
+    earlier = pd.DataFrame({"arm": ["alone", "alone", "mixed"], "seed": [0, 1, 0], "miou": [50.0, 51.0, 60.0]})
+    made = pd.DataFrame({"arm": ["alone", "after"], "seed": [1, 0], "miou": [52.0, 70.0]})
+    table, training = tmp_path / "some_seeds.csv", ["arm", "seed"]
+    assert with_earlier(made, table, training, {"images": "a"}) is made  # there is no table yet
+    earlier.to_csv(table, index=False)
+    (tmp_path / "some.json").write_text('{"images": "a", "versions": {}}')
+    kept = with_earlier(made, table, training, {"images": "a"})
+    assert kept.set_index(training).miou.to_dict() == {
+        ("alone", 0): 50,
+        ("mixed", 0): 60,
+        ("alone", 1): 52,
+        ("after", 0): 70,
+    }
+    assert with_earlier(made, table, training, {"images": "b"}) is made

@@ -77,4 +77,7 @@ def test_the_study_trains_every_arm_once_on_every_noise(tmp_path):
     made = {path: path.stat().st_mtime_ns for path in networks.rglob("*.safetensors")}
     main(call)
     assert len(made) == 8 and made == {path: path.stat().st_mtime_ns for path in networks.rglob("*.safetensors")}
+    main([*call[:4], "shift", *call[5:]])  # another kind: the rows of the first stay
+    both = pd.read_csv(tmp_path / "out" / "tables" / "noise_seeds.csv")
+    assert set(both.kind) == {"none", "dilation", "shift"} and len(both) == len(rows) + 6
     assert rows.label_miou[rows.strength == 0].eq(100).all() and rows.label_miou[rows.strength > 0].max() < 90
