@@ -12,7 +12,7 @@ from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST, atomic_path, read_rows, write_text
 from diffseg.lab.batch import step_notebooks
 from diffseg.lab.old_pages import can_be_remade, old_pages
-from diffseg.lab.quoted import with_cells, with_numbers
+from diffseg.lab.quoted import number, with_cells, with_numbers
 from diffseg.lab.report import markdown, percent
 from diffseg.lab.runs import trouble
 from diffseg.lab.steps import STEPS, run_folder
@@ -53,10 +53,18 @@ def readme_with_tables(readme: str, root: Path) -> str:
 
 
 def claim_with_numbers(claim: Mapping[str, str], results: Path) -> dict[str, str]:
-    """Return a row of claims.csv with the numbers of its cells: the paper's in published.csv, ours in `mini_file`."""
+    """Return a row of claims.csv with the numbers of its cells: the paper's in published.csv, ours in `mini_file`.
+
+    Where `decided_by` names the lower end of a difference's 95 % interval, the verdict follows from it: "shown" above
+    zero, else "not shown".
+    """
     paper = with_cells(claim["paper"], results, "published.csv", claim["paper_cells"])
     finding = with_cells(claim["mini_finding"], results, claim["mini_file"], claim["mini_cells"])
-    return {**claim, "paper": paper, "mini_finding": finding}
+    filled = {**claim, "paper": paper, "mini_finding": finding}
+    if claim["decided_by"]:
+        file, cell = claim["decided_by"].split("; ", 1)
+        filled["mini"] = "shown" if float(number("0.00", results, file, cell)) > 0 else "not shown"
+    return filled
 
 
 def publish(run: Path | None = None) -> None:

@@ -242,10 +242,19 @@ def test_the_interval_of_a_mean_is_students():
 @pytest.mark.parametrize("claim", read_csv("claims.csv"), ids=lambda row: row["claim"][:40])
 def test_a_claim_with_a_verdict_names_the_cells_of_its_numbers(claim):
     for verdict, file in (("mini", "mini_file"), ("paper_scale", "paper_scale_file")):
-        assert claim[verdict] in ("shown", "not shown", "not run")
+        assert claim[verdict] in ("shown", "not shown", "measured", "not run")
         if claim[verdict] != "not run":
             assert (RESULTS / claim[file]).is_file(), claim[file] or "a verdict needs a file"
+    assert (claim["mini"] in ("shown", "not shown")) == bool(claim["decided_by"]), "an interval decides"
     assert claim_with_numbers(claim, RESULTS) == claim, "run diffseg publish"
+
+
+def test_a_verdict_follows_from_the_interval(tmp_path):
+    claim = dict.fromkeys(("paper", "paper_cells", "mini_finding", "mini_file", "mini_cells", "mini"), "")
+    claim["decided_by"] = "a.csv; gain_low"
+    for low, verdict in ((0.2, "shown"), (0.0, "not shown"), (-3.0, "not shown"), ("nan", "not shown")):
+        (tmp_path / "a.csv").write_text(f"gain,gain_low\n5,{low}\n")
+        assert claim_with_numbers(claim, tmp_path)["mini"] == verdict
 
 
 def test_a_wrong_number_planted_in_a_claim_is_found():

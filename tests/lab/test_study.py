@@ -224,6 +224,10 @@ def test_tables_record_and_figure_by_hand(root, capsys):
     steps = [f"seconds_0{k}" for k in range(1, 6)]
     assert rows.loc["baseline", "seconds"] == pytest.approx(rows.loc["baseline", steps].sum(), abs=1e-9)
 
+    # seeds 0, 1 and 2 each gain the same
+    assert rows.loc["cotrain", ["gain", "gain_low", "gain_high"]].tolist() == [20, 20, 20]
+    assert rows.loc["baseline", ["gain", "gain_low", "gain_high"]].isna().all()
+
     classes = pd.read_csv(results / "tables" / "robust_classes.csv").set_index("class")
     assert list(classes.columns) == ["baseline", "baseline real", "cotrain"]
     assert list(classes.loc["cat"]) == [61, 80, 81]
@@ -294,7 +298,7 @@ def test_an_incomplete_study_says_so(root, capsys):
     found = study_record(load_study("robust"))
     rows = study_table(found).set_index("configuration")
     assert list(rows.seeds) == [3, 1] and pd.isna(rows.synthetic_miou_spread["cotrain"])
-    assert rows.synthetic_miou["cotrain"] == 70
+    assert rows.synthetic_miou["cotrain"] == 70 and rows.gain["cotrain"] == 20 and pd.isna(rows.gain_low["cotrain"])
     assert found["missing"] == ["cotrain-1", "cotrain-2"]
     assert "Not finished: cotrain-1, cotrain-2." in " ".join(caption(found, "Means").split())
     assert main(["study"]) == 0
