@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # parts of the study at a time; each trains on one core
 JOBS ?= 2
+# glibc's setting that kernels get, for trainings that run in none
+TRAIN = GLIBC_TUNABLES=$$($(BIN)/python -c "from diffseg.lab.kernel import MALLOC; print(MALLOC)") $(BIN)/python -m diffseg.experiments
 
 .PHONY: install reproduce study study-scaling study-label_efficiency study-robust study-ladder test test-slow lint strip clean
 
@@ -31,16 +33,16 @@ study-scaling: install
 	OMP_NUM_THREADS=1 $(BIN)/diffseg study scaling
 
 study-label_efficiency: install
-	$(BIN)/python -m diffseg.experiments.label_efficiency mini-voc --finer mini-imagenet-s --seeds 3 --counts 20 90 720
+	$(TRAIN).label_efficiency mini-voc --finer mini-imagenet-s --seeds 3 --counts 20 90 720
 
 study-robust: install
-	$(BIN)/python -m diffseg.experiments.robust mini-voc --runs mini-voc --arms edge-aware "edge-aware, one network"
-	$(BIN)/python -m diffseg.experiments.robust mini-cityscapes --runs mini-cityscapes-unrefined --arms edge-aware
+	$(TRAIN).robust mini-voc --runs mini-voc --arms edge-aware "edge-aware, one network"
+	$(TRAIN).robust mini-cityscapes --runs mini-cityscapes-unrefined --arms edge-aware
 
 study-ladder: install
-	$(BIN)/python -m diffseg.experiments.ladder mini-voc --rungs real oracle ours without --without mini-voc-without
-	$(BIN)/python -m diffseg.experiments.ladder mini-imagenet-s --rungs real ours
-	$(BIN)/python -m diffseg.experiments.ladder mini-cityscapes --rungs real ours untuned without \
+	$(TRAIN).ladder mini-voc --rungs real oracle ours without --without mini-voc-without
+	$(TRAIN).ladder mini-imagenet-s --rungs real ours
+	$(TRAIN).ladder mini-cityscapes --rungs real ours untuned without \
 		--untuned mini-cityscapes-untuned --without mini-cityscapes-without
 
 test: install  ## the tests that CI runs: a worker a core, one thread each, a file on one worker
