@@ -12,7 +12,7 @@ from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST, atomic_path, read_rows, write_text
 from diffseg.lab.batch import step_notebooks
 from diffseg.lab.old_pages import can_be_remade, old_pages
-from diffseg.lab.quoted import number, with_cells, with_numbers
+from diffseg.lab.quoted import value, with_cells, with_numbers
 from diffseg.lab.report import markdown, percent
 from diffseg.lab.runs import trouble
 from diffseg.lab.steps import STEPS, run_folder
@@ -62,8 +62,8 @@ def claim_with_numbers(claim: Mapping[str, str], results: Path) -> dict[str, str
     finding = with_cells(claim["mini_finding"], results, claim["mini_file"], claim["mini_cells"])
     filled = {**claim, "paper": paper, "mini_finding": finding}
     if claim["decided_by"]:
-        file, cell = claim["decided_by"].split("; ", 1)
-        filled["mini"] = "shown" if float(number("0.00", results, file, cell)) > 0 else "not shown"
+        low = value(results, *claim["decided_by"].split("; ", 1))
+        filled["mini"] = "shown" if low > 0 else "not shown"
     return filled
 
 

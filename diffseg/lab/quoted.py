@@ -54,16 +54,21 @@ def with_cells(text: str, results: Path, file: str, cells: str) -> str:
 
 def number(old: str, results: Path, file: str, cell: str, suffix: str = "") -> str:
     """Return the number that a cell holds today, with the decimals and commas of an old one."""
+    found = value(results, file, cell, suffix)
+    return f"{found:{',' if ',' in old else ''}.{len(old.partition('.')[2])}f}"
+
+
+def value(results: Path, file: str, cell: str, suffix: str = "") -> float:
+    """Return the number that a cell holds today, in the column with that suffix; none there raises a DiffsegError."""
     scaled = FACTOR.search(cell)
     factor = float(scaled[2]) ** (1 if scaled[1] == "*" else -1) if scaled else 1.0
     steps = FACTOR.sub("", cell).split("; ")
     try:
-        value = float(find(read(results / file), [*steps[:-1], steps[-1] + suffix])) * factor
+        return float(find(read(results / file), [*steps[:-1], steps[-1] + suffix])) * factor
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise DiffsegError(
             f"no number stands in `{file}; {cell}` ({error}); correct the name of the cell, or the sentence."
         ) from None
-    return f"{value:{',' if ',' in old else ''}.{len(old.partition('.')[2])}f}"
 
 
 def read(path: Path) -> Any:
