@@ -1,6 +1,7 @@
-"""Adapt the generator to a distant domain: LoRA (Hu et al. 2022) on the UNet's attention.
+"""Adapt the generator to a distant domain: LoRA (Hu et al. 2022) on the UNet's attention or other layers of it.
 
-A linear layer W (out x in) stays frozen; beside it a product of two thin matrices learns
+A linear layer W (out x in; of a convolution, in counts its inputs times its taps) stays frozen; beside it a product of
+two thin matrices learns
 
     W' = W + alpha / r  B A            A: r x in, random at the start;  B: out x r, zero at the start
 
@@ -13,6 +14,7 @@ run that was killed and goes on computes what it would have computed, and many p
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,21 +72,20 @@ class TuningOptions:
 
 
 def target_layers(unet, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return {layer: (inputs, outputs)} of the linear layers whose name ends in one of `targets`.
+    """Return {layer: (inputs, outputs)} of the linear layers and convolutions whose name ends in one of `targets`.
 
-    Raises a DiffsegError for a target that no linear layer of the UNet has.
+    The inputs of a convolution are its channels times its taps. Raises a DiffsegError for a target that no layer has.
     """
-    linear = {
-        name.removesuffix(".base_layer"): (layer.in_features, layer.out_features)
+    sizes = {
+        name.removesuffix(".base_layer"): (layer.weight[0].numel(), len(layer.weight))
         for name, layer in unet.named_modules()
-        if isinstance(layer, torch.nn.Linear) and "lora_" not in name
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and "lora_" not in name
     }
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            raise DiffsegError(
-                f"no linear layer of the UNet is called {target!r}; there are to_q, to_k, to_v and to_out.0."
-            )
-    return {name: size for name, size in linear.items() if f".{name}".endswith(tuple(f".{t}" for t in targets))}
+        if not any(f".{name}".endswith(f".{target}") for name in sizes):
+            known = sorted({re.search(r"[^.]+(\.\d+)?$", name)[0] for name in sizes})  # to_q, to_out.0, conv1
+            raise DiffsegError(f"no layer of the UNet is called {target!r}; there are {', '.join(known)}.")
+    return {name: size for name, size in sizes.items() if f".{name}".endswith(tuple(f".{t}" for t in targets))}
 
 
 def check_options(pipeline, options: TuningOptions) -> None:

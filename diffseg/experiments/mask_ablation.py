@@ -180,9 +180,9 @@ def load_reference(name: str, benchmark: Benchmark) -> nn.Module:
     """Load the reference network: "mini" (the oracle), or a folder of `save_segmenter`.
 
     It goes from pictures (float B x 3 x H x W, 0..1) to logits B x classes x H x W and has the attributes name and
-    classes. Raises a DiffsegError when its classes are not the benchmark's.
+    classes. Raises a DiffsegError when its classes are not the benchmark's, or the oracle cannot tell them.
     """
-    network = ClassOracle(load_oracle()) if name == "mini" else load_segmenter(Path(name))
+    network = ClassOracle(load_oracle(), benchmark) if name == "mini" else load_segmenter(Path(name))
     if tuple(network.classes) != tuple(benchmark.classes):
         raise DiffsegError(
             f"the reference network {name} knows {len(network.classes)} classes and they are not {benchmark.name}'s; "

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffseg.benchmarks.classes import VOC
+from diffseg.benchmarks.classes import VOC, Benchmark
 from diffseg.errors import DiffsegError
 from diffseg.miniworld import WEIGHTS
 from diffseg.miniworld.scenes import load_pictures
+from diffseg.words import load_words
 
 PICTURES = load_pictures()
 
@@ -27,7 +28,22 @@ PICTURE_NAMES = ("background", *(picture.word for picture in PICTURES))
 CLASS_IDS = {name: k for k, name in enumerate(VOC.classes)}
 
 
-CLASS_OF_PICTURE = torch.tensor([0, *(CLASS_IDS.get(picture.voc_class, 0) for picture in PICTURES)])
+def classes_of_pictures(benchmark: Benchmark) -> torch.Tensor:
+    """Return the class id of each of PICTURE_NAMES by the benchmark's table of words, int64; 0 for what it lacks.
+
+    Raises a DiffsegError for a benchmark without a table, or without a background.
+    """
+    named = {word.word: word.class_name for word in load_words(benchmark.name) if word.keep}
+    if benchmark.classes[0] != "background":
+        raise DiffsegError(
+            f"the oracle knows objects and background, and {benchmark.name} has no background; choose a benchmark that "
+            "has one, such as cityscapes-things"
+        )
+    ids = (benchmark.classes.index(named[picture.word]) if picture.word in named else 0 for picture in PICTURES)
+    return torch.tensor([0, *ids])
+
+
+CLASS_OF_PICTURE = classes_of_pictures(VOC)
 
 
 class Oracle(nn.Module):
@@ -73,23 +89,27 @@ def picture_probabilities(oracle: Oracle, images: torch.Tensor) -> torch.Tensor:
     return oracle(images.to(device).float() / 255).float().softmax(dim=1).cpu()
 
 
-def class_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
-    """Sum the pictures' probabilities (B x (1 + pictures) x H x W) by VOC class: B x 21 x H x W."""
-    shape = (len(probabilities), VOC.num_classes, *probabilities.shape[2:])
-    return probabilities.new_zeros(shape).index_add_(1, CLASS_OF_PICTURE.to(probabilities.device), probabilities)
+def class_probabilities(
+    probabilities: torch.Tensor, ids: torch.Tensor = CLASS_OF_PICTURE, classes: int = VOC.num_classes
+) -> torch.Tensor:
+    """Sum the pictures' probabilities (B x (1 + pictures) x H x W) by class, of VOC by default: B x classes x H x W."""
+    shape = (len(probabilities), classes, *probabilities.shape[2:])
+    return probabilities.new_zeros(shape).index_add_(1, ids.to(probabilities.device), probabilities)
 
 
 class ClassOracle(nn.Module):
-    """The oracle as a network of VOC's classes: pictures (float B x 3 x H x W in 0..1) to logits B x 21 x H x W."""
+    """The oracle as a network of a benchmark's classes: pictures (float B x 3 x H x W in 0..1) to logits B x C x H x W.
 
-    name, classes = "the mini world's oracle", VOC.classes
+    Raises a DiffsegError for a benchmark without a table of words, or without a background.
+    """
 
-    def __init__(self, oracle: Oracle):
+    def __init__(self, oracle: Oracle, benchmark: Benchmark = VOC):
         super().__init__()
-        self.oracle = oracle
+        self.oracle, self.ids = oracle, classes_of_pictures(benchmark)
+        self.name, self.classes = "the mini world's oracle", benchmark.classes
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return class_probabilities(self.oracle(image).float().softmax(dim=1)).log()
+        return class_probabilities(self.oracle(image).float().softmax(dim=1), self.ids, len(self.classes)).log()
 
 
 def main_picture(probabilities: torch.Tensor) -> torch.Tensor:

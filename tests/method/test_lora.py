@@ -152,6 +152,25 @@ def test_only_attention_projections_change_and_by_alpha_over_rank_times_b_a(tmp_
             assert (value == before[name]).all()
 
 
+def test_convolutions_and_feed_forward_layers_are_tuned_and_loaded(tmp_path, pictures):
+    pipeline, options = tiny_pipeline(), dataclasses.replace(OPTIONS, targets=("conv1", "net.2"))
+    base = picture(pipeline)
+    tune(pipeline, pictures, CAPTIONS, options, tmp_path / "lora")
+    tuned = picture(pipeline)
+    assert np.abs(tuned.astype(int) - base).max() > 1
+    layers = lora.target_layers(pipeline.unet, options.targets)
+    assert {name.removeprefix("unet.").partition(".lora_")[0] for name in weights(tmp_path / "lora")} == layers.keys()
+    ours, theirs = tiny_pipeline(), tiny_pipeline()
+    conv1 = ours.unet.down_blocks[0].resnets[0].conv1
+    assert layers["down_blocks.0.resnets.0.conv1"] == (conv1.in_channels * 9, conv1.out_channels)
+    load_lora(ours, tmp_path / "lora")
+    theirs.load_lora_weights(tmp_path / "lora")  # diffusers' own call
+    assert_close_images(picture(ours), tuned)
+    assert_close_images(picture(theirs), tuned)
+    load_lora(ours, tmp_path / "lora", scale=0)
+    assert_close_images(picture(ours), base)
+
+
 def test_sdxl_is_tuned_and_its_lora_loaded_and_for_others_it_is_said_where_to_train(tmp_path, pictures):
     pipeline = tiny_loading.build("sdxl")
     base = tiny_loading.picture(pipeline)
@@ -448,7 +467,7 @@ def test_bad_folders_and_pictures(tmp_path, pictures):
     [
         (dict(rank=0), "lora_rank must be above 0"),
         (dict(rank=17), "the LoRA rank 17 does not fit: the smallest tuned layer has 16"),
-        (dict(targets=("to_x",)), "no linear layer of the UNet is called 'to_x'"),
+        (dict(targets=("to_x",)), "no layer of the UNet is called 'to_x'; there are .*conv1, .*to_out.0, to_q"),
         (dict(targets=()), "lora_targets must be a list with a layer at least"),
         (dict(height=15), "lora_height must be a multiple of 2 .*, not 15"),
         (dict(precision="half"), "must be fp32, fp16 or bf16, not 'half'"),
