@@ -13,7 +13,7 @@ Seeds are of the training: initial decoder, order and augmentation; all of them 
 import argparse
 import json
 from collections.abc import Sequence
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -26,7 +26,7 @@ from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.errors import DiffsegError
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.experiments.paired import Relabelled, options_of, paired_gain, score, trained
+from diffseg.experiments.paired import Relabelled, options_of, paired_gain, scores, trained
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import read_rows, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
@@ -42,6 +42,7 @@ REAL, ORACLE, UNTUNED, WITHOUT = (
     "no LoRA, else as ours",
     "none of the techniques",
 )
+COLUMNS = "benchmark", "split", "rung", "images", "mode", "seed", "miou"  # of a training; merged classes follow
 RUNGS = {"real": REAL, "oracle": ORACLE, "ours": OURS, "untuned": UNTUNED, "without": WITHOUT}
 
 
@@ -77,17 +78,19 @@ def climb(chosen: argparse.Namespace) -> list[dict]:
             network = trained(folder, rung, images, parameters, options, dataset, benchmark, seed)
             row = {"benchmark": parameters["run"], "split": chosen.split or "validation", "rung": RUNGS[rung]}
             row |= {"images": len(dataset), "mode": options.training_mode, "seed": seed}
-            rows.append(row | {"miou": f"{score(network, scored, benchmark):.1f}"})
+            rows.append(row | {name: f"{value:.1f}" for name, value in scores(network, scored, benchmark).items()})
             print(*rows[-1].values(), sep=", ", flush=True)
     return rows
 
 
 def means(rows: Sequence[dict]) -> list[dict]:
     """Return a row for each benchmark, split and rung: mean and standard deviation over seeds, share of real, and what
-    the run's own images and masks gain over it: the mean difference of equal seeds with its 95 % interval."""
+    the run's own images and masks gain over it: the mean difference of equal seeds with its 95 % interval. Merged
+    classes (Human, Vehicle) have their mean and gain, where all trainings have them."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["benchmark"], row["split"], row["rung"]), []).append(row)
+    merged = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in COLUMNS]
     score = {key: mean(float(row["miou"]) for row in some) for key, some in groups.items()}
     found = []
     for key, some in groups.items():
@@ -97,12 +100,22 @@ def means(rows: Sequence[dict]) -> list[dict]:
         row |= {"images": some[0]["images"], "mode": some[0]["mode"], "seeds": len(some), "miou": f"{score[key]:.1f}"}
         row |= {"miou_spread": f"{stdev(values):.1f}" if len(values) > 1 else ""}
         row |= {"ratio": f"{score[key] / real:.2f}" if real else ""}
-        ours = {int(each["seed"]): float(each["miou"]) for each in groups.get((*key[:2], OURS), [])}
-        others = {int(each["seed"]): float(each["miou"]) for each in some} if key[2] != OURS else {}
-        for name, value in zip(("", "_low", "_high"), paired_gain(ours, others), strict=True):
-            row[f"ours_gains{name}"] = "" if isnan(value) else f"{value:.1f}"
+        ours = groups.get((*key[:2], OURS), [])
+        row |= gains(ours, some, "miou", "ours_gains")
+        for name in merged:
+            known = [float(each[name]) for each in some if each.get(name)]
+            row[name] = f"{mean(known):.1f}" if len(known) == len(some) else ""
+            row |= gains(ours, some, name, f"{name}_ours_gains")
         found.append(row)
     return found
+
+
+def gains(ours: Sequence[dict], others: Sequence[dict], measure: str, column: str) -> dict[str, str]:
+    """Return the paired gain of `ours` over other trainings in a measure, with its interval; "" where there is none."""
+    of_seed = [{int(row["seed"]): float(row[measure]) for row in some if row.get(measure)} for some in (ours, others)]
+    gain = paired_gain(*of_seed) if others is not ours else (nan,) * 3
+    names = column, f"{column}_low", f"{column}_high"
+    return {name: "" if isnan(value) else f"{value:.1f}" for name, value in zip(names, gain, strict=True)}
 
 
 def ladder_figure(rows: Sequence[dict]) -> Figure:
@@ -140,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     made = {(row["benchmark"], row["split"], row["rung"]) for row in rows}
     kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
     rows = [row for row in kept if (row["benchmark"], row["split"], row["rung"]) not in made] + rows
-    write_rows(table, rows)
+    write_rows(table, rows, list(dict.fromkeys(name for row in rows for name in row)))
     write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
     _, run = resolve(chosen.run, {})
     images = {

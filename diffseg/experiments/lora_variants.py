@@ -14,11 +14,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import mean
 
+import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy.ndimage import label
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
@@ -48,11 +49,13 @@ from diffseg.words import with_article
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 SELF = [f"attn1.{name}" for name in PROJECTIONS]
 FEED_FORWARD, CONVOLUTIONS = ["net.0.proj", "net.2"], ["conv1", "conv2"]
-MEASURES = "distance", "distance_caption", "present", "mask_miou"
+MEASURES = "distance", "distance_caption", "present", "objects", "mask_miou"
 PRIOR = "prior"  # share of the tuned images that are the untuned generator's own, of class words; no parameter of 02
-# Variant -> what differs from the parameter file, which tunes self-attention
+JUDGE = {"iterations": 1200, "scale_jitter": [1.6, 2.2], "colour_jitter": 0.2}  # longer and nearer to what it judges
+# Variant -> what differs from the parameter file
 VARIANTS: dict[str, dict] = {
     "no LoRA": {"lora_scale": 0.0},
+    "no LoRA, square": {"lora_scale": 0.0, "width": 64, "lora_width": 64},  # the size it was trained at
     "self-attention": {"lora_targets": SELF},
     "both attentions": {"lora_targets": list(PROJECTIONS)},
     "self-attention, feed-forward": {"lora_targets": SELF + FEED_FORWARD},
@@ -80,8 +83,8 @@ class LabelledScenes(Dataset):
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
         scenes = [free_scene(0, self.name, 2 * index + k) for k in range(2)]
         image = torch.cat([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes], dim=2)
-        label = torch.cat([self.ids[torch.from_numpy(picture_label(scene))] for scene in scenes], dim=1)
-        return f"{self.name}-{index}", image, label
+        classes = torch.cat([self.ids[torch.from_numpy(picture_label(scene))] for scene in scenes], dim=1)
+        return f"{self.name}-{index}", image, classes
 
 
 def judge_of(parameters: dict, benchmark: Benchmark, root: Path, folder: Path) -> tuple[nn.Module, dict[str, float]]:
@@ -91,7 +94,7 @@ def judge_of(parameters: dict, benchmark: Benchmark, root: Path, folder: Path) -
     """
     real = open_split(benchmark, root, benchmark.training_split)
     scenes = LabelledScenes(benchmark, "judge", len(real))
-    options = options_of(parameters, "baseline")
+    options = options_of(parameters | JUDGE, "baseline")
     network = trained(folder, "judge", None, parameters, options, ConcatDataset([real, scenes]), benchmark, 0)
     others = {"domain": open_split(benchmark, root, "dev"), "scenes": LabelledScenes(benchmark, "judged", 400)}
     found = {name: round(score(network, some, benchmark), 1) for name, some in others.items()}
@@ -144,9 +147,11 @@ def tuned_pipeline(name: str, values: dict, rows: Sequence[Prompt], seed: int, f
 def judge_images(
     pipeline, rows: Sequence[Prompt], benchmark: Benchmark, options: SynthesisOptions, judge: nn.Module
 ) -> tuple[list[Image.Image], dict[str, float]]:
-    """Draw rows with their masks; return the images, the share of their words' classes that the judge sees (in %), and
-    the mIoU of the masks in %, the judge's as truth, over the images where it sees all of their classes."""
-    images, seen = [], []
+    """Draw rows with their masks; return the images, the share of their words' classes that the judge sees (in %), how
+    many separate objects it sees of such a class, and the mIoU of the masks in %, the judge's as truth, over the images
+    where it sees all of their classes."""
+    images, seen, objects = [], [], []
+    smallest = SMALLEST_OBJECT * options.height**2  # pixels: the same in a wide image as in a square one
     matrix = ConfusionMatrix(benchmark.num_classes, benchmark.ignore)
     for start in tqdm(range(0, len(rows), 8), "drawing class words", unit="batch"):
         part = rows[start : start + 8]
@@ -155,10 +160,13 @@ def judge_images(
             with torch.inference_mode():
                 found = judge(as_pixels(one.image)[None])[0].argmax(dim=0)
             ids = sorted({benchmark.classes.index(name) for name in row.classes})
-            seen += [((found == k).float().mean() >= SMALLEST_OBJECT).item() for k in ids]
+            parts = [np.bincount(label(found == k)[0].flat)[1:] for k in ids]  # pixels of each connected part
+            seen += [sum(sizes) >= smallest for sizes in parts]
+            objects += [n for sizes in parts if (n := sum(sizes >= smallest))]
             if (truth := reference_label(found, ids, benchmark.ignore)) is not None:
                 matrix.update(truth, one.label)
-    return images, {"present": 100 * mean(seen), "mask_miou": 100 * float(mean_iou(matrix.class_sums, "voc"))}
+    miou = float(mean_iou(matrix.class_sums, "voc"))
+    return images, {"present": 100 * np.mean(seen), "objects": np.mean(objects), "mask_miou": 100 * miou}
 
 
 def measure(chosen: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, list[Image.Image]], dict]:
@@ -204,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="name of a parameter file with target_images, whose run has step 1")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--images", type=int, default=160, help="images of class words, of the run's first prompts")
+    parser.add_argument("--images", type=int, default=96, help="images of class words, of the run's first prompts")
     parser.add_argument("--seeds", type=int, default=1, help="0, 1, ... of the tuning: more may follow in a later call")
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "lora-variants")
     parser.add_argument("--out", type=Path, default=project_root() / "results")

@@ -88,10 +88,15 @@ def trained(
     return load_segmenter(place).to(device)
 
 
+def scores(network: nn.Module, scored: Dataset, benchmark: Benchmark) -> dict[str, float]:
+    """Return a network's mIoU ("miou") and the IoU of the benchmark's merged classes on a split, in %."""
+    found = evaluate(network, scored, benchmark, batch_size=32, device=PartialState().device, bootstrap=2)
+    return {name: 100 * value for name, value in {"miou": found.miou, **found.groups}.items()}
+
+
 def score(network: nn.Module, scored: Dataset, benchmark: Benchmark) -> float:
     """Return a network's mIoU on a split in %, without a useful interval."""
-    device = PartialState().device
-    return 100 * evaluate(network, scored, benchmark, batch_size=32, device=device, bootstrap=2).miou
+    return scores(network, scored, benchmark)["miou"]
 
 
 def paired_gain(scores: dict[int, float], others: dict[int, float]) -> tuple[float, float, float]:

@@ -83,3 +83,17 @@ def test_means_and_ratios_are_those_of_each_benchmark_and_split():
     real, ours = ladder.means([*rows, row(ladder.OURS, "1", "70.0")])  # a seed as a file gives it
     # differences -10 and -20: their mean, and Student's t of one degree of freedom, 12.706, times 5
     assert [real[f"ours_gains{side}"] for side in ("", "_low", "_high")] == ["-15.0", "-78.5", "48.5"]
+
+
+def test_merged_classes_have_their_mean_and_gain_where_all_trainings_have_them():
+    def row(benchmark, rung, seed, **merged):
+        return dict(zip(ladder.COLUMNS, (benchmark, "val", rung, 9, "baseline", seed, "50.0"), strict=True)) | merged
+
+    human = ((ladder.OURS, 0, "20.0"), (ladder.OURS, 1, "21.0"), (ladder.UNTUNED, 0, "8.0"), (ladder.UNTUNED, 1, "9.0"))
+    both = [row("c", rung, seed, Human=iou) for rung, seed, iou in human]
+    ours, untuned, other = ladder.means([*both, row("b", ladder.OURS, 0, Human="")])
+    assert (ours["Human"], ours["Human_ours_gains"]) == ("20.5", "")
+    assert [untuned[name] for name in ("Human", "Human_ours_gains", "Human_ours_gains_low")] == ["8.5", "12.0", "12.0"]
+    assert other["Human"] == other["Human_ours_gains"] == ""
+    *_, untuned = ladder.means([*both, row("c", ladder.UNTUNED, 2)])  # one of before, without merged classes
+    assert (untuned["Human"], untuned["Human_ours_gains"], untuned["seeds"]) == ("", "12.0", 3)

@@ -57,7 +57,7 @@ def test_own_images_have_the_words_but_not_the_domain_in_their_captions(tmp_path
 def test_means_are_over_the_tunings_of_a_variant():
     rows = [
         {"run": "r", "variant": name, "images": 4, "seed": seed}
-        | {"distance": 0.5 + seed, "distance_caption": 0.1, "present": 50.0, "mask_miou": 60.0}
+        | {"distance": 0.5 + seed, "distance_caption": 0.1, "present": 50.0, "objects": 1.0, "mask_miou": 60.0}
         for name, seeds in (("no LoRA", 1), ("self-attention", 3))
         for seed in range(seeds)
     ]
