@@ -30,7 +30,7 @@ from diffseg.experiments.paired import Relabelled, options_of, paired_gain, scor
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import read_rows, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
-from diffseg.lab.manifests import read_manifest
+from diffseg.lab.manifests import read_json, read_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.lab.report import OURS
 from diffseg.lab.steps import notebook_of
@@ -86,7 +86,7 @@ def climb(chosen: argparse.Namespace) -> list[dict]:
 def means(rows: Sequence[dict]) -> list[dict]:
     """Return a row for each benchmark, split and rung: mean and standard deviation over seeds, share of real, and what
     the run's own images and masks gain over it: the mean difference of equal seeds with its 95 % interval. Merged
-    classes (Human, Vehicle) have their mean and gain, where all trainings have them."""
+    classes (Human, Vehicle) have their mean where all trainings have them, and their gain over the seeds that do."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["benchmark"], row["split"], row["rung"]), []).append(row)
@@ -156,14 +156,12 @@ def main(arguments: list[str] | None = None) -> None:
     write_rows(table, rows, list(dict.fromkeys(name for row in rows for name in row)))
     write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
     _, run = resolve(chosen.run, {})
-    images = {
-        place.name: (read_manifest(place / "03_synthesis") or {}).get("key")
-        for place in [run, *(run.with_name(other) for other in (chosen.without, chosen.untuned) if other)]
-    }
-    write_text(
-        chosen.out / "tables" / "ladder.json",
-        json.dumps({"images": images, "seeds": chosen.seeds, **provenance()}, indent=1),
-    )
+    images = (read_json(table.with_name("ladder.json")) or {}).get("images", {})
+    for rung in set(chosen.rungs) - {"real"}:
+        place = run.with_name({"without": chosen.without, "untuned": chosen.untuned}.get(rung, run.name))
+        images[place.name] = (read_manifest(place / "03_synthesis") or {}).get("key")
+    about = {"images": images, "seeds": chosen.seeds, **provenance()}
+    write_text(table.with_name("ladder.json"), json.dumps(about, indent=1))
     figure = ladder_figure(rows)
     save_figure(figure, chosen.out / "figures" / "ladder.png")
     plt.close(figure)
