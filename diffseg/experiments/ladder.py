@@ -13,7 +13,7 @@ Seeds are of the training: initial decoder, order and augmentation; all of them 
 import argparse
 import json
 from collections.abc import Sequence
-from math import isnan, nan
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -59,13 +59,15 @@ def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Data
     return Subset(real, [k * len(real) // count for k in range(count)])
 
 
-def climb(chosen: argparse.Namespace) -> list[dict]:
-    """Train and score every rung and seed that is not there yet, and return a row each, mIoU in %."""
+def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str | None]]:
+    """Train and score every rung and seed that is not there yet; return a row each, mIoU in %, and the key of the
+    images of each run that gave some."""
     values, run = resolve(chosen.run, {})
     named = {"without": chosen.without, "untuned": chosen.untuned}
     if unnamed := [f"--{rung}" for rung in chosen.rungs if named.get(rung) == ""]:
         raise DiffsegError(f"these rungs train on another run's images; name it with {' and '.join(unnamed)}.")
     parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
+    used: dict[str, str | None] = {}
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     folder = chosen.folder / parameters["run"]
@@ -74,13 +76,15 @@ def climb(chosen: argparse.Namespace) -> list[dict]:
         dataset = training_set(rung, benchmark, source, root)
         options = options_of(parameters, "baseline")  # what robust training adds is asked in `robust`
         images = (read_manifest(source / "03_synthesis") or {}).get("key")
+        if rung != "real":
+            used[source.name] = images
         for seed in range(chosen.seeds):
             network = trained(folder, rung, images, parameters, options, dataset, benchmark, seed)
             row = {"benchmark": parameters["run"], "split": chosen.split or "validation", "rung": RUNGS[rung]}
             row |= {"images": len(dataset), "mode": options.training_mode, "seed": seed}
             rows.append(row | {name: f"{value:.1f}" for name, value in scores(network, scored, benchmark).items()})
             print(*rows[-1].values(), sep=", ", flush=True)
-    return rows
+    return rows, used
 
 
 def means(rows: Sequence[dict]) -> list[dict]:
@@ -100,12 +104,12 @@ def means(rows: Sequence[dict]) -> list[dict]:
         row |= {"images": some[0]["images"], "mode": some[0]["mode"], "seeds": len(some), "miou": f"{score[key]:.1f}"}
         row |= {"miou_spread": f"{stdev(values):.1f}" if len(values) > 1 else ""}
         row |= {"ratio": f"{score[key] / real:.2f}" if real else ""}
-        ours = groups.get((*key[:2], OURS), [])
-        row |= gains(ours, some, "miou", "ours_gains")
+        ours, others = groups.get((*key[:2], OURS), []), some if key[2] != OURS else []
+        row |= gains(ours, others, "miou", "ours_gains")
         for name in merged:
             known = [float(each[name]) for each in some if each.get(name)]
             row[name] = f"{mean(known):.1f}" if len(known) == len(some) else ""
-            row |= gains(ours, some, name, f"{name}_ours_gains")
+            row |= gains(ours, others, name, f"{name}_ours_gains")
         found.append(row)
     return found
 
@@ -113,9 +117,8 @@ def means(rows: Sequence[dict]) -> list[dict]:
 def gains(ours: Sequence[dict], others: Sequence[dict], measure: str, column: str) -> dict[str, str]:
     """Return the paired gain of `ours` over other trainings in a measure, with its interval; "" where there is none."""
     of_seed = [{int(row["seed"]): float(row[measure]) for row in some if row.get(measure)} for some in (ours, others)]
-    gain = paired_gain(*of_seed) if others is not ours else (nan,) * 3
     names = column, f"{column}_low", f"{column}_high"
-    return {name: "" if isnan(value) else f"{value:.1f}" for name, value in zip(names, gain, strict=True)}
+    return {k: "" if isnan(v) else f"{v:.1f}" for k, v in zip(names, paired_gain(*of_seed), strict=True)}
 
 
 def ladder_figure(rows: Sequence[dict]) -> Figure:
@@ -149,17 +152,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "ladder")
     parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
-    rows, table = climb(chosen), chosen.out / "tables" / "ladder_seeds.csv"
+    table = chosen.out / "tables" / "ladder_seeds.csv"
+    rows, used = climb(chosen)
     made = {(row["benchmark"], row["split"], row["rung"]) for row in rows}
     kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
     rows = [row for row in kept if (row["benchmark"], row["split"], row["rung"]) not in made] + rows
     write_rows(table, rows, list(dict.fromkeys(name for row in rows for name in row)))
     write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
-    _, run = resolve(chosen.run, {})
-    images = (read_json(table.with_name("ladder.json")) or {}).get("images", {})
-    for rung in set(chosen.rungs) - {"real"}:
-        place = run.with_name({"without": chosen.without, "untuned": chosen.untuned}.get(rung, run.name))
-        images[place.name] = (read_manifest(place / "03_synthesis") or {}).get("key")
+    images = (read_json(table.with_name("ladder.json")) or {}).get("images", {}) | used
     about = {"images": images, "seeds": chosen.seeds, **provenance()}
     write_text(table.with_name("ladder.json"), json.dumps(about, indent=1))
     figure = ladder_figure(rows)

@@ -13,7 +13,7 @@ they are there and how good their masks are. It was measured on streets and on s
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,11 @@ from tqdm import tqdm
 from diffseg.benchmarks.classes import Benchmark, get_benchmark
 from diffseg.benchmarks.metrics import ConfusionMatrix, mean_iou
 from diffseg.benchmarks.readers import data_folder, open_split
+from diffseg.drawing import batches_of
 from diffseg.errors import DiffsegError
-from diffseg.experiments.mask_ablation import SMALLEST_OBJECT, as_pixels
+from diffseg.experiments.mask_ablation import SMALLEST_OBJECT, as_pixels, reference_label
 from diffseg.experiments.oracle import free_scene, picture_label
-from diffseg.experiments.paired import options_of, score, trained, with_earlier
+from diffseg.experiments.paired import named_fields, options_of, score, trained, with_earlier
 from diffseg.figures import picture_rows, save_figure
 from diffseg.files import atomic_path, sha256_text, write_text
 from diffseg.generator import draw, load_generator
@@ -54,6 +55,7 @@ from diffseg.words import with_article
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 SELF = [f"attn1.{name}" for name in PROJECTIONS]
 FEED_FORWARD, CONVOLUTIONS = ["net.0.proj", "net.2"], ["conv1", "conv2"]
+BATCH = 8  # images drawn at once; no image depends on it
 MEASURES = "distance", "distance_caption", "present", "objects", "complete", "mask_miou"
 PRIOR = "prior"  # share of the tuned images that are the untuned generator's own, of class words; no parameter of 02
 JUDGE = {"iterations": 1200, "scale_jitter": [1.6, 2.2], "colour_jitter": 0.2}  # longer and nearer to what it judges
@@ -123,8 +125,8 @@ def own_images(pipeline, rows: Sequence[Prompt], count: int, values: dict, folde
     """Draw `count` images of the prompts' words without the domain's, each with its caption in a .txt beside it; return
     their paths. Tuned on among the domain's images they preserve the prior (Ruiz et al. 2023)."""
     paths = [folder / f"{k:04d}.png" for k in range(count)]
-    for start in tqdm(range(0, count, 8), "drawing own images", unit="batch"):
-        part = [k for k in range(start, min(start + 8, count)) if not paths[k].with_suffix(".txt").is_file()]
+    missing = [k for k, path in enumerate(paths) if not path.with_suffix(".txt").is_file()]
+    for part in tqdm(batches_of(missing, BATCH), "drawing own images", unit="batch"):
         texts = [f"a photo of {' and '.join(map(with_article, rows[k % len(rows)].words))}" for k in part]
         images = draw_texts(pipeline, texts, [derive_seed(0, "lora", "prior", k) for k in part], values)
         for k, text, image in zip(part, texts, images, strict=True):
@@ -137,31 +139,27 @@ def own_images(pipeline, rows: Sequence[Prompt], count: int, values: dict, folde
 def draw_texts(pipeline, texts: Sequence[str], seeds: Sequence[int], values: dict) -> list[Image.Image]:
     """Draw texts of any number at the size and with the steps of notebook 02."""
     size = values["lora_height"], values["lora_width"], values["sampling_steps"], values["guidance_scale"]
-    parts = [slice(start, start + 8) for start in range(0, len(texts), 8)]
-    return [image for part in parts for image in draw(pipeline, texts[part], seeds[part], None, *size)]
+    parts = zip(batches_of(texts, BATCH), batches_of(seeds, BATCH), strict=True)
+    return [image for some, theirs in parts for image in draw(pipeline, some, theirs, None, *size)]
 
 
-def tuning_options(values: dict) -> TuningOptions:
-    given = {field.name: values[f"lora_{field.name}"] for field in fields(TuningOptions)}
-    return TuningOptions(**given | {"targets": tuple(values["lora_targets"])})
-
-
-def tuned_pipeline(share: float, values: dict, rows: Sequence[Prompt], seed: int, folder: Path):
+def tuned_pipeline(
+    share: float, values: dict, pictures: Sequence[Path], rows: Sequence[Prompt], seed: int, folder: Path
+):
     """Return a generator under a variant's LoRA, tuned on from where it was stopped, and features of held-out images.
 
-    values: the parameters of notebook 02, and lora_scale. share: of own images among those that are tuned on. Variants
-    that differ by their scale alone share a tuning.
+    values: the parameters of notebook 02, and lora_scale. pictures: of the domain. share: of own images among those
+    that are tuned on. Variants that differ by their scale alone share a tuning.
     """
     device = PartialState().device
     pipeline = load_generator(values["generator"], device, scheduler=values["generator_scheduler"])
-    pictures = find_pictures(locate("target_images", values["target_images"]))
     paths, held_out = hold_out(pictures, values["lora_held_out"], seed)
     size = values["lora_height"], values["lora_width"]
     targets = latent_features(pipeline, [fit(read_picture(path), *size) for path in held_out or paths])
     if values["lora_scale"]:
         if share:
             paths += own_images(pipeline, rows, round(share / (1 - share) * len(paths)), values, folder / "own")
-        options = tuning_options(values)
+        options = TuningOptions(**named_fields(TuningOptions, values, "lora_"))
         place = folder / sha256_text(json.dumps([share, seed, asdict(options)]))[:12]
         tune(pipeline, paths, values["lora_captions"], options, place, seed)
         load_lora(pipeline, place, values["lora_scale"])
@@ -181,20 +179,18 @@ def judge_images(
     device, ignore, complete = pipeline._execution_device, benchmark.ignore, 0
     images, present, objects, matrix = [], [], [], ConfusionMatrix(benchmark.num_classes, ignore)
     smallest = SMALLEST_OBJECT * options.height**2  # pixels: the same in a wide image as in a square one
-    for start in tqdm(range(0, len(rows), 8), "drawing class words", unit="batch"):
-        part = rows[start : start + 8]
+    for part in tqdm(batches_of(rows, BATCH), "drawing class words", unit="batch"):
         for row, one in zip(part, draw_with_masks(pipeline, part, benchmark, options), strict=True):
             images.append(one.image)
             with torch.inference_mode():
                 seen = judge(as_pixels(one.image)[None].to(device))[0].argmax(dim=0).cpu()
             ids = sorted({benchmark.classes.index(name) for name in row.classes})
             parts = [np.bincount(label(seen == k)[0].flat)[1:] for k in ids]  # pixels of each connected part
-            there = [sum(sizes) >= smallest for sizes in parts]
-            present += there
+            present += [sum(sizes) >= smallest for sizes in parts]
             objects += [count for sizes in parts if (count := sum(sizes >= smallest))]
-            if all(there):
+            if (truth := reference_label(seen, ids, ignore, smallest / seen.numel())) is not None:
                 complete += 1
-                matrix.update(torch.where(torch.isin(seen, torch.tensor([0, *ids])), seen, ignore), one.label.cpu())
+                matrix.update(truth, one.label.cpu())
     found = {"present": 100 * np.mean(present), "objects": np.mean(objects), "complete": complete}
     return images, found | {"mask_miou": 100 * float(mean_iou(matrix.class_sums, "voc"))}
 
@@ -211,17 +207,19 @@ def measure(chosen: argparse.Namespace) -> Iterator[tuple[dict, dict, list[tuple
         raise DiffsegError(f"{run} has no finished step 1; run `diffseg run {chosen.run} --only 1`.")
     rows = read_prompts(run / "01_prompt_augmentation" / "prompts.csv")
     shared = {"run": chosen.run, "images": chosen.images, "prompts": prompts["key"], "judge": judged}
+    tuning = step_parameters(notebook_of("02_lora_tuning"), base)  # what no variant changes is made once
+    captions = build_captions(tuning["lora_captions"], tuning["lora_words"])
+    pictures = find_pictures(locate("target_images", tuning["target_images"]))
+    made_of = named_files({name: tuning[name] for name in ("generator", "target_images")})
+    folder = chosen.folder / sha256_text(json.dumps([made_of, prompts["key"], captions]))[:12]
     for name in chosen.variants:
         values = resolve(chosen.run, {key: v for key, v in VARIANTS[name].items() if key != PRIOR})[0]
         drawing = step_parameters(notebook_of("03_synthesis"), values)
-        values = step_parameters(notebook_of("02_lora_tuning"), values) | {"lora_scale": drawing["lora_scale"]}
-        captions = values["lora_captions"] = build_captions(values["lora_captions"], values["lora_words"])
-        known = {field.name for field in fields(SynthesisOptions)} & drawing.keys()
-        options = SynthesisOptions(**{k: tuple(v) if isinstance(v := drawing[k], list) else v for k in known})
-        made_of = named_files({"generator": values["generator"], "target_images": values["target_images"]})
-        folder = chosen.folder / sha256_text(json.dumps([made_of, prompts["key"], captions]))[:12]
+        options = SynthesisOptions(**named_fields(SynthesisOptions, drawing))
+        values = step_parameters(notebook_of("02_lora_tuning"), values)
+        values |= {"lora_scale": drawing["lora_scale"], "lora_captions": captions}
         for seed in range(chosen.seeds if values["lora_scale"] else 1):  # without LoRA all of them are one
-            pipeline, targets = tuned_pipeline(VARIANTS[name].get(PRIOR, 0), values, rows, seed, folder)
+            pipeline, targets = tuned_pipeline(VARIANTS[name].get(PRIOR, 0), values, pictures, rows, seed, folder)
             images, found = judge_images(pipeline, rows[: chosen.images], benchmark, options, judge)
             previews = range(values["lora_pictures"])
             texts = [captions[k % len(captions)] for k in previews]

@@ -191,13 +191,15 @@ def load_reference(name: str, benchmark: Benchmark) -> nn.Module:
     return network
 
 
-def reference_label(seen: torch.Tensor, named: Sequence[int], ignore: int) -> torch.Tensor | None:
+def reference_label(
+    seen: torch.Tensor, named: Sequence[int], ignore: int, smallest: float = SMALLEST_OBJECT
+) -> torch.Tensor | None:
     """Return the reference mask of one picture: background, the prompt's classes, and the rest ignored.
 
     seen: int64 H x W, the network's label map. named: the class ids of the prompt. None when one of them covers
-    less than SMALLEST_OBJECT of the picture: then the picture failed, not the mask.
+    less than the share `smallest` of the picture: then the picture failed, not the mask.
     """
-    if any((seen == i).float().mean() < SMALLEST_OBJECT for i in named):
+    if any((seen == i).float().mean() < smallest for i in named):
         return None
     known = torch.isin(seen, torch.tensor([0, *named]))
     return torch.where(known, seen, ignore)

@@ -49,11 +49,18 @@ def images_key(run: Path) -> str:
     return manifest["key"]
 
 
+def named_fields(options: type, parameters: Mapping, prefix: str = "") -> dict:
+    """Return the fields of a dataclass of options that a step's parameters give, lists as tuples; in the parameters
+    their names begin with `prefix`."""
+    known = [field.name for field in fields(options) if f"{prefix}{field.name}" in parameters]
+    values = {name: parameters[f"{prefix}{name}"] for name in known}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def options_of(parameters: dict, mode: str) -> TrainingOptions:
     """Return the training of step 4 under its parameters, in another mode."""
-    known = {field.name for field in fields(TrainingOptions)} & parameters.keys()
-    values = {name: tuple(v) if isinstance(v := parameters[name], list) else v for name in known}
-    return TrainingOptions(**values | {"precision": parameters["training_precision"], "training_mode": mode})
+    changed = {"precision": parameters["training_precision"], "training_mode": mode}
+    return TrainingOptions(**named_fields(TrainingOptions, parameters) | changed)
 
 
 def network_folder(

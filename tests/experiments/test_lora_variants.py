@@ -15,12 +15,12 @@ from diffseg.experiments.lora_variants import (
     judge_images,
     means,
     own_images,
-    tuning_options,
 )
+from diffseg.experiments.paired import named_fields
 from diffseg.generator import load_generator
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.steps import notebook_of
-from diffseg.lora import check_options
+from diffseg.lora import TuningOptions, check_options
 from diffseg.miniworld.oracle import PICTURE_NAMES
 from diffseg.prompts import Prompt
 from diffseg.synthesis import SynthesisOptions
@@ -68,7 +68,8 @@ def test_every_variant_passes_the_checks():
     pipeline = load_generator("mini")
     for changes in VARIANTS.values():
         values, _ = resolve("mini-cityscapes", {k: v for k, v in changes.items() if k != PRIOR})
-        check_options(pipeline, tuning_options(step_parameters(notebook_of("02_lora_tuning"), values)))
+        values = step_parameters(notebook_of("02_lora_tuning"), values)
+        check_options(pipeline, TuningOptions(**named_fields(TuningOptions, values, "lora_")))
 
 
 def test_own_images_have_the_words_but_not_the_domain_in_their_captions(tmp_path):
