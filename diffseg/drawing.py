@@ -19,12 +19,13 @@ from tqdm import tqdm
 from diffseg.attention import AttentionRecorder
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
+from diffseg.forking import context
 from diffseg.generator import draw
 from diffseg.prompts import Prompt
 from diffseg.sampling_steps import parse_steps
 from diffseg.tokens import key_positions
 from diffseg.word_maps import WordMaps
-from diffseg.workers import begin, context
+from diffseg.workers import begin
 
 IMAGES, MAPS = "JPEGImages", "WordMaps"
 
@@ -151,7 +152,7 @@ def by_workers(
         return
     # bytes, because tensors that are handed over would be shared, a file descriptor each: too many for most systems
     copy = pickle.dumps(pipeline)
-    with ProcessPoolExecutor(workers, context(__name__), take_pipeline, (copy,)) as pool:
+    with ProcessPoolExecutor(workers, context(), take_pipeline, (copy,)) as pool:
         tasks = [pool.submit(draw_batch, batch, folder, options) for batch in batches]
         try:
             for task in as_completed(tasks):
@@ -173,7 +174,7 @@ def draw_batch(batch: Sequence[Prompt], folder: Path, options: DrawingOptions) -
     return write_batch(folder, options, batch, *draw_with_maps(_pipeline, batch, options))
 
 
-def batches_of(rows: Sequence[Prompt], batch_size: int, share: tuple[int, int] = (0, 1)) -> list[Sequence[Prompt]]:
+def batches_of(rows: Sequence, batch_size: int, share: tuple[int, int] = (0, 1)) -> list[Sequence]:
     """Return the batches of share (k, n): every n-th from the k-th on. A batch is that of a multiple of batch_size."""
     starts = range(share[0] * batch_size, len(rows), share[1] * batch_size)
     return [rows[start : start + batch_size] for start in starts]

@@ -88,7 +88,7 @@ def trusted_pixels(
     """Return the pixels (bool H x W) of a whole image whose label the training mode trusts.
 
     label: int64 H x W. reliability: uint8 2 x H x W (margin, rank), or None: all pixels are trusted. options: a
-    `diffseg.training.TrainingOptions`. thresholds: of the whole set's margins, for the reliable_rule "set".
+    `diffseg.training_options.TrainingOptions`. thresholds: of the whole set's margins, for the reliable_rule "set".
     """
     if reliability is not None and options.training_mode in TAUGHT:
         margin, rank = reliability

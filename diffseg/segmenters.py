@@ -160,9 +160,9 @@ class Segmenter(nn.Module):
     of the encoder alone (`load_encoder`); for those of transformers the hub id or local folder of a whole pretrained
     network; None: from scratch.
     config: a saved network's configuration, where transformers has one. `side` is the shorter side, in pixels, at which
-    the training showed it images (`diffseg.training.shown_side`; 0: not known), `palette` the classes' colours (R, G, B
-    in 0..255; VOC's until set): `diffseg.inference` reads both. Raises a DiffsegError for an unknown name and for
-    weights that cannot be had.
+    the training showed it images (`diffseg.augmentation.shown_side`; 0: not known), `palette` the classes' colours
+    (R, G, B in 0..255; VOC's until set): `diffseg.inference` reads both. Raises a DiffsegError for an unknown name and
+    for weights that cannot be had.
     """
 
     def __init__(

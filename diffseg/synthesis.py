@@ -30,13 +30,14 @@ from diffseg.benchmarks.labels import write_picture_label
 from diffseg.drawing import IMAGES, DrawingOptions, batches_of, draw_with_maps, name_of, read_drawn
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.files import atomic_path, write_rows
+from diffseg.forking import context
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.prompts import Prompt
 from diffseg.refiners import get_refiner
 from diffseg.reliability import rank_within_class
 from diffseg.sampling_steps import parse_steps
 from diffseg.word_maps import WordMaps
-from diffseg.workers import begin, context, threads
+from diffseg.workers import begin, threads
 
 MASKS = ("SegmentationClass", "Reliability", "ReliabilityRank")
 FAILED = "Failed"  # a text file with the reason for each image from which no mask can be cut
@@ -120,7 +121,7 @@ class Cutter(Dataset):
             batch_size=None,
             sampler=rows,
             num_workers=workers,
-            multiprocessing_context=context(__name__) if workers else None,
+            multiprocessing_context=context() if workers else None,
             worker_init_fn=begin,
         )
 

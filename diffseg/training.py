@@ -14,7 +14,6 @@ exactly, and the first network of an ensemble is the baseline of the same seed.
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,132 +21,19 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from diffseg import cotraining as terms
+from diffseg.augmentation import Augmented, shown_side
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, read_rows, write_rows
-from diffseg.reliability import TAUGHT, margin_thresholds, trusted_pixels
+from diffseg.reliability import TAUGHT
 from diffseg.seeds import derive_seed
 from diffseg.segmenters import WEIGHTS, Ensemble, Segmenter, save_segmenter
+from diffseg.training_options import NETWORKS, PRECISIONS, TrainingOptions
 from diffseg.workers import threads
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-NETWORKS = {"baseline": 1, "ensemble": 2, "cotrain": 2, "selftrain": 1, "urn": 1}  # training mode -> number of networks
-OPTIMIZERS = ("adamw", "sgd")
-# of cotrain and selftrain
-RULES = ("picture", "set")  # of what the reliable share is taken
-WARMUP_PIXELS = ("reliable", "all")  # which pixels' labels teach until the warm-up is over
-PEER_CLASSES = ("all", "image")  # which classes a network may name to the other, or to itself
-PEER_REFINERS = ("none", "pamr")  # what refines its answer
-PEER_TARGETS = ("hard", "soft")  # its best class, or its probabilities
 HISTORY = "history.csv"  # beside a trained network
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """The constants of the training; the notebook's parameters of the same names explain each."""
-
-    iterations: int
-    training_batch: int
-    crop: int
-    scale_jitter: tuple[float, float]
-    colour_jitter: float
-    learning_rate: float
-    weight_decay: float
-    precision: str
-    workers: int
-    training_mode: str = "baseline"
-    optimizer: str = "adamw"
-    blur: float = 0.0
-    ema: float = 0.0
-    reliable_share: float = 0.5
-    reliable_rule: str = "picture"
-    warmup: float = 0.25
-    warmup_pixels: str = "reliable"
-    peer_classes: str = "all"
-    peer_refiner: str = "none"
-    peer_target: str = "hard"
-    mixing: float = 0.5
-    mixing_confidence: float = 0.95
-    band_weight: float = 0.2
-    urn_powers: tuple[float, ...] = (0.5, 0.6, 0.75, 1.33, 1.67, 2.0)
-    uncertain_weight: float = 0.05
-    beta: float = 0.2
-    checkpoint_every: int = 100
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("precision", PRECISIONS),
-            ("training_mode", NETWORKS),
-            ("optimizer", OPTIMIZERS),
-            ("reliable_rule", RULES),
-            ("warmup_pixels", WARMUP_PIXELS),
-            ("peer_classes", PEER_CLASSES),
-            ("peer_refiner", PEER_REFINERS),
-            ("peer_target", PEER_TARGETS),
-        ):
-            if getattr(self, name) not in known:
-                raise DiffsegError(f"there is no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        for name in ("blur", "warmup", "mixing", "mixing_confidence", "uncertain_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DiffsegError(f"{name} is {getattr(self, name)}; give a number from 0 to 1")
-        if not 0 <= self.ema < 1:
-            raise DiffsegError(f"ema is {self.ema}; give a decay from 0 (no average) to below 1")
-
-
-class Augmented(Dataset):
-    """The images of a training in the order in which it sees them: item k is the k-th image of all iterations.
-
-    dataset: items (name, image uint8 3 x H x W, label int64 H x W) and, from a synthetic set, the reliability (uint8
-    2 x H x W: margin and rank, or None). Items here are (name, image float32 3 x crop x crop in 0..1, label int64,
-    trusted bool): scale, crop, flip, colour and blur are sampled from (seed, k) for image, label and trusted pixels
-    together.
-    """
-
-    def __init__(self, dataset: Dataset, ignore: int, options: TrainingOptions, seed: int = 0):
-        self.dataset, self.ignore, self.options, self.seed = dataset, ignore, options, seed
-        generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
-        count = options.iterations * options.training_batch
-        epochs = -(-count // len(dataset))
-        self.order = torch.cat([torch.randperm(len(dataset), generator=generator) for _ in range(epochs)])[:count]
-        self.thresholds = None
-        if options.training_mode in TAUGHT and options.reliable_rule == "set":
-            items = (dataset[k][2:] for k in range(len(dataset)))
-            pairs = ((label, more[0][0] if more and more[0] is not None else None) for label, *more in items)
-            self.thresholds = margin_thresholds(pairs, options.reliable_share)
-        strength = options.colour_jitter
-        self.transform = v2.Compose(
-            [
-                v2.ScaleJitter((options.crop, options.crop), options.scale_jitter, antialias=True),
-                v2.RandomCrop(options.crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: ignore}),
-                v2.RandomHorizontalFlip(),
-                v2.ColorJitter(strength, strength, strength, strength / 4),
-                v2.RandomApply([v2.GaussianBlur(5, (0.1, 2.0))], p=options.blur),
-                v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, k: int) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.view(int(self.order[k]), k)
-
-    def view(self, index: int, k: int) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return image `index` of the data set under the k-th augmentation."""
-        name, image, label, *more = self.dataset[index]
-        # on the whole image, so that a class keeps its share of reliable pixels wherever the crop falls
-        trusted = trusted_pixels(label, more[0] if more else None, self.options, self.thresholds)
-        masks = torch.stack([label, trusted.to(label.dtype)])
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(derive_seed(self.seed, "augmentation", k))
-            image, masks = self.transform(tv_tensors.Image(image), tv_tensors.Mask(masks))
-        label, trusted = masks.as_subclass(torch.Tensor)
-        return name, image.as_subclass(torch.Tensor), label, (trusted == 1) & (label != self.ignore)
 
 
 def autocast(device: torch.device, options: TrainingOptions) -> torch.autocast:
@@ -383,16 +269,6 @@ def train_once(
         state.wait_for_everyone()
     rows = read_rows(folder / HISTORY)
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
-
-
-def shown_side(size: tuple[int, int], options: TrainingOptions) -> int:
-    """Return the shorter side, in pixels, at which a training shows images of `size` (height, width).
-
-    Whatever the size on disk, an image is scaled until it fits into the crop, and then by a factor of `scale_jitter`
-    (`Augmented`); of these factors it is the middle one on a logarithmic scale.
-    """
-    smallest, largest = options.scale_jitter
-    return max(1, round(options.crop * min(size) / max(size) * (smallest * largest) ** 0.5))
 
 
 def networks_of(network: Segmenter | Ensemble, options: TrainingOptions) -> list[Segmenter]:

@@ -5,20 +5,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing.context import BaseContext
 from threading import Thread
 
 import torch
 
-
-def context(module: str) -> BaseContext:
-    """Return how workers start: forked by a server that has imported `module` and knows nothing of this process's
-    threads and GPU; anew where there are no such servers (Windows)."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([module])
-    return server
+from diffseg.forking import context
 
 
 def begin(worker: int = 0) -> None:
@@ -39,12 +30,12 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def side_by_side(calls: Iterable[Callable], module: str) -> Iterator:
+def side_by_side(calls: Iterable[Callable]) -> Iterator:
     """Make calls in a worker each, all at once; yield what they return, in their order.
 
-    calls: without arguments, picklable, of functions of `module`. An error is raised when the others have ended.
+    calls: without arguments, picklable. An error is raised when the others have ended.
     """
     calls = list(calls)
-    with ProcessPoolExecutor(len(calls), context(module), begin) as pool:
+    with ProcessPoolExecutor(len(calls), context(), begin) as pool:
         for future in [pool.submit(call) for call in calls]:
             yield future.result()

@@ -42,6 +42,7 @@ from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import named_files, notebook_of
 from diffseg.lora import TuningOptions, load_lora, tune
+from diffseg.miniworld.cityscapes import BICYCLE_FROM
 from diffseg.miniworld.oracle import PICTURE_NAMES, classes_of_pictures
 from diffseg.miniworld.scenes import Scene
 from diffseg.paths import locate, project_root
@@ -103,7 +104,7 @@ class LabelledScenes(Dataset):
             if picture.word == "cyclist":
                 there = torch.from_numpy(scene.instances == k + 1)
                 heights = there.any(dim=1).nonzero().flatten()
-                middle = heights[0] + round(0.55 * len(heights)) if len(heights) else 0
+                middle = heights[0] + round(BICYCLE_FROM * len(heights)) if len(heights) else 0
                 classes[middle:][there[middle:]] = self.classes.index("bicycle")
         return classes
 

@@ -20,7 +20,8 @@ from diffseg.files import sha256_text
 from diffseg.lab.manifests import read_json, read_manifest
 from diffseg.lab.steps import named_files
 from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
-from diffseg.training import NETWORKS, TrainingOptions, train_once
+from diffseg.training import train_once
+from diffseg.training_options import NETWORKS, TrainingOptions
 
 
 class Relabelled(Dataset):

@@ -13,6 +13,7 @@ from diffseg.errors import DiffsegError, Incomplete
 from diffseg.files import write_text
 from diffseg.lab import processes
 from diffseg.lab.declarations import check, check_together, hint
+from diffseg.lab.forked import warm
 from diffseg.lab.locks import acquire, run_lock, step_lock
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import declared, read_yaml
@@ -51,6 +52,7 @@ def run(
     every file of finished steps. All values are checked before anything runs. A wrong value and a step that fails
     raise DiffsegError. Of several processes this is the main one; the others call `diffseg.lab.processes.assist`.
     """
+    warm()
     notebooks = step_notebooks()
     values, folder = resolve(name, changes or {}, out)
     selected = select(only, list(notebooks))

@@ -184,7 +184,7 @@ class Parameters(BaseModel):
     segmenter: Annotated[Text, OneOf("diffseg.segmenters", "SEGMENTERS")]
     encoder_weights: Annotated[Text, Flag.FILE]
     initial_network: Annotated[Text, Flag.FILE]
-    training_mode: Annotated[Text, OneOf("diffseg.training", "NETWORKS")]
+    training_mode: Annotated[Text, OneOf("diffseg.training_options", "NETWORKS")]
     iterations: Count
     training_batch: Annotated[Whole, Field(ge=1, le=10_000)]
     crop: Annotated[Whole, Field(ge=8, le=LONGEST)]  # networks pad to a multiple of 32 themselves
@@ -194,23 +194,23 @@ class Parameters(BaseModel):
     ]
     colour_jitter: Annotated[Number, Field(ge=0, le=2)]  # a quarter of it for hue, which torchvision takes up to 0.5
     blur: Share
-    optimizer: Annotated[Text, OneOf("diffseg.training", "OPTIMIZERS")]
+    optimizer: Annotated[Text, OneOf("diffseg.training_options", "OPTIMIZERS")]
     learning_rate: Annotated[Number, Field(gt=0, le=100)]
     weight_decay: Annotated[Number, Field(ge=0, le=100)]
     ema: BelowOne
     reliable_share: Annotated[Number, Field(gt=0, le=1)]
-    reliable_rule: Annotated[Text, OneOf("diffseg.training", "RULES")]
+    reliable_rule: Annotated[Text, OneOf("diffseg.training_options", "RULES")]
     warmup: Share
-    warmup_pixels: Annotated[Text, OneOf("diffseg.training", "WARMUP_PIXELS")]
-    peer_classes: Annotated[Text, OneOf("diffseg.training", "PEER_CLASSES")]
-    peer_refiner: Annotated[Text, OneOf("diffseg.training", "PEER_REFINERS")]
-    peer_target: Annotated[Text, OneOf("diffseg.training", "PEER_TARGETS")]
+    warmup_pixels: Annotated[Text, OneOf("diffseg.training_options", "WARMUP_PIXELS")]
+    peer_classes: Annotated[Text, OneOf("diffseg.training_options", "PEER_CLASSES")]
+    peer_refiner: Annotated[Text, OneOf("diffseg.training_options", "PEER_REFINERS")]
+    peer_target: Annotated[Text, OneOf("diffseg.training_options", "PEER_TARGETS")]
     mixing: Share
     mixing_confidence: Share
     band_weight: NotNegative
     urn_powers: Annotated[list[Positive], Filled]
     uncertain_weight: Share
-    training_precision: Annotated[Text, OneOf("diffseg.training", "PRECISIONS")]
+    training_precision: Annotated[Text, OneOf("diffseg.training_options", "PRECISIONS")]
     checkpoint_every: Annotated[Count, Flag.INERT]
     threads: Annotated[Whole, Field(ge=0, le=1000)]
     tensorboard_every: Annotated[CountOrNone, Flag.INERT]

@@ -1,7 +1,5 @@
 """One notebook in one fresh kernel of this interpreter, over papermill."""
 
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,31 +10,8 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
-import diffseg
 from diffseg.errors import DiffsegError, Incomplete
-from diffseg.lab.locks import RUNNER
-from diffseg.paths import project_root
-
-# glibc gives the memory of every large tensor back to the system and asks for it anew; kept, a CPU trains and draws 1.1
-# to 1.5 times as fast. Other C libraries ignore the variable.
-MALLOC = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in (("trim_threshold", 2**32), ("mmap_threshold", 2**32), ("mmap_max", 0), ("top_pad", 2**26))
-)
-
-
-def environment() -> dict[str, str]:
-    """Return what a kernel gets besides this process's environment variables."""
-    here = str(Path(diffseg.__file__).parents[1])  # the kernel imports this very package
-    return {
-        RUNNER: "1",  # the runner holds the locks
-        "DIFFSEG_ROOT": str(project_root()),  # a kernel works in the run's folder, which may lie anywhere
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
-        "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger's warning at every start
-        "TQDM_NCOLS": str(shutil.get_terminal_size().columns),
-        "TQDM_MININTERVAL": os.environ.get("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "30"),
-    }
+from diffseg.lab.forked import Forked, environment, forks
 
 
 class Kernel(AsyncKernelManager):
@@ -47,6 +22,11 @@ class Kernel(AsyncKernelManager):
         specification = get_kernel_dict()  # ipykernel's own, with sys.executable
         quiet = "--IPKernelApp.log_level=50"  # a message at each shutdown; errors of cells come another way
         return KernelSpec(**specification | {"argv": [*specification["argv"], quiet], "env": environment()})
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        if forks():
+            self.provisioner = Forked(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
 
 
 class Live:

@@ -16,6 +16,7 @@ from typing import Any
 
 from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST
+from diffseg.forking import prepare
 from diffseg.lab import processes
 from diffseg.lab.declarations import check, check_together
 from diffseg.lab.locks import RUNNER, acquire, run_lock, step_lock
@@ -188,6 +189,8 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
                     path.unlink(missing_ok=True)
         link(run / step_name, folder)
     processes.meet()
+    if problem and "workers" in parameters:
+        prepare()
     return Step(step_name, folder, parameters, key, recipe, not problem, bool(problem) and resumed, run, keys)
 
 

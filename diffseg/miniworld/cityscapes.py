@@ -46,6 +46,7 @@ THINGS = {
     "motorcycle": (1.8, 1.7, ("motorbike", "moped")),
     "bicycle": (2.2, 1.7, ("bicycle",)),
 }
+BICYCLE_FROM = 0.55  # of a rider's height, from the top
 ON_FOOT = ("person", "bicycle")  # these stand on the sidewalk, too
 
 # Muted colours (RGB) and how much they vary; the light of a whole scene is drawn besides.
@@ -200,7 +201,7 @@ def draw_things(canvas: Canvas, rng: np.random.Generator, ground, y0: float) -> 
             art, outline = (picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in (art, outline))
         labels = np.full(size[::-1], LABEL_IDS[name], np.uint8)
         if name == "rider":  # the lower part of the picture is the bicycle
-            labels[round(0.55 * size[1]) :] = LABEL_IDS["bicycle"]
+            labels[round(BICYCLE_FROM * size[1]) :] = LABEL_IDS["bicycle"]
         canvas.ellipse(x, foot, 0.45 * width, 0.05 * height, (58, 57, 60), None)  # its shadow
         canvas.paste(art, outline, labels, x - width / 2, foot - height)
     if rng.random() < 0.2:

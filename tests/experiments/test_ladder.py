@@ -16,7 +16,7 @@ from diffseg.experiments.paired import options_of
 from diffseg.lab.batch import step_parameters
 from diffseg.lab.steps import notebook_of
 from diffseg.miniworld.disk import voc_scene
-from diffseg.training import TrainingOptions
+from diffseg.training_options import TrainingOptions
 
 COUNT = 4
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffseg.experiments.speed.training import measure
-from diffseg.training import NETWORKS, TrainingOptions
+from diffseg.training_options import NETWORKS, TrainingOptions
 
 
 def test_every_mode_is_timed_beside_the_baseline():

@@ -10,7 +10,8 @@ from diffseg.benchmarks.classes import get_benchmark
 from diffseg.errors import DiffsegError
 from diffseg.lab.declarations import check_together
 from diffseg.segmenters import new_networks
-from diffseg.training import TrainingOptions, train
+from diffseg.training import train
+from diffseg.training_options import TrainingOptions
 
 BENCHMARK = get_benchmark("", ["thing, none"])
 OPTIONS = TrainingOptions(

@@ -11,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from diffseg.augmentation import shown_side
 from diffseg.benchmarks.classes import CITYSCAPES, VOC
 from diffseg.errors import DiffsegError
 from diffseg.files import read_rows
 from diffseg.inference import best_class, find_pictures, predict, predict_files
 from diffseg.lab.cli import main
 from diffseg.segmenters import load_segmenter, new_networks, save_segmenter
-from diffseg.training import TrainingOptions, shown_side, train_once
+from diffseg.training import train_once
+from diffseg.training_options import TrainingOptions
 
 CLASSES = CITYSCAPES.classes
 

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from diffseg import training
+from diffseg.augmentation import Augmented
 from diffseg.errors import DiffsegError
 from diffseg.paths import locate, project_root
 from diffseg.reliability import TAUGHT, rank_within_class, trusted_pixels
@@ -23,17 +24,8 @@ from diffseg.segmenters import (
     new_networks,
     save_segmenter,
 )
-from diffseg.training import (
-    HISTORY,
-    NETWORKS,
-    Augmented,
-    TrainingOptions,
-    answers_of,
-    mix,
-    step_losses,
-    train,
-    train_once,
-)
+from diffseg.training import HISTORY, answers_of, mix, step_losses, train, train_once
+from diffseg.training_options import NETWORKS, TrainingOptions
 
 CLASSES = ("background", "thing")
 OPTIONS = TrainingOptions(

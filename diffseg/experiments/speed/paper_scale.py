@@ -32,7 +32,7 @@ from diffseg.lora import target_layers
 from diffseg.paths import project_root
 from diffseg.refiners import get_refiner
 from diffseg.segmenters import Segmenter
-from diffseg.training import NETWORKS
+from diffseg.training_options import NETWORKS
 
 RUNS = ("voc", "imagenet-s", "cityscapes")
 PEAK = {"fp16": 312e12, "bf16": 312e12, "fp32": 19.5e12}  # operations a second of an NVIDIA A100, dense (data sheet)

@@ -24,7 +24,8 @@ from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
 from diffseg.reliability import rank_within_class
 from diffseg.segmenters import new_networks
-from diffseg.training import NETWORKS, TrainingOptions, train
+from diffseg.training import train
+from diffseg.training_options import NETWORKS, TrainingOptions
 
 
 def measure(options: TrainingOptions, segmenter: str, pictures: int, repetitions: int) -> list[dict]:
