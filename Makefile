@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # parts of the study at a time; each trains on one core
 JOBS ?= 2
 # glibc's setting that kernels get, for trainings that run in none
-TRAIN = GLIBC_TUNABLES=$$($(BIN)/python -c "from diffseg.lab.kernel import MALLOC; print(MALLOC)") $(BIN)/python -m diffseg.experiments
+TRAIN = GLIBC_TUNABLES=$$($(BIN)/python -c "from diffseg.lab.forked import MALLOC; print(MALLOC)") $(BIN)/python -m diffseg.experiments
 
 .PHONY: install reproduce study study-scaling study-label_efficiency study-robust study-ladder test test-slow lint strip clean
 

@@ -85,6 +85,7 @@ class AsPopen:
 def serve(arguments: list[str], variables: dict[str, str], folder: str) -> None:
     """In the forked process: be a kernel with these arguments, environment variables and working directory."""
     os.setsid()  # Ctrl-C is for the runner
+    multiprocessing.set_start_method(None, force=True)  # the system's, for what does not ask for a server
     Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     os.environ.clear()
     os.environ.update(variables)

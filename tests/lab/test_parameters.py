@@ -188,7 +188,7 @@ height                | 63                    | a multiple of 8             | Se
 height                | 0                     | equal to 8                  | Set `height=64`
 width                 | 1000001               | a multiple of 8             | Set `width=8192`
 lora_width            | 4                     | a multiple of 8             | Set `lora_width=8`
-sampling_steps        | 0                     | equal to 1                  | Set `sampling_steps=12`
+sampling_steps        | 0                     | equal to 1                  | Set `sampling_steps=8`
 guidance_scale        | .nan                  | a finite number             | Set `guidance_scale=4.0`
 guidance_scale        | -1                    | equal to 0                  | Set `guidance_scale=4.0`
 class_list            | dragon                | be a valid list             | Set `class_list=["dragon"]`

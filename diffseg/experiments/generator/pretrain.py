@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -240,7 +240,11 @@ def make_pipeline(average: dict, corpus: Path, changes: dict | None = None) -> S
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
-        scheduler=build_scheduler(**changes.get("scheduler", {})),
+        scheduler=DPMSolverMultistepScheduler.from_config(
+            build_scheduler(**changes.get("scheduler", {})).config,
+            algorithm_type="dpmsolver++",
+            timestep_spacing="trailing",  # so that few steps suffice (`compare`)
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,0 +1,55 @@
+"""A forked kernel is as fresh as one that is started anew; only the libraries are there already."""
+
+import json
+import multiprocessing
+import sys
+
+import nbformat
+import pytest
+
+from diffseg.lab import forked, kernel
+
+STARTING = "errors files forking lab lab.forked lab.locks miniworld paths"
+ASKED = """
+import json, multiprocessing, os, sys
+from pathlib import Path
+loaded = [name for name in sys.modules if name.startswith("diffseg.")]
+libraries = "diffusers" in sys.modules
+import matplotlib
+from matplotlib import pyplot as plt
+plt.plot([1, 2])
+answer = dict(loaded=loaded, libraries=libraries, folder=os.getcwd(), session=os.getsid(0) == os.getpid(), run=run,
+              runner=os.environ["DIFFSEG_RUNNER"], mine=os.environ["MINE"], name=__name__, arguments=sys.argv[1:2],
+              workers=multiprocessing.get_start_method())
+Path("answer.json").write_text(json.dumps(answer))
+plt.show()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
+@pytest.mark.parametrize("is_forked", [True, False])
+def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
+    monkeypatch.setattr(kernel, "forks", lambda: is_forked)
+    monkeypatch.setenv("MINE", "set after the server was started")
+    forked.warm()
+    cells = [nbformat.v4.new_code_cell("run = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(ASKED)]
+    kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec})
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    kernel.execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {"run": "this"}, tmp_path)
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    # what starts it, and no code of a step: that may have changed since the server was started
+    assert set(answer.pop("loaded")) <= {f"diffseg.{name}" for name in STARTING.split()}
+    assert answer == {
+        "libraries": is_forked,
+        "folder": str(tmp_path),
+        "session": True,
+        "run": "this",
+        "runner": "1",
+        "mine": "set after the server was started",
+        "name": "__main__",
+        "arguments": ["-f"],
+        "workers": multiprocessing.get_start_method(),
+    }
+    shown = nbformat.read(tmp_path / "b.ipynb", 4).cells[-1].outputs
+    assert [output.output_type for output in shown if "image/png" in output.get("data", {})] == ["display_data"]
