@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from multiprocessing.context import BaseContext
 
@@ -30,7 +31,7 @@ def context() -> BaseContext:
 
 
 def prepare(variables: Mapping[str, str] = {}) -> None:
-    """Let that server import its libraries beside what this process does until it starts others (main thread only).
+    """Let that server import its libraries beside what this process does until it starts others.
 
     variables: environment variables of the server, besides this process's.
     """
@@ -38,14 +39,17 @@ def prepare(variables: Mapping[str, str] = {}) -> None:
         return
     from multiprocessing.forkserver import ensure_running  # here: Windows has none
 
-    before = dict(os.environ)
+    # a file of the working directory must not take the place of a library
+    variables = {**variables, "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    handler = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C ends its processes through the one that asked for them
+    is_main = threading.current_thread() is threading.main_thread()  # another cannot say what a signal does
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None  # Ctrl-C is not for the server
     try:
         ensure_running()
     finally:
-        signal.signal(signal.SIGINT, handler)
-        os.environ.clear()
-        os.environ.update(before)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+        for name in (name for name, value in before.items() if value is None):
+            del os.environ[name]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from diffseg.forking import context
 
 
 def begin(worker: int = 0) -> None:
-    """In a new worker: use one thread, and end when the process that started it was killed."""
+    """In a new worker: use one thread, and end when it is interrupted or the process that started it was killed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,11 +1,18 @@
-"""A kernel that is forked from a server which has imported the libraries: each of a run's notebooks begins at once."""
+"""A kernel that is forked from a server which has imported the libraries: each of a run's notebooks begins at once.
 
+Environment variables that a library reads when it is imported (OMP_NUM_THREADS, HF_HOME) have the values of the
+runner's start.
+"""
+
+import atexit
+import gc
 import multiprocessing
 import os
 import shutil
 import sys
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
@@ -40,9 +47,10 @@ def environment() -> dict[str, str]:
 
 
 def forks() -> bool:
-    """Return whether kernels are forked: on Linux without a GPU. CUDA does not work in a process that was forked from
-    one which has asked for it, as some libraries do when they are imported."""
-    return sys.platform == "linux" and not Path("/dev/kfd").exists() and not list(Path("/dev").glob("nvidia[0-9]*"))
+    """Return whether kernels are forked: on Linux without an accelerator. CUDA does not work in a process that was
+    forked from one which has asked for it, as some libraries do when they are imported."""
+    devices = "nvidia[0-9]*", "nvhost*", "nvgpu*", "kfd", "dxg", "accel*", "davinci*"  # dxg: the GPU of Windows, in WSL
+    return sys.platform == "linux" and not any(list(Path("/dev").glob(name)) for name in devices)
 
 
 def warm() -> None:
@@ -58,9 +66,20 @@ class Forked(LocalProvisioner):
         warm()
         self.cwd = kwargs.get("cwd", os.getcwd())
         process = context().Process(target=serve, args=(cmd[cmd.index("-m") + 2 :], kwargs["env"], self.cwd))
-        process.start()
+        own = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # a kernel has one of its own: a script is not run again in it
+        try:
+            process.start()
+        except (EOFError, ConnectionError):  # a library ended the server: started anew, the cell that needs it says why
+            return await super().launch_kernel(cmd, **kwargs)
+        finally:
+            sys.modules["__main__"] = own
         self.process, self.pid, self.pgid = AsPopen(process), process.pid, process.pid
         return self.connection_info
+
+    async def send_signal(self, signum: int) -> None:
+        if await self.poll() is None:  # else its number may be another process's by now
+            await super().send_signal(signum)
 
 
 class AsPopen:
@@ -81,6 +100,12 @@ class AsPopen:
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+
 
 def serve(arguments: list[str], variables: dict[str, str], folder: str) -> None:
     """In the forked process: be a kernel with these arguments, environment variables and working directory."""
@@ -93,4 +118,9 @@ def serve(arguments: list[str], variables: dict[str, str], folder: str) -> None:
     sys.argv[1:] = arguments
     from ipykernel.kernelapp import IPKernelApp  # here: the runner needs none
 
-    IPKernelApp.launch_instance(argv=arguments)
+    try:
+        IPKernelApp.launch_instance(argv=arguments)
+    finally:  # what the end of an interpreter does, and that of a forked process does not
+        IPKernelApp.instance().shell.user_ns.clear()
+        gc.collect()
+        atexit._run_exitfuncs()

@@ -189,8 +189,8 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
                     path.unlink(missing_ok=True)
         link(run / step_name, folder)
     processes.meet()
-    if problem and "workers" in parameters:
-        prepare()
+    if problem and (parameters.get("workers") or parameters.get("threads")):
+        prepare()  # of the processes that the step will start, beside its first cells
     return Step(step_name, folder, parameters, key, recipe, not problem, bool(problem) and resumed, run, keys)
 
 

@@ -148,14 +148,14 @@ def without_comments(source: str) -> str:
 def imported(cells: Iterable[str]) -> set[str]:
     """Return the package's modules that cells use: those that they import, and what these import in turn.
 
-    Not followed are figures and the lab, which decide nothing of an artefact, but for a module of the lab that a cell
-    imports itself, as the report does.
+    Not followed are figures, where processes come from, and the lab, which decide nothing of an artefact, but for a
+    module of the lab that a cell imports itself, as the report does.
     """
     found: set[str] = set()
     queue = [module for cell in cells for module in imports_of(cell) if module != "diffseg.lab.runs"]
     while queue:
         module = queue.pop()
-        if module not in found and module not in ("diffseg.figures", "diffseg.charts"):
+        if module not in found and module not in ("diffseg.figures", "diffseg.charts", "diffseg.forking"):
             found.add(module)
             if not module.startswith("diffseg.lab"):
                 inner = imports_of(module_path(module).read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """A forked kernel is as fresh as one that is started anew; only the libraries are there already."""
 
+import asyncio
 import json
 import multiprocessing
 import sys
@@ -21,6 +22,10 @@ plt.plot([1, 2])
 answer = dict(loaded=loaded, libraries=libraries, folder=os.getcwd(), session=os.getsid(0) == os.getpid(), run=run,
               runner=os.environ["DIFFSEG_RUNNER"], mine=os.environ["MINE"], name=__name__, arguments=sys.argv[1:2],
               workers=multiprocessing.get_start_method())
+unfinished = open("unfinished.txt", "w")
+unfinished.write("is flushed")
+import atexit
+atexit.register(Path("end.txt").write_text, "is called")
 Path("answer.json").write_text(json.dumps(answer))
 plt.show()
 """
@@ -36,7 +41,11 @@ def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
     kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec})
     nbformat.write(notebook, tmp_path / "a.ipynb")
-    kernel.execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {"run": "this"}, tmp_path)
+
+    async def execute():  # as in a cell of Jupyter, where an event loop runs and kernels are started by another thread
+        kernel.execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {"run": "this"}, tmp_path)
+
+    asyncio.run(execute())
     answer = json.loads((tmp_path / "answer.json").read_text())
     # what starts it, and no code of a step: that may have changed since the server was started
     assert set(answer.pop("loaded")) <= {f"diffseg.{name}" for name in STARTING.split()}
@@ -51,5 +60,6 @@ def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
         "arguments": ["-f"],
         "workers": multiprocessing.get_start_method(),
     }
+    assert [(tmp_path / name).read_text() for name in ("unfinished.txt", "end.txt")] == ["is flushed", "is called"]
     shown = nbformat.read(tmp_path / "b.ipynb", 4).cells[-1].outputs
     assert [output.output_type for output in shown if "image/png" in output.get("data", {})] == ["display_data"]

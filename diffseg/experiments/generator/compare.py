@@ -208,6 +208,7 @@ def compare_sampling(options: argparse.Namespace) -> Path:
     """
     path = options.results / "tables" / "generator_sampling.csv"
     made_from = origin(options) | {"generator": weights_of(Path(locate_generator(options.generator)))}
+    made_from["reference"] = asdict(Sampling())
     rows = read_table(path, made_from)
     todo = [one for one in grid(options.schedulers, options.steps, options.guidance) if not find_row(rows, asdict(one))]
     if not todo:
