@@ -1,6 +1,6 @@
 """From attention maps to a label map and its margin.
 
-    a_c  = min-max normalised map of class c, in 0..1
+    a_c  = min-max normalised map of class c, in 0..1; 1 - a_c where the word attends to the background (our choice)
     a_bg = 1 - beta - max_c a_c
     label = argmax over {a_bg, a_c}         margin = best score - second-best score
 
@@ -17,10 +17,14 @@ from torch.nn import functional as F
 from diffseg.errors import DiffsegError
 
 
-def class_scores(maps: torch.Tensor, classes: Sequence[int], size: tuple[int, int]) -> tuple[list[int], torch.Tensor]:
+def class_scores(
+    maps: torch.Tensor, classes: Sequence[int], size: tuple[int, int], inverted_above: float = 1.0
+) -> tuple[list[int], torch.Tensor]:
     """Turn word maps (W x h x w) into class scores at the image's size (H, W).
 
     classes: the class id (1..K) of each word. A class named twice takes the larger of its words' scores.
+    inverted_above: a word whose normalised map has a larger mean along the image's border attends to the background,
+    and its map is turned round (our choice; 1: never).
     Returns the prompt's class ids, ascending, and float32 scores (C x H x W) in 0..1.
     Raises a DiffsegError when a word has a flat map, that is, no attention to cut.
     """
@@ -32,7 +36,10 @@ def class_scores(maps: torch.Tensor, classes: Sequence[int], size: tuple[int, in
             f"the attention to the word of class {', '.join(map(str, flat))} is flat or not a "
             "number, so it gives no mask; choose another word for it, other attention_steps, or float32"
         )
-    scores = F.interpolate(((maps - low) / (high - low))[None], size, mode="bilinear", align_corners=False)[0]
+    maps = (maps - low) / (high - low)
+    border = torch.cat([maps[:, [0, -1]].flatten(1), maps[:, 1:-1, [0, -1]].flatten(1)], dim=1).mean(dim=1)
+    maps = torch.where((border > inverted_above)[:, None, None], 1 - maps, maps)
+    scores = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
     ids = sorted(set(classes))
     return ids, torch.stack([scores[[k for k, c in enumerate(classes) if c == i]].amax(dim=0) for i in ids])
 

@@ -54,6 +54,7 @@ class SynthesisOptions(DrawingOptions):
     sam_checkpoint: str = ""
     sam_model: str = "vit_b"
     attention_layers: tuple[str, ...] = ()
+    inverted_above: float = 1.0
 
     def refine(self, device: str | torch.device) -> Callable:
         return get_refiner(self.refiner, self.sam_checkpoint, self.sam_model, device)
@@ -79,7 +80,7 @@ def cut(
     class_ids = [benchmark.classes.index(name) for name in row.classes]
     steps = parse_steps(options.attention_steps, options.sampling_steps)
     mean = maps.mean(options.attention_resolutions, steps, options.attention_layers)
-    ids, scores = class_scores(mean, class_ids, image.size[::-1])
+    ids, scores = class_scores(mean, class_ids, image.size[::-1], options.inverted_above)
     pixels = to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True)
     return Cut(ids, scores, *label_and_margin(ids, refine(pixels, scores, options.beta, maps.attention)))
 

@@ -168,6 +168,7 @@ class Parameters(BaseModel):
     attention_resolutions: Annotated[list[Annotated[Whole, Field(ge=1, le=1024)]], Filled]
     attention_steps: Name
     attention_layers: Annotated[list[Name], Field(max_length=1000)]
+    inverted_above: Share
     attention_softmax: Annotated[Text, OneOf("diffseg.attention", "SOFTMAXES")]
     kept_steps: Name
     self_attention: Annotated[Whole, Field(ge=0, le=1024)]

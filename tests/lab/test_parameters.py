@@ -212,6 +212,7 @@ lora_held_out         | 1.0                   | less than 1                 | Se
 lora_pictures         | 1                     | equal to 2                  | Set `lora_pictures=32`
 attention_resolutions | []                    | at least 1 item             | Set `attention_resolutions=[16]`
 attention_resolutions | [16, 0]               | equal to 1                  | Set `attention_resolutions=[16]`
+inverted_above        | 1.1                   | less than or equal to 1     | Set `inverted_above=
 beta                  | 1                     | less than 1                 | Set `beta=
 jpeg_quality          | 500                   | equal to 100                | Set `jpeg_quality=95`
 synthesis_batch       | 0                     | equal to 1                  | Set `synthesis_batch=8`

@@ -47,6 +47,18 @@ def test_scores_have_the_pictures_size():
     assert torch.allclose(scores[0], row.expand(2, 8))
 
 
+def test_a_map_that_lies_on_the_border_is_turned_round():
+    inside = torch.zeros(4, 4)
+    inside[1:3, 1:3] = torch.tensor([[4.0, 2.0], [1.0, 3.0]])
+    maps = torch.stack([inside, 4 - inside, torch.arange(16.0).view(4, 4)])
+    classes = [CAT, DOG, DOG + 1]
+    _, (cat, dog, ramp) = class_scores(maps, classes, (4, 4), inverted_above=0.5)
+    assert torch.equal(cat, inside / 4) and torch.equal(dog, cat)
+    assert torch.equal(ramp, maps[2] / 15)  # its border has a mean of exactly a half
+    _, (cat, dog, _) = class_scores(maps, classes, (4, 4))
+    assert torch.equal(dog, 1 - cat)
+
+
 @pytest.mark.parametrize("bad", [[0.3, 0.3], [0.3, 0.3 + 1e-8], [0.1, math.nan], [0.1, math.inf]])
 def test_a_flat_map_raises(bad):
     maps = torch.tensor([[[0.0, 1.0]], [bad]])
