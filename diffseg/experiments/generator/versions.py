@@ -1,6 +1,6 @@
 """What did further training bring? One generator's numbers beside those of the one before it, class by class.
 
-    python -m diffseg.experiments.generator.versions results/mini_generator_0.1.0.json results/mini_generator.json
+    python -m diffseg.experiments.generator.versions results/mini_generator_0.1.0.json results/mini_generator_0.2.0.json
 
 Reads two reports of `measure` and writes results/tables/generator_versions.csv.
 """
