@@ -22,8 +22,8 @@ class Memorisation:
     """How images drawn after `steps` steps lie to tuned and held-out images (of features, Euclidean).
 
     to_tuned, held_out_to_tuned: median distance to the nearest tuned image, of the drawn ones and of the held-out
-    real ones. Below the latter may mean copies, or only that drawn images are smoother than real ones; so the
-    test is `tuned_share`: the share of drawn images whose nearest real image is a tuned one. Without copying
+    real ones. Below the latter may mean copies, or only that drawn images are smoother than real ones; so there is a
+    second condition, `tuned_share`: the share of drawn images whose nearest real image is a tuned one. Without copying
     nothing distinguishes tuned from held-out ones, so it would be the same for any split of the real images by
     lot: `expected_share` = tuned / (tuned + held out) on average, above `limit` for one split in twenty (a
     permutation test; a real image that is near to many drawn ones widens it). distance: kernel distance of the drawn
@@ -40,8 +40,12 @@ class Memorisation:
 
     @property
     def copies(self) -> bool:
-        """Whether more drawn images lie next to tuned ones than chance explains."""
-        return self.tuned_share > self.limit + 1e-6  # sums in another order differ by rounding
+        """Whether more drawn images lie next to tuned ones than chance explains, and nearer than held-out ones do.
+
+        The first alone holds for one candidate in twenty, however far from all real images it is.
+        """
+        is_more = self.tuned_share > self.limit + 1e-6  # sums in another order differ by rounding
+        return is_more and self.to_tuned < self.held_out_to_tuned
 
 
 def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -61,8 +61,12 @@ def test_smooth_pictures_are_near_to_all_and_yet_no_copies():
     assert found.to_tuned < 0.8 * found.held_out_to_tuned and not found.copies
 
 
-def row(steps: int, distance: float, share: float) -> Memorisation:
-    return Memorisation(steps, distance, 1.0, 1.0, share, 0.75, 0.87)
+def row(steps: int, distance: float, share: float, to_tuned: float = 0.9) -> Memorisation:
+    return Memorisation(steps, distance, to_tuned, 1.0, share, 0.75, 0.87)
+
+
+def test_images_that_are_far_from_all_real_ones_are_no_copies():
+    assert row(100, 0.5, 0.97).copies and not row(100, 0.5, 0.97, to_tuned=1.0).copies
 
 
 def test_the_rule_takes_the_nearest_before_copying_begins():
