@@ -24,7 +24,14 @@ from diffseg.weight_files import check_file, check_hub_id, check_pipeline_folder
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # what waits on the CPU while it is not needed: nothing, whole models, groups of layers, or every layer
 OFFLOADS = ("none", "model", "group", "sequential")
-SCHEDULERS = ("dpm++", "own")
+# own: as in the generator's files. dpm++: the second-order solver, with their timesteps, or with timesteps that are
+# counted from the cleanest one up (leading, as Stable Diffusion does) or from the noisiest one down (trailing)
+SCHEDULERS = {
+    "own": {},
+    "dpm++": {},
+    "dpm++ leading": {"timestep_spacing": "leading"},
+    "dpm++ trailing": {"timestep_spacing": "trailing"},
+}
 BAR_AFTER = 10  # seconds
 
 
@@ -62,7 +69,7 @@ def load_generator(
 
     precision: one of PRECISIONS; on a CPU, which is slow in half precision, always fp32. variant: the word in the names
     of the weights' files, as in `model.fp16.safetensors`. offload: one of OFFLOADS; on a CPU always "none". scheduler:
-    "own", or "dpm++", which exchanges it for the second-order multistep solver where `takes_dpm` allows it.
+    one of SCHEDULERS; all but "own" exchange it for the second-order multistep solver where `takes_dpm` allows it.
 
     Only safetensors are read, and code of a hub repository is never run. Raises a DiffsegError for an unknown option,
     and when something is missing or damaged.
@@ -80,9 +87,9 @@ def load_generator(
     diffusers.utils.logging.disable_progress_bar()  # loading is short; our bars are for what takes long
     transformers.utils.logging.disable_progress_bar()
     pipeline = _load_pipeline(name, PRECISIONS[precision], variant)
-    if scheduler == "dpm++" and takes_dpm(pipeline.scheduler):
+    if scheduler != "own" and takes_dpm(pipeline.scheduler):
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-            pipeline.scheduler.config, algorithm_type="dpmsolver++"
+            pipeline.scheduler.config, algorithm_type="dpmsolver++", **SCHEDULERS[scheduler]
         )
     # a batch that takes long, as on a CPU, would be silent: the bars around it count whole batches
     pipeline.set_progress_bar_config(desc="denoising", leave=False, delay=BAR_AFTER)
@@ -97,15 +104,17 @@ def takes_dpm(scheduler) -> bool:
     schedule, and is not distilled to a few steps.
 
     Flow matching, LCM, TCD and SCM have schedulers of their own. Turbo and Lightning models are known by their
-    "trailing" timesteps; models with zero terminal SNR have these too, but are not distilled.
+    "trailing" timesteps; models with zero terminal SNR, and those that name this solver, have these too, but are not
+    distilled.
     """
     config = scheduler.config
+    keeps_trailing = config.get("rescale_betas_zero_snr", False) or config.get("algorithm_type") == "dpmsolver++"
     return (
         type(scheduler).__name__ in KarrasDiffusionSchedulers.__members__
         and "beta_schedule" in config  # EDM's have none
         and config.prediction_type in ("epsilon", "v_prediction", "sample")
         and not config.get("use_flow_sigmas", False)
-        and (config.get("timestep_spacing") != "trailing" or config.get("rescale_betas_zero_snr", False))
+        and (config.get("timestep_spacing") != "trailing" or keeps_trailing)
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.files import write_text
 from diffseg.lab import processes
-from diffseg.lab.declarations import check, check_together, hint
+from diffseg.lab.combinations import check_together
+from diffseg.lab.declarations import check, hint
 from diffseg.lab.forked import warm
 from diffseg.lab.locks import acquire, run_lock, step_lock
 from diffseg.lab.manifests import read_manifest

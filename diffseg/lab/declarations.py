@@ -1,26 +1,23 @@
 """What each parameter of the notebooks may be: its type, its range, and what it means for a step's key.
 
 A parameter is declared once, whichever notebooks have it. Its default and its meaning stand in their parameters cells.
-`check` applies these declarations to single values, without torch. `check_together` compares parameters with one
-another and with the lists of names in the method, which need torch.
+`check` applies these declarations to single values, without torch; `diffseg.lab.combinations` compares them with one
+another.
 """
 
 import difflib
 import functools
 import importlib
-import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, WrapValidator
 
 from diffseg.errors import DiffsegError
-from diffseg.paths import is_short_name, locate
 
 
 class Flag(Enum):
@@ -294,7 +291,7 @@ def check(values: dict[str, Any], defaults: dict[str, Any], source: str) -> dict
     """Return values in their declared types and ranges; raise DiffsegError for the first that is not.
 
     defaults: of all parameters that there are. `source` says in an error where the values come from. What depends on
-    other parameters, and on names that the method lists, is `check_together`'s.
+    other parameters, and on names that the method lists, is `combinations.check_together`'s.
     """
     checked = {}
     for name, value in values.items():
@@ -319,144 +316,3 @@ def check(values: dict[str, Any], defaults: dict[str, Any], source: str) -> dict
             where = name + "".join(f"[{index}]" for index in problem["loc"])
             raise refusal(where, problem["input"], source, rule, remedy) from None
     return checked
-
-
-def check_together(parameters: dict[str, Any], source: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Compare parameters with one another and with the names that the method knows; raise DiffsegError for the first
-    that does not fit.
-
-    parameters: checked values of one or more notebooks, defaults among them. A rule is applied where all its
-    parameters are there. `source` says in an error where the values come from. defaults: values that are taken for
-    known names, because to look one up loads a part of the method, which takes seconds. Looks for the extra package
-    and the GPU that some values need, so it belongs on the machine that is to run.
-    """
-    for name, field in Parameters.model_fields.items():
-        for choice in (mark for mark in field.metadata if isinstance(mark, OneOf) and name in parameters):
-            value = parameters[name]
-            if value == defaults.get(name):
-                continue
-            for element in value if isinstance(value, list) else [value]:
-                if element not in (names := choice.names()):
-                    [close] = difflib.get_close_matches(element[:80], names, n=1, cutoff=0)
-                    raise refusal(
-                        name, element, source, f"be one of {', '.join(names)}", f"Choose one, such as {close}."
-                    )
-    for name, rule, remedy in (*conflicts(parameters), *lacks(parameters)):
-        raise refusal(name, parameters[name], source, rule, remedy)
-
-
-def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, what it must be, remedy) of each parameter that does not fit the others."""
-    from diffseg.sampling_steps import parse_steps
-    from diffseg.words import load_words
-
-    get, is_folder = parameters.get, parameters.get("benchmark") == "folder"
-    if get("class_list") or get("evaluation_split"):
-        from diffseg.benchmarks.classes import get_benchmark  # loads torch, which the usual run need not wait for
-
-    def given(*names: str) -> bool:
-        return all(name in parameters for name in names)
-
-    for name in ("attention_steps", "kept_steps", "compared_steps"):
-        value = get(name, [])
-        for text in [value] if isinstance(value, str) else value:
-            if given("sampling_steps") and not (name == "kept_steps" and text == "each"):
-                count = get("sampling_steps")
-                try:
-                    parse_steps(text, count)
-                except DiffsegError:
-                    rule = f"be all, middle, one step or first-last, of the {count} denoising steps 0 to {count - 1}"
-                    yield name, rule, f"Set `{name}={'[all]' if name == 'compared_steps' else 'all'}`."
-    if given("kept_steps", "attention_steps") and get("kept_steps") not in ("each", get("attention_steps")):
-        yield "kept_steps", f"be each, or {get('attention_steps')} as attention_steps", "Set `kept_steps=each`."
-    if get("refiner") == "self-attention" and get("self_attention") == 0:
-        sizes = get("attention_resolutions") or [16]
-        rule = "be the size of a map, as the refiner self-attention reads it"
-        yield "self_attention", rule, f"Set `self_attention={max(sizes)}`."
-    if get("refiner") == "sam" and get("sam_checkpoint") == "":
-        remedy = "Set it to a file of Segment Anything's weights, or to mini for the mini world's."
-        yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
-    if given("generator") and not is_short_name("generator", get("generator")):
-        is_hub_id = not locate("generator", get("generator")).exists()
-        for name in ("height", "width"):
-            if is_hub_id and get(name, 256) < 256:
-                rule = "be at least 256 for a generator of the hub, as the defaults are those of mini"
-                yield name, rule, "Set `height=512` and `width=512`, or start from own-words-sdxl.yaml."
-    if given("class_list", "benchmark"):
-        if is_folder and not get("class_list"):
-            yield "class_list", "name your classes, as the benchmark is folder", "Set `class_list=[fox, wind turbine]`."
-        if own := get("class_list"):
-            get_benchmark(get("benchmark"), own)  # raises its own sentence for an entry that is no class
-            for name in ("train_real", "mix_real"):
-                if get(name) and not is_folder:
-                    yield (
-                        name,
-                        "be false, as one's own classes have no labelled images",
-                        (f"Set `{name}=false`, or `benchmark=folder` and data_root to labelled images of your own."),
-                    )
-    if get("data_names") and given("benchmark") and not is_folder:
-        yield "data_names", "be empty, as the benchmark is not folder", "Set `data_names={}`, or `benchmark=folder`."
-    if given("evaluation_split", "benchmark") and get("evaluation_split") and not is_folder:
-        splits = get_benchmark(get("benchmark"), get("class_list", [])).splits
-        if get("evaluation_split") not in splits:
-            rule = f"be empty, or one of {get('benchmark')}'s splits {', '.join(splits)}"
-            yield "evaluation_split", rule, "Set `evaluation_split=dev` to choose parameters."
-    if given("classes_per_prompt", "benchmark") and not get("caption_file"):  # a caption has the classes it names
-        own = get("class_list")
-        classes = len(own) if own else len({word.class_name for word in load_words(get("benchmark"))})
-        if get("classes_per_prompt") > classes:
-            rule = f"be at most {classes}, the number of classes"
-            yield "classes_per_prompt", rule, f"Set `classes_per_prompt={classes}` or less."
-    if given("lora_candidates", "lora_steps") and get("lora_candidates") > get("lora_steps"):
-        rule = f"be at most lora_steps, {get('lora_steps')}, as each candidate has a number of steps"
-        yield "lora_candidates", rule, "Lower lora_candidates or raise lora_steps."
-    if any("{}" in caption for caption in get("lora_captions", [])) and get("lora_words") == []:
-        rule = "hold a word at least, as lora_captions has {} in place of one"
-        yield "lora_words", rule, "Set `lora_words=[car]`, or take {} out of lora_captions."
-    if get("segmenter", "").startswith(("deeplabv3plus", "upernet")) and get("training_batch") == 1:
-        rule = "be at least 2, as this segmenter normalises each image's average over the batch"
-        yield "training_batch", rule, "Set `training_batch=2`."
-    if given("segmenter", "encoder_weights") and is_short_name("encoder_weights", get("encoder_weights")):
-        folder = locate("encoder_weights", get("encoder_weights"))
-        segmenter = json.loads((folder / "config.json").read_text("utf-8"))["segmenter"]
-        if get("segmenter") != segmenter:
-            rule = f"be empty or another encoder's, as these weights are made for {segmenter}"
-            yield "encoder_weights", rule, f'Set `encoder_weights=""` or `segmenter={segmenter}`.'
-
-
-def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, what it must be, remedy) of each parameter that needs what this machine does not have."""
-    if importlib.util.find_spec("pydensecrf") is None:
-        install = "run pip install pydensecrf2"
-        if parameters.get("refiner") == "crf":
-            rule = "be another refiner here, as crf needs the package pydensecrf2"
-            yield "refiner", rule, f"Set `refiner=pamr`, or {install}."
-        if parameters.get("evaluation_crf"):
-            rule = "be false here, as the dense CRF needs the package pydensecrf2"
-            yield "evaluation_crf", rule, f"Set `evaluation_crf=false`, or {install}."
-    if parameters.get("tensorboard_every") and importlib.util.find_spec("tensorboard") is None:
-        rule = "be 0 here, as TensorBoard is not installed"
-        yield "tensorboard_every", rule, "Set `tensorboard_every=0`, or run pip install tensorboard."
-    if parameters.get("benchmark") == "folder" and "data_root" in parameters and parameters.get("class_list"):
-        open_data(parameters)
-    trained = ["training_precision"] + (["lora_precision"] if parameters.get("target_images") else [])
-    for name in trained:
-        if parameters.get(name, "fp32") != "fp32":
-            import torch
-
-            if not torch.accelerator.is_available():
-                rule = "be fp32 here, as there is no GPU and a CPU is many times slower in half precision"
-                yield name, rule, f"Set `{name}=fp32`."
-
-
-def open_data(parameters: dict[str, Any]) -> None:
-    """Open the splits of one's own data set that are going to be read; what is missing raises a DiffsegError."""
-    from diffseg.benchmarks.classes import get_benchmark
-    from diffseg.benchmarks.readers import data_folder, open_split
-
-    get = parameters.get
-    bench = get_benchmark("folder", get("class_list", []), get("data_names"))
-    splits = [bench.training_split] if get("train_real") or get("mix_real") else []
-    splits += [get("evaluation_split") or bench.evaluation_split] if "evaluation_split" in parameters else []
-    for split in splits:
-        open_split(bench, data_folder(get("data_root")), split)

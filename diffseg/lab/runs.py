@@ -18,7 +18,8 @@ from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST
 from diffseg.forking import prepare
 from diffseg.lab import processes
-from diffseg.lab.declarations import check, check_together
+from diffseg.lab.combinations import check_together
+from diffseg.lab.declarations import check
 from diffseg.lab.locks import RUNNER, acquire, run_lock, step_lock
 from diffseg.lab.manifests import LISTING, damage, read_manifest, write_manifest
 from diffseg.lab.parameters import declared

@@ -15,7 +15,7 @@ from diffseg.benchmarks.readers import open_split
 from diffseg.errors import DiffsegError
 from diffseg.lab import declarations
 from diffseg.lab.batch import run
-from diffseg.lab.declarations import check_together
+from diffseg.lab.combinations import check_together
 from diffseg.lab.steps import named_files
 from diffseg.miniworld.disk import write_benchmarks
 

@@ -12,7 +12,7 @@ from diffseg.errors import DiffsegError
 from diffseg.generator import load_tokenizer
 from diffseg.inference import predict
 from diffseg.lab.batch import run
-from diffseg.lab.declarations import check_together
+from diffseg.lab.combinations import check_together
 from diffseg.lab.parameters import declared, read_yaml
 from diffseg.paths import project_root
 from diffseg.prompts import augment

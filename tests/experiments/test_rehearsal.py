@@ -9,7 +9,7 @@ from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.readers import open_split
 from diffseg.experiments import full_size, rehearsal
 from diffseg.lab.batch import resolve
-from diffseg.lab.declarations import check_together
+from diffseg.lab.combinations import check_together
 from diffseg.segmenters import load_segmenter
 
 needs_vocabulary = pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip_torch")

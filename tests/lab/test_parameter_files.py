@@ -18,7 +18,7 @@ from PIL import Image
 from diffseg.benchmarks.classes import BENCHMARKS, get_benchmark
 from diffseg.benchmarks.labels import write_picture_label
 from diffseg.errors import DiffsegError
-from diffseg.lab import declarations, runs
+from diffseg.lab import combinations, runs
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import declared, is_parameters, read_cells, read_yaml
 from diffseg.lab.steps import STEPS
@@ -37,7 +37,7 @@ def place(tmp_path, monkeypatch):
     """An empty folder to run in, without a network, a cache of models or a window, on a machine that lacks no package
     and no GPU, so that the notebooks themselves come to speak."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(declarations, "lacks", lambda parameters: ())
+    monkeypatch.setattr(combinations, "lacks", lambda parameters: ())
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "models"))
     matplotlib.use("Agg")

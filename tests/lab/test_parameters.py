@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from diffseg.errors import DiffsegError
-from diffseg.lab import declarations
+from diffseg.lab import combinations
 from diffseg.lab.cli import main
-from diffseg.lab.declarations import FILES, INERT, Parameters, check, check_together
+from diffseg.lab.combinations import check_together
+from diffseg.lab.declarations import FILES, INERT, Parameters, check
 from diffseg.lab.parameters import declared, parse_assignments, read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ CHAIN = {name: default for path in NOTEBOOKS[1:7] for name, default in declared(
 @pytest.fixture
 def capable(monkeypatch):
     """As on a machine that has the extra package and a GPU."""
-    monkeypatch.setattr(declarations, "lacks", lambda parameters: ())
+    monkeypatch.setattr(combinations, "lacks", lambda parameters: ())
 
 
 def write_notebook(path, parameters):
@@ -334,7 +335,7 @@ def test_the_compared_lists_of_the_ablation():
 
 
 def test_what_this_machine_lacks_is_said_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(declarations.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(combinations, "find_spec", lambda name: None)
     for changes, sentence in [
         ({"refiner": "crf"}, "needs the package pydensecrf2. Set `refiner=pamr`, or run pip install pydensecrf2"),
         ({"evaluation_crf": True}, "Set `evaluation_crf=false`, or run pip install"),

@@ -8,7 +8,7 @@ import torch
 
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.errors import DiffsegError
-from diffseg.lab.declarations import check_together
+from diffseg.lab.combinations import check_together
 from diffseg.segmenters import new_networks
 from diffseg.training import train
 from diffseg.training_options import TrainingOptions

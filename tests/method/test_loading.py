@@ -60,6 +60,7 @@ def test_only_diffusion_models_that_are_not_distilled_get_the_second_order_solve
 def test_schedulers_that_keep_their_place():
     zero_snr = dict(timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert takes_dpm(diffusers.EulerDiscreteScheduler(**zero_snr))  # trailing, but not distilled
+    assert takes_dpm(DPMSolverMultistepScheduler(timestep_spacing="trailing"))  # the same solver
     for own in (
         diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing"),
         diffusers.TCDScheduler(),
@@ -68,6 +69,16 @@ def test_schedulers_that_keep_their_place():
         DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     ):
         assert not takes_dpm(own)
+
+
+def test_timesteps_are_the_files_own_or_counted_from_either_end():
+    """Eight parts of 1000 down from the last timestep, or nine up from 0 without the first, plus steps_offset."""
+    down, up = [125 * k - 1 for k in range(8, 0, -1)], [111 * k + 1 for k in range(8, 0, -1)]
+    expected = {"own": down, "dpm++": down, "dpm++ trailing": down, "dpm++ leading": up}  # the file says trailing
+    for name, timesteps in expected.items():
+        scheduler = load_generator("mini", scheduler=name).scheduler
+        scheduler.set_timesteps(8)
+        assert scheduler.timesteps.tolist() == timesteps
 
 
 def test_half_precision_and_offload_on_a_cpu_are_said_and_not_done(folders, capsys):
