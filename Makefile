@@ -36,13 +36,13 @@ study-label_efficiency: install
 	$(TRAIN).label_efficiency mini-voc --finer mini-imagenet-s --seeds 3 --counts 20 90 720
 
 study-robust: install
-	$(TRAIN).robust mini-voc --runs mini-voc --arms edge-aware "edge-aware, one network"
+	$(TRAIN).robust mini-voc --runs mini-voc --arms edge-aware
 	$(TRAIN).robust mini-cityscapes --runs mini-cityscapes-unrefined --arms edge-aware
 
 study-ladder: install
-	$(TRAIN).ladder mini-voc --rungs real oracle ours without --without mini-voc-without
-	$(TRAIN).ladder mini-imagenet-s --rungs real ours
-	$(TRAIN).ladder mini-cityscapes --rungs real ours untuned without \
+	$(TRAIN).ladder mini-voc --rungs real oracle robust ours without --without mini-voc-without
+	$(TRAIN).ladder mini-imagenet-s --rungs real robust ours
+	$(TRAIN).ladder mini-cityscapes --rungs real robust ours untuned without \
 		--untuned mini-cityscapes-untuned --without mini-cityscapes-without
 
 test: install  ## the tests that CI runs: a worker a core, one thread each, a file on one worker

@@ -6,7 +6,8 @@ python -m diffseg.experiments.ladder mini-voc [--rungs without --without mini-vo
 
 The rungs are real images with ground-truth masks; a run's synthetic images with the masks that the mini world's oracle
 sees in them (what is lost to real is the images' fault); the same images with the run's masks (what is lost further is
-the masks'); a run that lacks LoRA alone; a run with none of the techniques. Sets are of equal size.
+the masks'), by a baseline and by the run's own robust training; a run that lacks LoRA alone; a run with none of the
+techniques. All other rungs train baselines. Sets are of equal size.
 Seeds are of the training: initial decoder, order and augmentation; all of them train on the same images.
 """
 
@@ -32,7 +33,7 @@ from diffseg.files import read_rows, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_json, read_manifest
 from diffseg.lab.provenance import provenance
-from diffseg.lab.report import OURS
+from diffseg.lab.report import OURS, ROBUST
 from diffseg.lab.steps import notebook_of
 from diffseg.paths import project_root
 
@@ -43,7 +44,7 @@ REAL, ORACLE, UNTUNED, WITHOUT = (
     "none of the techniques",
 )
 COLUMNS = "benchmark", "split", "rung", "images", "mode", "seed", "miou"  # of a training; merged classes follow
-RUNGS = {"real": REAL, "oracle": ORACLE, "ours": OURS, "untuned": UNTUNED, "without": WITHOUT}
+RUNGS = {"real": REAL, "oracle": ORACLE, "robust": ROBUST, "ours": OURS, "untuned": UNTUNED, "without": WITHOUT}
 
 
 def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Dataset:
@@ -74,7 +75,7 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str | None]
     for rung in chosen.rungs:
         source = run.with_name(named.get(rung, run.name))
         dataset = training_set(rung, benchmark, source, root)
-        options = options_of(parameters, "baseline")  # what robust training adds is asked in `robust`
+        options = options_of(parameters, parameters["training_mode"] if rung == "robust" else "baseline")
         images = (read_manifest(source / "03_synthesis") or {}).get("key")
         if rung != "real":
             used[source.name] = images
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", help="name of a parameter file whose run has step 3")
     parser.add_argument("--without", default="", help="name of the run with none of the techniques")
     parser.add_argument("--untuned", default="", help="name of the run that differs by lora_scale=0 alone")
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["real", "oracle", "ours"])
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["real", "oracle", "robust", "ours"])
     parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
     parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "ladder")

@@ -26,7 +26,7 @@ from diffseg.experiments.robust import arms_figure
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import atomic_path, read_rows, write_text
 from diffseg.lab.manifests import read_json
-from diffseg.lab.report import OURS
+from diffseg.lab.report import OURS, ROBUST
 from diffseg.lab.study_results import captions, score_rows
 from diffseg.paths import project_root
 
@@ -102,7 +102,7 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
             "augmented prompts": ((voc, OURS), (voc, WITHOUT)),
             "two averaged baselines": ((voc, "ensemble"), (voc, one)),
             "edge-aware co-training": ((voc, "edge-aware"), (voc, one)),
-            "edge-aware, one network": ((voc, alone), (voc, one)),
+            "edge-aware, one network": ((voc, ROBUST), (voc, OURS)),
         },
         "mini VOC, masks without a refiner": {
             "two averaged baselines": ((of_voc, "ensemble"), (of_voc, one)),
@@ -113,12 +113,13 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
         "mini Cityscapes": {
             "LoRA": ((streets, OURS), (streets, UNTUNED)),
             "augmented prompts and LoRA": ((streets, OURS), (streets, WITHOUT)),
+            "edge-aware, one network": ((streets, ROBUST), (streets, OURS)),
+            "all three, over none of them": ((streets, ROBUST), (streets, WITHOUT)),
         },
         "mini Cityscapes, masks without a refiner": {
             "restricted co-training": ((of_streets, restricted), (of_streets, one)),
             "edge-aware co-training": ((of_streets, "edge-aware"), (of_streets, one)),
             "edge-aware, one network": ((of_streets, alone), (of_streets, one)),
-            "all three, over none of them": ((of_streets, "edge-aware"), (streets, WITHOUT)),
         },
     }
     found = {}

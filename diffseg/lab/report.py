@@ -13,7 +13,8 @@ from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import machine_name
 from diffseg.paths import project_root
 
-OURS = "synthetic images, attention masks"  # the rung of `diffseg.experiments.ladder` that trains as a run does
+# rungs of `diffseg.experiments.ladder` that train on a run's own images and masks: baselines, and as the run does
+OURS, ROBUST = "synthetic images, attention masks", "synthetic images, attention masks, robust training"
 
 
 def summarise(manifests: Mapping[str, Mapping]) -> dict:
@@ -57,11 +58,11 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
 def reproduction(run: Path, summary: Mapping) -> dict | None:
     """Compare the run in a folder, whose summary is given, with the published one of its name, results/<name>.
 
-    Returns published and measured (mIoU, 0..1), spread (standard deviation over seeds of baselines on the published
-    images), tolerance and reproduced; None where no such run is published, where it had other parameters (seed aside),
-    or where fewer than two seeds are. The tolerance is our choice: 2.8 spreads, which two trainings of different seeds
-    exceed in one case of twenty. Another CPU rounds differently, and training amplifies that as it amplifies another
-    seed.
+    Returns published and measured (mIoU, 0..1), spread (standard deviation over seeds of the same training on the
+    published images), tolerance and reproduced; None where no such run is published, where it had other parameters
+    (seed aside), or where fewer than two seeds are. The tolerance is our choice: 2.8 spreads, which two trainings of
+    different seeds exceed in one case of twenty. Another CPU rounds differently, and training amplifies that as it
+    amplifies another seed.
     """
     published, results = project_root() / "results" / run.name, project_root() / "results"
     trainings = results / "tables" / "ladder_seeds.csv"
@@ -78,7 +79,7 @@ def reproduction(run: Path, summary: Mapping) -> dict | None:
     scores = [
         float(row["miou"]) / 100
         for row in read_rows(trainings)
-        if row["benchmark"] == run.name and row["split"] == known["split"] and row["rung"] == OURS
+        if row["benchmark"] == run.name and row["split"] == known["split"] and row["rung"] == ROBUST
     ]
     if len(scores) < 2:
         return None

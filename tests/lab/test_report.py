@@ -41,7 +41,7 @@ from diffseg.lab.pages import Renderer, formula, page
 from diffseg.lab.publishing import benchmarks_table, claim_with_numbers, readme_with_tables, write_pages
 from diffseg.lab.quoted import with_cells
 from diffseg.lab.report import (
-    OURS,
+    ROBUST,
     beside_published,
     caption,
     published_numbers,
@@ -498,7 +498,7 @@ def test_a_run_says_whether_it_reproduces_the_published_one(tmp_path, monkeypatc
     monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
     (tmp_path / "notebooks").mkdir()
     published, run, steps = tmp_path / "results" / "tiny", tmp_path / "results" / "runs" / "tiny", list(STEPS)[:6]
-    rows = "".join(f'tiny,val,"{OURS}",8,baseline,{k},{50 + 2 * k}\n' for k in range(3))
+    rows = "".join(f'tiny,val,"{ROBUST}",8,selftrain,{k},{50 + 2 * k}\n' for k in range(3))
     write_text(
         tmp_path / "results" / "tables" / "ladder_seeds.csv", f"benchmark,split,rung,images,mode,seed,miou\n{rows}"
     )
