@@ -13,7 +13,7 @@ Seeds are of the training: initial decoder, order and augmentation; all of them 
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
@@ -88,6 +88,20 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str | None]
     return rows, used
 
 
+def still_true(kept: Sequence[dict], made: Sequence[dict], redrawn: Collection[str]) -> list[dict]:
+    """Return the rows of earlier calls that were not made again and whose images are still those of the run.
+
+    redrawn: runs whose images are others now; `made` are then on the new ones.
+    """
+    again = {(row["benchmark"], row["split"], row["rung"]) for row in made}
+    old = {(name, RUNGS[rung]) for name in redrawn for rung in ("oracle", "robust", "ours")}
+    return [
+        row
+        for row in kept
+        if (row["benchmark"], row["split"], row["rung"]) not in again and (row["benchmark"], row["rung"]) not in old
+    ]
+
+
 def means(rows: Sequence[dict]) -> list[dict]:
     """Return a row for each benchmark, split and rung: mean and standard deviation over seeds, share of real, and what
     the run's own images and masks gain over it: the mean difference of equal seeds with its 95 % interval. Merged
@@ -155,13 +169,12 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     table = chosen.out / "tables" / "ladder_seeds.csv"
     rows, used = climb(chosen)
-    made = {(row["benchmark"], row["split"], row["rung"]) for row in rows}
+    known = (read_json(table.with_name("ladder.json")) or {}).get("images", {})
     kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
-    rows = [row for row in kept if (row["benchmark"], row["split"], row["rung"]) not in made] + rows
+    rows = still_true(kept, rows, {name for name in used if known.get(name, used[name]) != used[name]}) + rows
     write_rows(table, rows, list(dict.fromkeys(name for row in rows for name in row)))
     write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
-    images = (read_json(table.with_name("ladder.json")) or {}).get("images", {}) | used
-    about = {"images": images, "seeds": chosen.seeds, **provenance()}
+    about = {"images": known | used, "seeds": chosen.seeds, **provenance()}
     write_text(table.with_name("ladder.json"), json.dumps(about, indent=1))
     figure = ladder_figure(rows)
     save_figure(figure, chosen.out / "figures" / "ladder.png")

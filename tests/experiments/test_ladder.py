@@ -85,6 +85,17 @@ def test_means_and_ratios_are_those_of_each_benchmark_and_split():
     assert [real[f"ours_gains{side}"] for side in ("", "_low", "_high")] == ["-15.0", "-78.5", "48.5"]
 
 
+def test_rows_on_images_that_were_drawn_anew_go():
+    def row(benchmark, rung):
+        return {"benchmark": benchmark, "split": "val", "rung": rung}
+
+    kept = [row(b, rung) for b in ("a", "b") for rung in (ladder.REAL, ladder.ORACLE, ladder.OURS, ladder.WITHOUT)]
+    made = [row("a", ladder.OURS)]
+    same = ladder.still_true(kept, made, set())
+    assert same == [each for each in kept if each not in made]
+    assert ladder.still_true(kept, made, {"a"}) == [each for each in same if each != row("a", ladder.ORACLE)]
+
+
 def test_merged_classes_have_their_mean_and_gain_where_all_trainings_have_them():
     def row(benchmark, rung, seed, **merged):
         return dict(zip(ladder.COLUMNS, (benchmark, "val", rung, 9, "baseline", seed, "50.0"), strict=True)) | merged
