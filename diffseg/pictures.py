@@ -30,18 +30,18 @@ def decode(path: str | os.PathLike) -> Image.Image:
         ) from error
 
 
-def read_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
-    """Return an image, or a file's, upright in 8-bit RGB.
+def read_picture(picture: Image.Image | str | os.PathLike, upright: bool = True) -> Image.Image:
+    """Return an image, or a file's, in 8-bit RGB.
 
-    The camera's orientation (EXIF) is obeyed, transparency shows white, and 16 bits become 8 (65535 is white). Raises
-    a DiffsegError for what `decode` refuses, and for a mode whose white is not defined (32 bits, floats).
+    upright: the camera's orientation (EXIF) is obeyed. Transparency shows white, and 16 bits become 8 (65535 is white).
+    Raises a DiffsegError for what `decode` refuses, and for a mode whose white is not defined (32 bits, floats).
     """
     name = "the image" if isinstance(picture, Image.Image) else picture
     if not isinstance(picture, Image.Image):
         picture = decode(picture)
     deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")  # older Pillow: I
     try:
-        picture = ImageOps.exif_transpose(picture)
+        picture = ImageOps.exif_transpose(picture) if upright else picture
         if deep:
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
         if picture.mode in ("I", "F"):

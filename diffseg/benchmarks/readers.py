@@ -23,7 +23,8 @@ class LabelledPictures(Dataset):
     """Images with label maps: item i is (name, image uint8 3 x H x W, label int64 H x W), as torch tensors.
 
     `items` holds (name, image path, label path); read: called with name and label path, it returns the label map
-    (int64 H x W), where the file is not in the benchmark's coding. Reading raises a DiffsegError that names the file.
+    (int64 H x W), where the file is not in the benchmark's coding. In a user's folder the camera's orientation (EXIF)
+    is obeyed; official labels lie on the pixels as they are stored. Reading raises a DiffsegError that names the file.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class LabelledPictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
         name, image_path, label_path = self.items[index]
-        pixels = np.array(read_picture(image_path))
+        upright = self.benchmark.protocol == FOLDER
+        pixels = np.array(read_picture(image_path, upright))
         label = self.read(name, label_path) if self.read else read_label(label_path, self.benchmark)
         if label.shape != pixels.shape[:2]:
             raise DiffsegError(
                 f"{label_path} is {label.shape[0]} x {label.shape[1]} pixels (height x width), but its "
-                f"image {image_path} is {pixels.shape[0]} x {pixels.shape[1]}, held upright as its EXIF says; use "
-                "its own label."
+                f"image {image_path} is {pixels.shape[0]} x {pixels.shape[1]}"
+                f"{', held upright as its EXIF says' if upright else ''}; use its own label."
             )
         return name, torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
 

@@ -3,14 +3,15 @@
 import json
 import os
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffseg.benchmarks.classes import VOC
-from diffseg.benchmarks.labels import write_label
-from diffseg.benchmarks.readers import open_split, pictures_set
+from diffseg.benchmarks.classes import FOLDER, VOC
+from diffseg.benchmarks.labels import read_label, write_label
+from diffseg.benchmarks.readers import LabelledPictures, open_split, pictures_set
 from diffseg.errors import DiffsegError
 from diffseg.files import METADATA
 from diffseg.inference import predict
@@ -100,22 +101,34 @@ def make_voc(root, name: str, picture: Image.Image, label_shape, turned: bool = 
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_every_reader_sees_the_same_upright_picture(tmp_path, mode):
-    base = make_voc(tmp_path, "a", photo(mode), (50, 37), turned=True)
+def test_every_reader_sees_the_same_picture(tmp_path, mode):
+    base = make_voc(tmp_path, "a", photo(mode), (37, 50))
     path = base / "JPEGImages" / "a.jpg"
     seen = np.asarray(read_picture(path))
-    assert seen.shape == (50, 37, 3)
+    assert seen.shape == (37, 50, 3)
     for dataset in (open_split(VOC, tmp_path, "train"), pictures_set(base, VOC)):
         assert np.array_equal(dataset[0][1].permute(1, 2, 0), seen)
     label, _ = predict(Segmenter("unet-resnet18", ("background", "dog")).eval(), path)
-    assert label.shape == (50, 37)
+    assert label.shape == (37, 50)
     assert find_pictures(base / "JPEGImages") == [path]
 
 
-def test_a_label_of_the_picture_before_it_was_turned_is_named(tmp_path):
+def test_official_labels_lie_on_the_pixels_as_they_are_stored(tmp_path):
+    base = make_voc(tmp_path, "a", photo("RGB"), (37, 50), turned=True)
+    stored = np.asarray(Image.open(base / "JPEGImages" / "a.jpg"))
+    assert np.array_equal(open_split(VOC, tmp_path, "train")[0][1].permute(1, 2, 0), stored)
+    make_voc(tmp_path / "b", "b", photo("RGB"), (50, 37))
+    with pytest.raises(DiffsegError, match="b.png is 50 x 37 .* is 37 x 50; use its own label"):
+        open_split(VOC, tmp_path / "b", "train")[0]
+
+
+def test_a_users_label_of_the_picture_before_it_was_turned_is_named(tmp_path):
+    own = replace(VOC, protocol=FOLDER)
     make_voc(tmp_path, "a", photo("RGB"), (37, 50), turned=True)
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    item = "a", base / "JPEGImages" / "a.jpg", base / "SegmentationClass" / "a.png"
     with pytest.raises(DiffsegError, match="a.png is 37 x 50 .* is 50 x 37, held upright as its EXIF says"):
-        open_split(VOC, tmp_path, "train")[0]
+        LabelledPictures(own, [item], lambda name, path: read_label(path, VOC))[0]
 
 
 def test_names_with_dots_are_names(tmp_path):
