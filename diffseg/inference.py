@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import resize, to_image
 from tqdm import tqdm
 
 from diffseg.benchmarks.classes import VOC
+from diffseg.benchmarks.evaluation import best_class
 from diffseg.benchmarks.labels import picture_coding, write_label
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, whole_folder, write_rows
@@ -113,21 +113,9 @@ def label_maps(network: torch.nn.Module, views: Sequence[View]) -> list[np.ndarr
     """Return the label maps (int64, each of its image's size) of views of one size."""
     device = next(network.parameters()).device
     logits = network(torch.stack([view.seen for view in views]).to(device)).float()
-    return [best_class(own, view.image.shape[1:]).cpu().numpy() for own, view in zip(logits, views, strict=True)]
-
-
-def best_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return the argmax (int64 H x W) of logits (K x h x w) scaled to H x W; of equal ones the first, as argmax does.
-
-    A class at a time: all of them at the size of a photograph of 24 megapixels would take two gigabytes for VOC.
-    """
-    best = torch.full(size, -torch.inf, device=logits.device)
-    label = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for k, one in enumerate(logits):
-        scaled = interpolate(one[None, None], size, mode="bilinear")[0, 0]
-        label[scaled > best] = k
-        best = torch.maximum(best, scaled)
-    return label
+    return [
+        best_class(own[None], view.image.shape[1:])[0].cpu().numpy() for own, view in zip(logits, views, strict=True)
+    ]
 
 
 def find_pictures(places: Sequence[Path]) -> dict[str, Path]:

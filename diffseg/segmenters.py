@@ -238,7 +238,7 @@ class Ensemble(nn.Module):
         self.side, self.palette = networks[0].side, networks[0].palette
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return torch.stack([network(image) for network in self.networks]).mean(dim=0)
+        return sum(network(image) for network in self.networks) / len(self.networks)
 
 
 def new_networks(

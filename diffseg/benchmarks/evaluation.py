@@ -175,6 +175,20 @@ def crf(image: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     return get_refiner("crf")(image.float() / 255, probabilities, 1 - 1e-6)[1:]
 
 
+def best_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return the argmax (int64 N x H x W) of logits (N x K x h x w) scaled to H x W; of equal ones the first.
+
+    A class at a time: all of them at the size of a photograph of 24 megapixels would take two gigabytes for VOC.
+    """
+    best = torch.full((len(logits), *size), -torch.inf, device=logits.device)
+    label = torch.zeros(best.shape, dtype=torch.int64, device=logits.device)
+    for k in range(logits.shape[1]):
+        scaled = F.interpolate(logits[:, k : k + 1], size, mode="bilinear")[:, 0]
+        label[scaled > best] = k
+        best = torch.maximum(best, scaled)
+    return label
+
+
 def describe_inference(scales: Sequence[float], flip: bool, refine: Callable | None) -> str:
     """Return the words for a table row, e.g. "single scale" or "scales 0.5, 1, 1.5 + flip + crf"."""
     words = "scales " + ", ".join(f"{scale:g}" for scale in scales)
@@ -213,10 +227,10 @@ def predict_labels(
                 f"The network's scores have the shape {tuple(output.shape)}, but {benchmark.name} needs "
                 f"{benchmark.num_classes} classes (N x classes x height x width); load a network made for it."
             )
+        if len(views) == 1 and refine is None:
+            return best_class(output.float(), size)
         logits = F.interpolate(output.float(), size=size, mode="bilinear")
         logits = logits.flip(-1) if mirrored else logits
-        if len(views) == 1 and refine is None:
-            return logits.argmax(dim=1)
         total = total + logits.softmax(dim=1) / len(views)
     if refine is not None:
         total = torch.stack([refine(image, scores) for image, scores in zip(images, total, strict=True)])

@@ -13,9 +13,10 @@ from PIL import Image
 
 from diffseg.augmentation import shown_side
 from diffseg.benchmarks.classes import CITYSCAPES, VOC
+from diffseg.benchmarks.evaluation import best_class
 from diffseg.errors import DiffsegError
 from diffseg.files import read_rows
-from diffseg.inference import best_class, find_pictures, predict, predict_files
+from diffseg.inference import find_pictures, predict, predict_files
 from diffseg.lab.cli import main
 from diffseg.segmenters import load_segmenter, new_networks, save_segmenter
 from diffseg.training import train_once
@@ -110,7 +111,7 @@ def test_classes_one_at_a_time_are_the_argmax_of_all():
     logits = torch.randn(5, 9, 7)
     logits[3] = logits[1]  # of equal ones the first
     scaled = torch.nn.functional.interpolate(logits[None], (31, 40), mode="bilinear")[0]
-    assert torch.equal(best_class(logits, (31, 40)), scaled.argmax(dim=0))
+    assert torch.equal(best_class(logits[None], (31, 40))[0], scaled.argmax(dim=0))
 
 
 def test_the_command_writes_masks_overlays_and_areas(folder, pictures, tmp_path, capsys):
