@@ -61,6 +61,11 @@ def load_adapter(pipeline, place: str | Path, scale: float = 1.0, name: str = "g
         raise DiffsegError(
             f"the LoRA {path} is of another base model ({wrong}); load the generator that it was made for."
         )
+    if not has_loader and offloaded_in_parts(pipeline):
+        raise DiffsegError(
+            f"{type(pipeline).__name__} takes no LoRA while single layers are offloaded; "
+            "set generator_offload to model or none."
+        )
     remove_adapter(pipeline, name)
     try:
         if has_loader:
@@ -78,6 +83,12 @@ def load_adapter(pipeline, place: str | Path, scale: float = 1.0, name: str = "g
     for _, _, layer in lora_layers(pipeline):
         layer.set_adapter(list(layer.lora_A), inference_mode=True)
         layer.set_scale(name, scale)
+
+
+def offloaded_in_parts(pipeline) -> bool:
+    """Whether generator_offload is group or sequential: a new matrix would lie outside its layer's hook."""
+    layers = [layer for _, module in modules_of(pipeline) for layer in module.modules()]
+    return any(hasattr(layer, "_diffusers_hook") or any(p.is_meta for p in layer.parameters(False)) for layer in layers)
 
 
 def remove_adapter(pipeline, name: str) -> None:
