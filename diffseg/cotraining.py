@@ -95,11 +95,13 @@ def edge_aware(
     the probabilities elsewhere, refined together by PAMR.
 
     Single-stage segmentation (Araslanov & Roth, CVPR 2020) learns from its own masks, refined so. The use on doubtful
-    pixels among reliable labels is our choice. Classes that have no probability in an image get none, and cost nothing
-    where no image of the batch has them.
+    pixels among reliable labels is our choice. Classes that have neither a probability nor a reliable label in an image
+    get none, and cost nothing where no image of the batch has them.
     """
-    found = probabilities.amax(dim=(2, 3)) > 0
-    classes = found.float().topk(int(found.sum(dim=1).max())).indices[:, :, None, None]  # of each image, B x C x 1 x 1
+    count = probabilities.shape[1]
+    found = (probabilities.amax(dim=(2, 3)) > 0) | classes_of_images(label.masked_fill(~reliable, count), count)
+    most = max(1, int(found.sum(dim=1).max()))
+    classes = found.float().topk(most).indices[:, :, None, None]  # of each image, B x C x 1 x 1
     channels = classes.expand(-1, -1, *label.shape[1:])
     scores = torch.where(reliable[:, None], (classes == label[:, None]).float(), probabilities.gather(1, channels))
     return torch.zeros_like(probabilities).scatter(1, channels, pamr(images, scores))

@@ -57,8 +57,9 @@ def mix(
     band, as `cotraining.paste`; the networks are left in training mode. It must not run inside the autocast block of
     the pass that learns: autocast would keep the weights that it casts here, which have no gradient.
     """
-    receives = torch.rand(len(images), generator=generator) < options.mixing
     source = terms.partners(len(images))
+    receives = torch.rand(len(images), generator=generator) < options.mixing
+    receives &= source != torch.arange(len(images))  # an odd last one stays as it is
     region, online = torch.zeros_like(trusted), label.clone()
     if receives.any():
         wanted = source[receives].to(images.device)
@@ -191,7 +192,7 @@ def train(
     network's argmax is not the label) and, of two networks, disagreement (their argmax differ).
 
     checkpoint: a file that is written every `options.checkpoint_every` iterations and at the end; where it is there
-    the training resumes from it, bit-identical. watch: called by the main process after each step with its number (from
+    the training resumes from it, on a CPU bit-identical. watch: called by the main process after each step with its number (from
     1), the network and the step's values. Under `accelerate launch` the batch is divided among the processes.
     Raises a DiffsegError that names iteration and images when the loss is not finite (the last checkpoint stays), and
     one when no pixel of the set has a label.

@@ -124,6 +124,21 @@ def test_an_edge_aware_answer_is_pamr_of_reliable_labels_and_answers():
     assert (refined[0, :, :, 8].argmax(dim=0) == 1).all() and (refined[1, :, :, 8].argmax(dim=0) == 2).all()
 
 
+def test_a_pasted_object_is_seen_by_the_edge_aware_answer_of_its_own_image_alone():
+    """The first image's answer may name 0 and 1; a reliable object of class 3 is pasted on it. The second has more."""
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    answer = torch.zeros(2, 6, 16, 16)
+    answer[0, :2], answer[1, :5] = 0.5, 0.2
+    label = torch.zeros(2, 16, 16, dtype=torch.long)
+    label[0, 4:12, 4:12] = 3
+    reliable = label == 3
+    refined = terms.edge_aware(answer, images, label, reliable)
+    torch.testing.assert_close(refined.sum(dim=1), torch.ones(2, 16, 16))
+    assert (refined[0, :, 6:10, 6:10].argmax(dim=0) == 3).all() and not refined[0, [2, 4, 5]].any()
+    torch.testing.assert_close(terms.edge_aware(answer[:1], images[:1], label[:1], reliable[:1]), refined[:1])
+    assert not terms.edge_aware(answer * 0, images, label, reliable & False).any()
+
+
 def test_the_two_terms_with_a_perfect_peer_are_the_baseline_loss(label, reliable):
     logits = random_logits()
     peer = torch.nn.functional.one_hot(label.masked_fill(label == IGNORE, 0), 3).permute(0, 3, 1, 2).float()

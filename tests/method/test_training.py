@@ -163,6 +163,8 @@ def test_mixing_pastes_confident_classes_of_the_neighbour(baseline):
     assert all(torch.equal(value, before[key]) for key, value in baseline[0].state_dict().items())
     unchanged = mix([baseline[0]], images, label, trusted, changed(mixing=0.0), 0, 255, torch.Generator())
     assert torch.equal(unchanged[0], images) and not unchanged[3].any()
+    odd = mix([baseline[0]], images[:3], label[:3], trusted[:3], options, 0, 255, torch.Generator().manual_seed(0))
+    assert torch.equal(odd[1][2], label[2]) and not odd[2][2].any() and not odd[3][2].any()  # it has no neighbour
 
 
 class Cut(list):
