@@ -11,7 +11,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,9 +100,9 @@ class Cutter(Dataset):
         return self.options.refine(self.device)
 
     def __getitem__(self, row: Prompt) -> None:
-        name = name_of(row)
+        name, refine = name_of(row), self.refine  # one that cannot be made is no fault of the image
         try:
-            made = cut(*read_drawn(self.drawn, row), row, self.benchmark, self.options, self.refine)
+            made = cut(*read_drawn(self.drawn, row), row, self.benchmark, self.options, refine)
         except DiffsegError as error:
             with atomic_path(self.folder / FAILED / f"{name}.txt") as path:
                 path.write_text(f"{error}\n", encoding="utf-8")
@@ -140,15 +140,18 @@ def cut_set(
 ) -> None:
     """Cut the masks of the images in `drawn` that are not in `folder` yet; JPEGImages there is a link to the images.
 
-    An image from which no mask can be cut is left out with its reason (`write_lists`); the others go on. batch_size and
+    An image from which no mask can be cut is left out with its reason (`write_lists`); the others go on, and a later
+    call tries it again. batch_size and
     share are those of `draw_set`, so that a process cuts what it has drawn. workers: processes that cut, on one core
     each; 0: this one. Masks are cut on the CPU (only `sam` uses `device`) and by one thread each, so that they depend
     neither on the number of workers nor on the GPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / IMAGES).exists():
+    with suppress(FileExistsError):  # by an earlier call or another process
         (folder / IMAGES).symlink_to(os.path.relpath(drawn / IMAGES, folder), target_is_directory=True)
     mine = [row for batch in batches_of(rows, batch_size, share) for row in batch]
+    for row in mine:  # tried again: the reason may be gone
+        (folder / FAILED / f"{name_of(row)}.txt").unlink(missing_ok=True)
     todo = [row for row in mine if not is_cut(folder, row)]
     if not todo:
         return  # a loader would start its workers

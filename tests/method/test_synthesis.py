@@ -108,6 +108,25 @@ def test_each_image_is_handed_on_when_its_files_are_there(pipeline, rows, whole,
     assert len(taken) == 10 and len(left) == 2
 
 
+def test_what_fails_for_the_machines_sake_is_no_images_fault(pipeline, rows, tmp_path, monkeypatch):
+    """A refiner that cannot be made stops the cutting; an image that failed is tried again by the next call."""
+    draw_set(pipeline, rows[:2], tmp_path / "drawn", OPTIONS, 2)
+    whole = (tmp_path / "drawn" / "JPEGImages" / "000001.jpg").read_bytes()
+    with pytest.raises(DiffsegError):
+        cut_set(
+            rows[:2], tmp_path / "drawn", tmp_path / "cut", VOC, replace(OPTIONS, refiner="sam", sam_checkpoint="x")
+        )
+    assert not (tmp_path / "cut" / "Failed").exists()
+    Image.new("RGB", (64, 64)).save(tmp_path / "drawn" / "JPEGImages" / "000001.jpg")
+    cut_set(rows[:2], tmp_path / "drawn", tmp_path / "cut", VOC, OPTIONS)
+    assert (tmp_path / "cut" / "Failed" / "000001.txt").is_file()
+    (tmp_path / "drawn" / "JPEGImages" / "000001.jpg").write_bytes(whole)
+    cut_set(rows[:2], tmp_path / "drawn", tmp_path / "cut", VOC, OPTIONS)
+    assert not (tmp_path / "cut" / "Failed" / "000001.txt").exists() and all(
+        is_cut(tmp_path / "cut", r) for r in rows[:2]
+    )
+
+
 @pytest.mark.slow  # worker processes import the package
 def test_masks_do_not_depend_on_workers(pipeline, rows, tmp_path):
     """Cut beside the drawing by two workers, and afterwards by this process with two threads: the same files."""
