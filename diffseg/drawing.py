@@ -62,7 +62,7 @@ def draw_rows(pipeline, rows: Sequence[Prompt], options: DrawingOptions) -> list
         pipeline,
         [row.prompt for row in rows],
         [row.seed for row in rows],
-        [row.negative for row in rows] if any(row.negative for row in rows) else None,
+        [row.negative for row in rows],
         options.height,
         options.width,
         options.sampling_steps,

@@ -232,14 +232,14 @@ def draw(
     The noise of each image comes from a CPU generator of its own, in float32 whatever the generator's precision:
     the same on every device and, up to rounding, in every precision. (Left to diffusers, it is drawn in the generator's
     precision: on a GPU with torch 2.11 the images in fp16 were others altogether.) An image with pixels that are no
-    numbers, as a VAE in half precision can give, comes out black. Raises a DiffsegError for negative prompts of a
-    family that has none.
+    numbers, as a VAE in half precision can give, comes out black. negative: empty texts alone are none. Raises a
+    DiffsegError for negative prompts of a family that has none.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     height, width = image_size(pipeline, height, width)
     noise = latent_noise(pipeline, generators, height, width)
     options = call_arguments(pipeline, sampling_steps) | {family_of(pipeline).guidance: guidance_scale}
-    if negative is not None:
+    if any(negative or ()):
         if not family_of(pipeline).negative:
             raise DiffsegError(f"{type(pipeline).__name__} takes no negative prompt; leave negative_prompt empty")
         options["negative_prompt"] = list(negative)

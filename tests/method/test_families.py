@@ -486,6 +486,7 @@ def test_what_a_family_has_not_is_one_sentence():
     with pytest.raises(DiffsegError, match="no attention capture for SimpleNamespace; use .*FluxPipeline"):
         family_of(SimpleNamespace())
     for name in ("lcm", "flux-dev", "sana-sprint"):
+        assert draw(shared(name), [PROMPT], [0], [""])  # nothing to avoid
         with pytest.raises(DiffsegError, match="takes no negative prompt"):
             draw(shared(name), [PROMPT], [0], [OTHER])
     with pytest.raises(DiffsegError, match="attention_softmax is \"all\"|attention_softmax is 'all'"):
