@@ -42,12 +42,19 @@ def hold_out(paths: Sequence[Path], share: float, seed: int) -> tuple[list[Path]
     """Split images at random into those to tune on and the `share` (0 to below 1) that is held out.
 
     The held-out images tell whether the others are memorised. Both lists stay in the order of `paths`.
-    Raises a DiffsegError for a share out of range.
+    Raises a DiffsegError for a share out of range, and where those that generated images are compared with (held out,
+    or without these all) are fewer than the two that a distance between sets needs.
     """
     if not 0 <= share < 1:
         raise DiffsegError(f"lora_held_out must be at least 0 and below 1, not {share}.")
+    count = round(share * len(paths))
+    if (count or len(paths)) < 2:
+        raise DiffsegError(
+            f"lora_held_out={share} holds out {count} of {len(paths)} target images, but a distance to images needs "
+            "two; give more of them in target_images, or hold out none or two."
+        )
     order = np.random.default_rng(derive_seed(seed, "lora", "held out")).permutation(len(paths))
-    kept = set(order[: round(share * len(paths))].tolist())
+    kept = set(order[:count].tolist())
     return [p for k, p in enumerate(paths) if k not in kept], [p for k, p in enumerate(paths) if k in kept]
 
 

@@ -367,6 +367,9 @@ def test_held_out_pictures_are_the_others(tmp_path):
     assert target_domain.hold_out(paths, 0.25, seed=3) == (tuned, kept)
     assert target_domain.hold_out(paths, 0.25, seed=4) != (tuned, kept)
     assert target_domain.hold_out(paths, 0, seed=3) == (paths, [])
+    for count, share in ((3, 0.25), (5, 0.25), (1, 0)):
+        with pytest.raises(DiffsegError, match=f"lora_held_out={share} holds out .* of {count} target images"):
+            target_domain.hold_out(paths[:count], share, seed=3)
     with pytest.raises(DiffsegError, match="lora_held_out must be at least 0 and below 1, not 1"):
         target_domain.hold_out(paths, 1, seed=3)
 
