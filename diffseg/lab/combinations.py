@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from diffseg.errors import DiffsegError
+from diffseg.lab import processes
 from diffseg.lab.declarations import OneOf, Parameters, refusal
 from diffseg.paths import is_short_name, locate
 
@@ -64,6 +65,10 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         sizes = get("attention_resolutions") or [16]
         rule = "be the size of a map, as the refiner self-attention reads it"
         yield "self_attention", rule, f"Set `self_attention={max(sizes)}`."
+    if get("refiner") == "self-attention" and given("kept_steps", "attention_steps"):
+        if get("kept_steps") != (read := get("attention_steps")):
+            rule = f"be {read} as attention_steps, as self-attention is kept as the mean of these steps"
+            yield "kept_steps", rule, f"Set `kept_steps={read}`."
     if get("refiner") == "sam" and get("sam_checkpoint") == "":
         remedy = "Set it to a file of Segment Anything's weights, or to mini for the mini world's."
         yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
@@ -85,6 +90,13 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
                         "be false, as one's own classes have no labelled images",
                         (f"Set `{name}=false`, or `benchmark=folder` and data_root to labelled images of your own."),
                     )
+    if (
+        get("benchmark") == "cityscapes"
+        and not get("class_list")
+        and {"images", "beta", "training_mode"} & parameters.keys()
+    ):
+        rule = "be cityscapes-things, as what is no object in a synthetic image is background and cityscapes has none"
+        yield "benchmark", rule, "Set `benchmark=cityscapes-things`."
     if get("data_names") and given("benchmark") and not is_folder:
         yield "data_names", "be empty, as the benchmark is not folder", "Set `data_names={}`, or `benchmark=folder`."
     if given("evaluation_split", "benchmark") and get("evaluation_split") and not is_folder:
@@ -104,9 +116,12 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if any("{}" in caption for caption in get("lora_captions", [])) and get("lora_words") == []:
         rule = "hold a word at least, as lora_captions has {} in place of one"
         yield "lora_words", rule, "Set `lora_words=[car]`, or take {} out of lora_captions."
-    if get("segmenter", "").startswith(("deeplabv3plus", "upernet")) and get("training_batch") == 1:
-        rule = "be at least 2, as this segmenter normalises each image's average over the batch"
-        yield "training_batch", rule, "Set `training_batch=2`."
+    normalises = get("segmenter", "").startswith(("deeplabv3plus", "upernet"))
+    least = (2 if normalises else 1) * processes.count()
+    if given("segmenter", "training_batch") and get("training_batch") < least:
+        why = ", as this segmenter normalises each image's average over the batch" if normalises else ""
+        each = f" for {processes.count()} processes" if processes.count() > 1 else ""
+        yield "training_batch", f"be at least {least}{each}{why}", f"Set `training_batch={least}`."
     if given("segmenter", "encoder_weights") and is_short_name("encoder_weights", get("encoder_weights")):
         folder = locate("encoder_weights", get("encoder_weights"))
         segmenter = json.loads((folder / "config.json").read_text("utf-8"))["segmenter"]
