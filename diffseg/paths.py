@@ -58,4 +58,4 @@ def locate(parameter: str, value: str) -> Path:
     """
     if is_short_name(parameter, value):
         return _SHORT_NAMES[parameter, value][0]()
-    return base_folder() / Path(value).expanduser()
+    return base_folder() / os.path.expanduser(value)

@@ -131,8 +131,9 @@ def step_notebooks() -> dict[str, Path]:
 
 
 def step_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all parameters of a notebook: those of `values` that it declares, defaults for the rest."""
-    return {name: values.get(name, default) for name, default in declared(notebook).items()}
+    """Return all parameters of a notebook, checked: those of `values` that it declares, defaults for the rest."""
+    defaults = declared(notebook)
+    return check({name: values.get(name, default) for name, default in defaults.items()}, defaults, notebook.name)
 
 
 def resolve(name: str, changes: Mapping[str, Any], out: str = "", source: str = "--set") -> tuple[dict[str, Any], Path]:
@@ -144,7 +145,7 @@ def resolve(name: str, changes: Mapping[str, Any], out: str = "", source: str = 
     path = parameter_file(name)
     values = check(read_yaml(path), defaults, path.name) | check(dict(changes), defaults, source)
     if out:
-        values["out"] = str(Path(out).expanduser().absolute())
+        values["out"] = str(Path(os.path.expanduser(out)).absolute())
     if "run" not in values:
         raise DiffsegError(f"{path} does not name its run; add a line `run: {path.stem}`.")
     return values, run_folder(values["run"], values.get("out", ""))

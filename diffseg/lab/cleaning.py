@@ -31,10 +31,13 @@ def clean(out: str = "", agreed: bool = False) -> list[Path]:
         if input(f"Remove these {len(unused)} folders? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return []
+    removed = []
     for folder in unused:
         with acquire(*step_lock(folder)):
-            shutil.rmtree(folder)
-    return unused
+            if folder not in referred(results):  # a run may have taken it up since
+                shutil.rmtree(folder)
+                removed.append(folder)
+    return removed
 
 
 def all_steps(results: Path) -> set[Path]:

@@ -119,6 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     except DiffsegError as error:
         print(f"diffseg: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a folder of somebody else's
+        print(f"diffseg: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         is_term = isinstance(error, Terminated)
         what = "terminated" if is_term else "interrupted"

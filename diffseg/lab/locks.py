@@ -22,16 +22,21 @@ def acquire(path: Path, busy: str, shared: bool = False, waiting: str = "") -> T
     if fcntl is None:
         raise DiffsegError("runs need the file locks and links of Linux or macOS; on Windows work in WSL.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
+    file = open(path, "a+")  # NFS lets only those who may read share a lock
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         if not waiting:
             file.close()
             raise DiffsegError(busy) from None
         print(waiting, flush=True)
         fcntl.flock(file, kind)
+    except OSError as error:
+        file.close()
+        raise DiffsegError(
+            f"{path} cannot be locked ({error.strerror}); set out to a file system that has locks."
+        ) from None
     return file
 
 

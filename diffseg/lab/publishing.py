@@ -1,6 +1,7 @@
 """Put a run's numbers into results/ and into the pages that quote them, so that all tell what was measured."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from diffseg.lab.batch import step_notebooks
 from diffseg.lab.old_pages import can_be_remade, old_pages
 from diffseg.lab.quoted import value, with_cells, with_numbers
 from diffseg.lab.report import markdown, percent
-from diffseg.lab.runs import trouble
+from diffseg.lab.runs import mixture, trouble
 from diffseg.lab.steps import STEPS, run_folder
 from diffseg.lab.studies import study_files
 from diffseg.paths import project_root
@@ -36,7 +37,9 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
             interval = " to ".join(map(percent, summary[f"miou{suffix}_interval"] or []))
             row[title] = percent(summary["miou" + suffix]) + (f" ({interval})" if interval else "")
         row["ratio"] = "-" if summary["ratio"] is None else f"{summary['ratio']:.2f}"
-        row["minutes"] = f"{sum(summary['seconds'].values()) / 60:.1f}"
+        manifests = [json.loads(each.read_text("utf-8")) for each in (path.parent / "manifests").glob("*.json")]
+        is_whole = not any(each["resumed"] for each in manifests)  # else these are of the last attempt
+        row["minutes"] = f"{sum(summary['seconds'].values()) / 60:.1f}" if is_whole else "-"
         row["diffseg"] = manifest["versions"]["diffseg"]
         rows.append(row)
     return f"{markdown(rows)}\n\nIn brackets the 95 % interval over validation images; one seed each.\n"
@@ -73,6 +76,7 @@ def publish(run: Path | None = None) -> None:
     The run's executed notebooks become pages for readers without Python (`write_pages`). Pages of other runs are made
     again where they are old and results/runs has the executed notebook. Raises a DiffsegError as `copy_results` does.
     """
+    run = run and Path(os.path.abspath(run))  # its name is the results'
     names = copy_results(run) if run else []
     fill_readme()  # before the pages, which show these numbers
     if names:
@@ -101,6 +105,8 @@ def copy_results(run: Path) -> list[str]:
         return executed
     target = results / run.name
     files = {target / "figures" / figure.name: figure for figure in (run / "figures").glob("*.png")}
+    if problem := mixture(run, STEPS):
+        raise DiffsegError(f"{run} cannot be published: {problem}; run it: diffseg run {run.name}")
     for step in (run / name for name in STEPS):
         if problem := trouble(step):
             raise DiffsegError(f"{step} cannot be published: {problem}; run it: diffseg run {run.name}")

@@ -169,6 +169,8 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
     namespace.update(parameters)
     run, out = run_folder(namespace["run"], namespace["out"]), namespace["out"]
     keys = linked_keys(run)
+    if problem := mixture(run, upstream(step_name)):
+        raise DiffsegError(f"{problem}; run that notebook, and those after it, before {step_name}.")
     recipe = step_recipe(step_name, parameters, keys)
     key = key_of(recipe)
     folder = step_folder(step_name, key, out)
@@ -193,6 +195,16 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
     if problem and (parameters.get("workers") or parameters.get("threads")):
         prepare()  # of the processes that the step will start, beside its first cells
     return Step(step_name, folder, parameters, key, recipe, not problem, bool(problem) and resumed, run, keys)
+
+
+def mixture(run: Path, steps: Iterable[str]) -> str:
+    """Say which of these steps of a run was made from another step than the run links to by now; "" if none was."""
+    keys = linked_keys(run)
+    for step in steps:
+        for name, key in (read_manifest(run / step) or {}).get("recipe", {}).get("upstream", {}).items():
+            if keys.get(name) != key:
+                return f"{step} in {run} was made from another {name} than the present one"
+    return ""
 
 
 def trouble(folder: Path, verify: bool = False) -> str:

@@ -9,6 +9,7 @@ is overwritten.
 import ast
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def results_folder(out: str = "") -> Path:
 
     A relative one counts from the project's root, so that it means the same in the runner, papermill and JupyterLab.
     """
-    return (project_root() / Path(out or "results").expanduser()).absolute()
+    return (project_root() / os.path.expanduser(out or "results")).absolute()
 
 
 def run_folder(run: str, out: str = "") -> Path:
@@ -200,9 +201,9 @@ def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
             places = sources(parameter, value) or [locate(parameter, value)]
         found = {}
         for place in places:
-            for path in [place] if place.is_file() else sorted(place.rglob("*")):
+            for path in [place] if place.is_file() else files_below(place):
                 inside = path.relative_to(place) if place.is_dir() else Path(path.name)
-                if path.is_file() and path.name != CARD and not any(part.startswith(".") for part in inside.parts):
+                if path.name != CARD and not any(part.startswith(".") for part in inside.parts):
                     found[inside.as_posix()] = file_digest(path)
         if parameter == "target_images":  # captions may stand in the folders above (`diffseg.target_domain`)
             for number, above in enumerate(places[0].absolute().parents, start=1):
@@ -213,9 +214,23 @@ def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return named
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return the files below a folder, sorted; linked folders are walked, each once."""
+    found, walked = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in walked:
+            folders.clear()
+            continue
+        walked.add(real)
+        folders.sort()
+        found += [path for name in names if (path := Path(place, name)).is_file()]
+    return sorted(found)
+
+
 def file_digest(path: Path) -> str:
-    """Return a file's sha256 (of a module its code's); gigabytes of weights are read once, not for every step."""
-    if path.suffix == ".py":
+    """Return a file's sha256 (of a module of diffseg its code's); gigabytes of weights are read once, not for every
+    step."""
+    if path.suffix == ".py" and path.is_relative_to(PACKAGE):
         return sha256_text(without_comments(path.read_text(encoding="utf-8")))
     stat = path.stat()
     return _file_digest(path, stat.st_size, stat.st_mtime_ns)

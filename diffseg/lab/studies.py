@@ -137,6 +137,7 @@ def make_runs(study: Study, jobs: int) -> list[str]:
     prints goes to <run>.log beside its folder. When this process is interrupted or terminated, it ends them first.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, hardware()["cores"] // jobs))} | os.environ
+    environment |= {"DIFFSEG_ROOT": str(project_root())}  # the runs work in the package's folder
     devices = visible_devices() if jobs > 1 else []
     waiting, failed = list(study.runs), []
     working: dict[int, tuple[StudyRun, subprocess.Popen]] = {}  # by slot, 0 to jobs - 1

@@ -420,7 +420,8 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     sentence = "the run tiny has no executed notebook of 04_robust_training; run `diffseg run tiny --force`"
     assert sentence in capsys.readouterr().err and not (tmp_path / "results" / "tiny").exists()
     write_executed(run / "notebooks" / "04_robust_training.ipynb")
-    assert main(["publish", str(run)]) == 0
+    monkeypatch.chdir(run)
+    assert main(["publish", "."]) == 0
     pages = sorted((tmp_path / "results" / "notebooks" / "tiny").iterdir())
     assert [path.name for path in pages] == [f"{path.stem}.html" for path in notebooks]
     assert '<a href="tiny/05_evaluation.html">' in (tmp_path / "results" / "notebooks" / "index.html").read_text()

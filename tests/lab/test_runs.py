@@ -545,6 +545,35 @@ def test_papermill_and_jupyter_from_other_folders_make_the_same(project, tmp_pat
     assert (hashes(project), linked_keys(project)) == expected
 
 
+def test_steps_that_do_not_belong_together_are_not_mixed(project, monkeypatch, capsys):
+    """Other images are linked, while step 4 stands on the earlier ones."""
+    last = "04_robust_training"
+    place = project.parents[1] / "steps" / last / "k"
+    place.mkdir(parents=True)
+    (place / "a.txt").write_text("made from others")
+    made = runs.read_manifest(project / "03_synthesis") | {"recipe": {"upstream": {"03_synthesis": "other"}}}
+    runs.write_manifest(place, ["a.txt"], made)
+    runs.link(project / last, place)
+    assert runs.mixture(project, ["03_synthesis"]) == ""
+    assert runs.mixture(project, STEPS).startswith(f"{last} in {project} was made from another 03_synthesis")
+
+
+def test_a_whole_number_in_the_parameters_cell_is_the_number_that_the_kernel_takes(project, capsys):
+    notebook = project.parents[2] / "notebooks" / "03_synthesis.ipynb"
+    notebook.write_text(notebook.read_text().replace("beta = 0.2", "beta = 0"))
+    assert main(["run", "tiny"]) == 0, capsys.readouterr().err
+    assert repr(runs.read_manifest(project / "03_synthesis")["parameters"]["beta"]) == "0.0"
+
+
+def test_a_full_disk_ends_in_a_sentence(project, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device", "results/x")
+
+    monkeypatch.setattr(batch, "link", full)
+    assert main(["run", "tiny"]) == 1
+    assert capsys.readouterr().err == "diffseg: results/x: No space left on device.\n"
+
+
 # cleaning
 
 
@@ -562,6 +591,11 @@ def test_clean_lists_what_no_run_refers_to_and_removes_it_when_told(project, cap
     assert "give --yes" in said.err
     with locks.acquire(*locks.step_lock(unused)), pytest.raises(DiffsegError, match="another process is making"):
         cleaning.clean(agreed=True)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: main(["run", "tiny"]) or "y")  # meanwhile a run takes it up
+    new = linked_keys(project)
+    assert [folder.name for folder in cleaning.clean()] == [] and unused.is_dir()
+    assert main(["run", "tiny", "--set", "beta=0.4"]) == 0 and linked_keys(project) == new
     assert main(["clean", "--yes"]) == 0 and not unused.exists()
     assert (project / "03_synthesis").exists() and len(images_in(project)) == 20
     shutil.rmtree(project)

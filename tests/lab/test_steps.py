@@ -183,6 +183,21 @@ def test_captions_above_the_target_images_count(tmp_path):
     assert named_files({"target_images": str(folder)}) != after
 
 
+def test_files_in_linked_folders_count_once_and_a_users_scripts_by_their_bytes(tmp_path):
+    data, labels = tmp_path / "data", tmp_path / "labels"
+    data.mkdir()
+    labels.mkdir()
+    (labels / "0.png").write_bytes(b"a label")
+    (data / "old.py").write_text("print 'Python 2'")
+    (data / "SegmentationClass").symlink_to(labels, target_is_directory=True)
+    (labels / "back").symlink_to(data, target_is_directory=True)
+    wanted = {"benchmark": "folder", "data_root": str(data)}
+    before = named_files(wanted)["data_root"]
+    assert set(before) == {"old.py", "SegmentationClass/0.png"}
+    (labels / "0.png").write_bytes(b"a corrected label")
+    assert named_files(wanted)["data_root"] != before
+
+
 def test_the_wording_of_a_card_makes_nothing_anew(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = named_files({"encoder_weights": str(tmp_path)})
