@@ -58,4 +58,12 @@ def locate(parameter: str, value: str) -> Path:
     """
     if is_short_name(parameter, value):
         return _SHORT_NAMES[parameter, value][0]()
-    return base_folder() / os.path.expanduser(value)
+    return base_folder() / from_home(value)
+
+
+def from_home(value: str) -> Path:
+    """Return a path with the home folder in place of `~`; a user who is not there raises a DiffsegError."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise DiffsegError(f"{value} names the home of a user who is not here; write the folder in full.") from None

@@ -192,8 +192,9 @@ def train(
     network's argmax is not the label) and, of two networks, disagreement (their argmax differ).
 
     checkpoint: a file that is written every `options.checkpoint_every` iterations and at the end; where it is there
-    the training resumes from it, on a CPU bit-identical. watch: called by the main process after each step with its number (from
-    1), the network and the step's values. Under `accelerate launch` the batch is divided among the processes.
+    the training resumes from it, on a CPU bit-identical. watch: called by the main process after each step with its
+    number (from 1), the network and the step's values. Under `accelerate launch` the batch is divided among the
+    processes.
     Raises a DiffsegError that names iteration and images when the loss is not finite (the last checkpoint stays), and
     one when no pixel of the set has a label.
     """

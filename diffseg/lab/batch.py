@@ -30,7 +30,7 @@ from diffseg.lab.steps import (
     steps_of,
     upstream,
 )
-from diffseg.paths import project_root
+from diffseg.paths import from_home, project_root
 
 MINIMUM_FREE = 1e9  # bytes; our choice: the largest step of a mini run writes half of it
 
@@ -145,7 +145,7 @@ def resolve(name: str, changes: Mapping[str, Any], out: str = "", source: str = 
     path = parameter_file(name)
     values = check(read_yaml(path), defaults, path.name) | check(dict(changes), defaults, source)
     if out:
-        values["out"] = str(Path(os.path.expanduser(out)).absolute())
+        values["out"] = str(from_home(out).absolute())
     if "run" not in values:
         raise DiffsegError(f"{path} does not name its run; add a line `run: {path.stem}`.")
     return values, run_folder(values["run"], values.get("out", ""))

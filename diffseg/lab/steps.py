@@ -21,7 +21,7 @@ from diffseg.files import METADATA, sha256_file, sha256_text
 from diffseg.lab.declarations import FILES, INERT
 from diffseg.lab.manifests import fingerprint
 from diffseg.lab.parameters import is_parameters, read_cells
-from diffseg.paths import locate, project_root, sources
+from diffseg.paths import from_home, locate, project_root, sources
 
 # step -> the steps whose artefacts it reads directly, in running order
 STEPS = {
@@ -68,7 +68,7 @@ def results_folder(out: str = "") -> Path:
 
     A relative one counts from the project's root, so that it means the same in the runner, papermill and JupyterLab.
     """
-    return (project_root() / os.path.expanduser(out or "results")).absolute()
+    return (project_root() / from_home(out or "results")).absolute()
 
 
 def run_folder(run: str, out: str = "") -> Path:

@@ -565,13 +565,15 @@ def test_a_whole_number_in_the_parameters_cell_is_the_number_that_the_kernel_tak
     assert repr(runs.read_manifest(project / "03_synthesis")["parameters"]["beta"]) == "0.0"
 
 
-def test_a_full_disk_ends_in_a_sentence(project, monkeypatch, capsys):
+def test_a_full_disk_and_an_unknown_home_end_in_a_sentence(project, monkeypatch, capsys):
     def full(*arguments):
         raise OSError(28, "No space left on device", "results/x")
 
     monkeypatch.setattr(batch, "link", full)
     assert main(["run", "tiny"]) == 1
     assert capsys.readouterr().err == "diffseg: results/x: No space left on device.\n"
+    assert main(["run", "tiny", "--out", "~nobody-here/x"]) == 1
+    assert "~nobody-here/x names the home of a user who is not here" in capsys.readouterr().err
 
 
 # cleaning
