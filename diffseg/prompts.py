@@ -165,8 +165,8 @@ def augment(
     that stay plain (in captions: stay as written); whatever it is, classes, places and seeds are the same, so
     that two lists can be compared pair by pair. classes_per_prompt: classes in a template's prompt; a caption
     has the classes that it names. balance: every class equally often (within one; with captions: a caption is
-    drawn for each class in turn); otherwise every word of the table (every caption) equally often, so that a
-    class with 190 hyponyms comes more often than one with four. Prompts and spans are in Unicode's composed form
+    drawn for each class in turn); otherwise a class in proportion to its words (every caption equally often), so that
+    one with 190 hyponyms comes more often than one with four. Prompts and spans are in Unicode's composed form
     (NFC). Raises DiffsegError for values out of range.
     """
     templates, places, captions = (tuple(map(nfc, texts)) for texts in (templates, places, captions))

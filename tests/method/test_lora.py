@@ -196,6 +196,19 @@ def test_settings_and_losses_on_disk(tmp_path, pictures):
     assert [float(row["loss"]) for row in rows] == losses
 
 
+def test_the_rate_warms_up_and_the_average_is_what_is_left(tmp_path, pictures):
+    losses, found = [], []
+    for ema in (0.0, 0.5):
+        options = dataclasses.replace(OPTIONS, steps=5, warmup=3, ema=ema)
+        losses.append(tune(tiny_pipeline(), pictures, CAPTIONS, options, tmp_path / str(ema)))
+        found.append(weights(tmp_path / str(ema)))
+    assert losses[0] == losses[1]  # the average follows and does not steer
+    plain, average = (sum(float(v.norm()) for k, v in each.items() if "lora_B" in k) for each in found)
+    assert 0 < average < plain  # B begins at zero
+    rates = [float(row["learning_rate"]) for row in csv.DictReader((tmp_path / "0.0" / lora.LOSSES).open())]
+    assert rates == pytest.approx([1e-2 * min(1, k / 3) for k in range(5)], abs=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------- resume
 
 

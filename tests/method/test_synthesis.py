@@ -108,6 +108,27 @@ def test_each_image_is_handed_on_when_its_files_are_there(pipeline, rows, whole,
     assert len(taken) == 10 and len(left) == 2
 
 
+def test_a_negative_prompt_reaches_the_generator(pipeline, rows):
+    avoided = replace(rows[0], negative="a dog on the grass")
+    [plain], [other] = draw_rows(pipeline, rows[:1], OPTIONS), draw_rows(pipeline, [avoided], OPTIONS)
+    assert plain.tobytes() != other.tobytes()
+    [drawn] = draw(pipeline, [rows[0].prompt], [rows[0].seed], ["a dog on the grass"], 64, 64, 3, 4.0)
+    assert drawn.tobytes() == other.tobytes()
+
+
+def test_an_inverted_map_is_turned_round_before_it_is_cut(pipeline, rows):
+    """The word attends to the image's rim: its object is the rest, if the rule is on."""
+    ring = torch.ones(1, 1, 16, 16)
+    ring[..., 4:12, 4:12] = 0.1
+    [picture] = draw_rows(pipeline, rows[:1], OPTIONS)
+    maps = WordMaps({"layer": ring}, [[0, 1, 2]])
+    off, on = (
+        cut(picture, maps, rows[0], VOC, replace(OPTIONS, inverted_above=above), OPTIONS.refine("cpu")).label
+        for above in (1.0, 0.5)
+    )
+    assert off[0, 0] > 0 and off[32, 32] == 0 and on[0, 0] == 0 and on[32, 32] > 0
+
+
 def test_what_fails_for_the_machines_sake_is_no_images_fault(pipeline, rows, tmp_path, monkeypatch):
     """A refiner that cannot be made stops the cutting; an image that failed is tried again by the next call."""
     draw_set(pipeline, rows[:2], tmp_path / "drawn", OPTIONS, 2)
