@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffseg.files import MANIFEST, sha256_file, sha256_text
 from diffseg.lab.parameters import read_cells
-from diffseg.lab.steps import STEPS, run_folder
+from diffseg.lab.steps import STEPS, run_folder, without_comments
 from diffseg.paths import project_root
 
 OPENED = re.compile(r'project_root\(\) / "results"(?: / "[^"]+")+')  # in a code cell
@@ -19,12 +19,14 @@ NOTED = re.compile(r'<meta content="(\S+) ([0-9a-f]{64})" name="made-from"/>')  
 
 
 def take_prose(cells: Sequence[dict], step: str) -> None:
-    """Give an executed notebook's text cells the text of today's notebook, cell by cell by their ids; in place."""
+    """Give an executed notebook's cells the text and the comments of today's notebook, cell by cell by their ids; in
+    place. Code that differs in more than comments stays as it was executed."""
     notebook = project_root() / "notebooks" / f"{step}.ipynb"
     today = {cell.get("id"): cell["source"] for cell in read_cells(notebook)} if notebook.is_file() else {}
     for cell in cells:
-        if cell["cell_type"] == "markdown":
-            cell["source"] = today.get(cell.get("id"), cell["source"])
+        source = today.get(cell.get("id"), cell["source"])
+        if cell["cell_type"] == "markdown" or without_comments(source) == without_comments(cell["source"]):
+            cell["source"] = source
 
 
 def made_from(notebook: Path, manifest: Path) -> dict[str, str]:
