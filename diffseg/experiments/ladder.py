@@ -5,9 +5,9 @@ python -m diffseg.experiments.ladder mini-voc [--rungs without --without mini-vo
     results/figures/ladder.png and .pdf
 
 The rungs are real images with ground-truth masks; a run's synthetic images with the masks that the mini world's oracle
-sees in them (what is lost to real is the images' fault); the same images with the run's masks (what is lost further is
-the masks'), by a baseline and by the run's own robust training; a run that lacks LoRA alone; a run with none of the
-techniques. All other rungs train baselines. Sets are of equal size.
+sees in them (what is lost to real is the images' fault, and its own errors'); the same images with the run's masks
+(what is lost further is the masks'), by a baseline and by the run's own robust training; a run that lacks LoRA alone; a
+run with none of the techniques. All other rungs train baselines. Sets are of equal size.
 Seeds are of the training: initial decoder, order and augmentation; all of them train on the same images.
 """
 
