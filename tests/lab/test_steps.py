@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import diffseg
+from diffseg.files import sha256_file
 from diffseg.lab import steps
 from diffseg.lab.parameters import declared
 from diffseg.lab.steps import STEPS, named_files, notebook_of, step_recipe
@@ -157,14 +158,24 @@ def test_files_that_parameters_name(root, tmp_path):
         before = after
 
 
-def test_the_miniature_is_known_by_its_bytes(root):
-    before = keys()
-    weights = root / "diffseg" / "miniworld" / "weights" / "generator" / "unet" / "config.json"
+def test_the_miniature_is_known_by_its_bytes():
     named = steps.named_files({"generator": "mini", "data_root": "mini", "benchmark": "voc", "seed": 0})
     assert set(named) == {"generator", "data_root", "benchmark"}
-    assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in named["generator"])
+    [weights] = [name for name in named["generator"] if name.endswith("unet/diffusion_pytorch_model.safetensors")]
+    [found] = REPOSITORY.glob("diffseg/miniworld/weights/generator/unet/diffusion_pytorch_model.safetensors")
+    assert named["generator"][weights] == sha256_file(found)
     assert "scenes.py" in named["data_root"] and "words_voc.csv" in named["benchmark"]
-    assert weights.is_file() and before == keys()
+
+
+def test_each_benchmark_has_its_word_table_and_class_list():
+    expected = {
+        "voc": {"words_voc.csv"},
+        "cityscapes-things": {"words_cityscapes.csv"},
+        "imagenet-s-50": {"words_imagenet_s.csv", "imagenet_s_50.txt"},
+        "imagenet-s-919": {"words_imagenet_s.csv", "imagenet_s_919.txt"},
+        "mini-imagenet-s": {"words_mini-imagenet-s.csv", "imagenet_s_mini.txt"},
+    }
+    assert {name: set(named_files({"benchmark": name})["benchmark"]) for name in expected} == expected
 
 
 def test_the_package_is_found_at_its_root():
