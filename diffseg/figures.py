@@ -17,6 +17,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL.ImageColor import getrgb
 
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.labels import read_prediction
@@ -66,11 +67,6 @@ def as_array(picture: Picture) -> np.ndarray:
     return np.asarray(picture)
 
 
-def rgb(colour: str) -> tuple[int, int, int]:
-    """Return "#RRGGBB" as three numbers of 0..255."""
-    return tuple(bytes.fromhex(colour[1:]))
-
-
 def class_colours(labels: Sequence[Picture], classes: Sequence[str]) -> dict[int, str]:
     """Return id -> "#RRGGBB" of the classes that the label maps show, in the classes' order; background is black.
 
@@ -90,7 +86,7 @@ def paint(label: Picture, colours: Mapping[int, str]) -> np.ndarray:
     label = as_array(label)
     painted = np.zeros((*label.shape, 3), np.uint8)
     for k, colour in colours.items():
-        painted[label == k] = rgb(colour)
+        painted[label == k] = getrgb(colour)
     return painted
 
 
@@ -134,7 +130,7 @@ def error_tile(image: Picture, label: Picture, prediction: Picture, benchmark: B
     """Return where a prediction is right and wrong, in the colours of `ERRORS` over the grey image, and its IoU."""
     shown = np.repeat(0.35 * as_array(image).mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
     for kind, where in error_masks(label, prediction, benchmark).items():
-        shown[where] = rgb(ERRORS[kind])
+        shown[where] = getrgb(ERRORS[kind])
     return Tile(shown, note=image_iou(label, prediction, benchmark))
 
 

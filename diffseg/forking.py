@@ -13,7 +13,6 @@ LIBRARIES = (
     "torchvision.transforms.v2",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "segmentation_models_pytorch",
-    "torchmetrics",
     "pandas",
     "pydantic",
     "matplotlib.pyplot",

@@ -43,7 +43,7 @@ def predict(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the label map (int64 H x W, the image's own size) and the class names; names[id] is a pixel's class.
 
-    network: what `load_segmenter` returns, or the folder or hub id that it takes. image: a PIL image or a file, of
+    network: what `load_segmenter` returns, or the folder or hub id that it takes. picture: a PIL image or a file, of
     any size, read as `read_picture` does. side: the image is scaled so that its shorter side has that many pixels,
     before the network sees it; None: as in its training, which is saved with the network, since it knows objects at
     that size; 0: the image's own size. Raises a DiffsegError for what cannot be read.

@@ -32,7 +32,7 @@ def rank_within_class(label: torch.Tensor, margin: torch.Tensor) -> torch.Tensor
     return rank.view(shape)
 
 
-def reliable_pixels(rank: torch.Tensor, share: float = 0.5) -> torch.Tensor:
+def reliable_pixels(rank: torch.Tensor, share: float) -> torch.Tensor:
     """Return the reliable pixels (bool, of the shape of `rank`): of each class, the `share` of largest margin.
 
     Every class of the image keeps a pixel at least. The share is met within a pixel where it is a multiple of 1/256,
@@ -44,7 +44,7 @@ def reliable_pixels(rank: torch.Tensor, share: float = 0.5) -> torch.Tensor:
     return rank < 256 * share
 
 
-def margin_thresholds(pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]], share: float = 0.5) -> dict[int, int]:
+def margin_thresholds(pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]], share: float) -> dict[int, int]:
     """Return for each class of a whole set the margin from which on its pixels are reliable (our choice).
 
     Where `reliable_pixels` believes the best part of every image, however bad, this believes the `share` of each

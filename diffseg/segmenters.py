@@ -17,7 +17,7 @@ from torch import nn
 
 from diffseg.benchmarks.classes import voc_palette
 from diffseg.errors import DiffsegError
-from diffseg.files import atomic_path
+from diffseg.files import atomic_path, write_text
 from diffseg.paths import base_folder, is_short_name, locate
 from diffseg.seeds import derive_seed
 
@@ -300,8 +300,7 @@ def save_segmenter(segmenter: Segmenter | Ensemble, folder: Path) -> None:
         "networks": len(segmenter.networks) if isinstance(segmenter, Ensemble) else 1,
         "config": segmenter.config,
     }
-    with atomic_path(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=1))
+    write_text(folder / "config.json", json.dumps(config, indent=1))
     weights = {key: value.contiguous() for key, value in segmenter.state_dict().items()}
     with atomic_path(folder / WEIGHTS) as path:
         save_file(weights, path)

@@ -29,7 +29,7 @@ from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.labels import write_picture_label
 from diffseg.drawing import IMAGES, DrawingOptions, batches_of, draw_with_maps, name_of, read_drawn
 from diffseg.errors import DiffsegError, Incomplete
-from diffseg.files import atomic_path, write_rows
+from diffseg.files import atomic_path, write_rows, write_text
 from diffseg.forking import context
 from diffseg.masks import class_scores, label_and_margin
 from diffseg.prompts import Prompt
@@ -104,8 +104,7 @@ class Cutter(Dataset):
         try:
             made = cut(*read_drawn(self.drawn, row), row, self.benchmark, self.options, refine)
         except DiffsegError as error:
-            with atomic_path(self.folder / FAILED / f"{name}.txt") as path:
-                path.write_text(f"{error}\n", encoding="utf-8")
+            write_text(self.folder / FAILED / f"{name}.txt", f"{error}\n")
             return
         rank = rank_within_class(made.label, made.margin)
         for place, pixels in (("ReliabilityRank", rank), ("Reliability", made.margin)):
@@ -141,10 +140,9 @@ def cut_set(
     """Cut the masks of the images in `drawn` that are not in `folder` yet; JPEGImages there is a link to the images.
 
     An image from which no mask can be cut is left out with its reason (`write_lists`); the others go on, and a later
-    call tries it again. batch_size and
-    share are those of `draw_set`, so that a process cuts what it has drawn. workers: processes that cut, on one core
-    each; 0: this one. Masks are cut on the CPU (only `sam` uses `device`) and by one thread each, so that they depend
-    neither on the number of workers nor on the GPU.
+    call tries it again. batch_size and share are those of `draw_set`, so that a process cuts what it has drawn.
+    workers: processes that cut, on one core each; 0: this one. Masks are cut on the CPU (only `sam` uses `device`) and
+    by one thread each, so that they depend neither on the number of workers nor on the GPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):  # by an earlier call or another process
@@ -230,8 +228,7 @@ def write_lists(rows: Sequence[Prompt], folder: Path, failed_share: float = 0.01
             f"{folder / 'failed.csv'}, the first: {failed[0]['reason']}"
         )
     write_rows(folder / "index.csv", index)
-    with atomic_path(folder / "ImageSets" / "Segmentation" / "train.txt") as path:
-        path.write_text("".join(f"{row['name']}\n" for row in index))
+    write_text(folder / "ImageSets" / "Segmentation" / "train.txt", "".join(f"{row['name']}\n" for row in index))
     means = {name: float(np.mean([float(row[name]) for row in index])) for name in ("foreground", "margin")}
     return means | {"failed": len(failed)}
 

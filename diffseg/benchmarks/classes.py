@@ -1,8 +1,4 @@
-"""The three benchmarks: their classes, their folders, and how their PNG files code a label map.
-
-Inside the package a label map is always int64, height x width, with class ids 0..K-1 and the benchmark's
-ignore label; only this file knows what stands on disk. Nothing is downloaded: what is missing is named.
-"""
+"""The three benchmarks: their classes and their folders. Nothing is downloaded: what is missing is named."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -59,7 +59,7 @@ class ConfusionMatrix:
         if wrong:
             raise DiffsegError(
                 f"{what} holds the id {wrong[0]}, but the classes are 0 to {self.num_classes - 1} and "
-                f"{self.ignore} is ignored; read labels with benchmarks.read_label, which converts labelIds."
+                f"{self.ignore} is ignored; read labels with benchmarks.labels.read_label, which converts labelIds."
             )
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":

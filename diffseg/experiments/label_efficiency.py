@@ -9,10 +9,8 @@ over n, and the training's randomness; the synthetic images are those of the nam
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -23,13 +21,21 @@ from torch.utils.data import ConcatDataset, Subset
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import mean_lines
-from diffseg.experiments.paired import images_key, network_folder, options_of, paired_gain, score, trained, with_earlier
+from diffseg.experiments.paired import (
+    images_key,
+    network_folder,
+    options_of,
+    paired_gain,
+    parser_of,
+    score,
+    trained,
+    with_earlier,
+    write_tables,
+)
 from diffseg.figures import WIDTH, save_figure
-from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
-from diffseg.paths import project_root
 from diffseg.seeds import derive_seed
 
 COUNTS = (20, 45, 90, 180, 720)
@@ -119,14 +125,10 @@ def label_figure(rows: pd.DataFrame) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "label-efficiency")
     parser.add_argument("parameters", help="name of a parameter file whose run has step 3")
     parser.add_argument("--finer", required=True, help="name of a parameter file of finer classes whose run has step 3")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of labelled images")
-    parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
-    parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
-    parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "label-efficiency")
-    parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
     tables, runs = chosen.out / "tables", (chosen.parameters, chosen.finer)
     parameters = step_parameters(notebook_of("04_robust_training"), resolve(chosen.parameters, {})[0])
@@ -134,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about["parameters"] = parameters
     frame = pd.DataFrame(trainings(chosen, parameters))
     frame = with_earlier(frame, tables / "label_efficiency_seeds.csv", ["arm", "labelled", "seed"], about)
-    for name, table in (("label_efficiency", means(frame)), ("label_efficiency_seeds", frame)):
-        write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    write_text(tables / "label_efficiency.json", json.dumps(about | provenance(), indent=1))
+    write_tables(tables, "label_efficiency", means(frame), frame, about | provenance())
     save_figure(label_figure(frame), chosen.out / "figures" / "label_efficiency.png")
 
 

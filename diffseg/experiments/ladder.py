@@ -27,18 +27,16 @@ from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.errors import DiffsegError
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.experiments.paired import Relabelled, options_of, paired_gain, scores, trained
+from diffseg.experiments.paired import Relabelled, options_of, paired_gain, parser_of, scores, trained
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import read_rows, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_json, read_manifest
 from diffseg.lab.provenance import provenance
-from diffseg.lab.report import OURS, ROBUST
+from diffseg.lab.report import OURS, REAL, ROBUST
 from diffseg.lab.steps import notebook_of
-from diffseg.paths import project_root
 
-REAL, ORACLE, UNTUNED, WITHOUT = (
-    "real images, ground-truth masks",
+ORACLE, UNTUNED, WITHOUT = (
     "synthetic images, the oracle's masks",
     "no LoRA, else as ours",
     "none of the techniques",
@@ -157,15 +155,11 @@ def ladder_figure(rows: Sequence[dict]) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "ladder")
     parser.add_argument("run", help="name of a parameter file whose run has step 3")
     parser.add_argument("--without", default="", help="name of the run with none of the techniques")
     parser.add_argument("--untuned", default="", help="name of the run that differs by lora_scale=0 alone")
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["real", "oracle", "robust", "ours"])
-    parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
-    parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
-    parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "ladder")
-    parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
     table = chosen.out / "tables" / "ladder_seeds.csv"
     rows, used = climb(chosen)

@@ -12,9 +12,7 @@ mask's classes for those of the image, so they cannot undo a wrong class.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,12 +27,10 @@ from diffseg.benchmarks.metrics import ConfusionMatrix, mean_iou
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.charts import mean_interval, mean_lines
 from diffseg.errors import DiffsegError
-from diffseg.experiments.paired import options_of, score, trained, with_earlier
+from diffseg.experiments.paired import options_of, parser_of, score, trained, with_earlier, write_tables
 from diffseg.experiments.robust import ARMS, parameters_under
 from diffseg.figures import WIDTH, save_figure
-from diffseg.files import write_text
 from diffseg.lab.provenance import provenance
-from diffseg.paths import project_root
 from diffseg.reliability import rank_within_class
 from diffseg.seeds import derive_seed
 
@@ -177,23 +173,17 @@ def noise_figure(rows: pd.DataFrame) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "noise", seeds=3)
     parser.add_argument("parameters", help="name of a parameter file, whose training all arms share")
     parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", default=[], help="changed parameters")
     parser.add_argument("--kinds", nargs="+", choices=STRENGTHS, default=list(STRENGTHS))
     parser.add_argument("--arms", nargs="+", choices=COMPARED, default=list(COMPARED))
-    parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
-    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...: more seeds may follow in a later call")
-    parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "noise")
-    parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
     parameters, tables = parameters_under(chosen.parameters, chosen.set), chosen.out / "tables"
     about = {"split": chosen.split or "validation", "parameters": parameters}
     rows = pd.DataFrame(trainings(chosen, parameters))
     rows = with_earlier(rows, tables / "noise_seeds.csv", ["kind", "strength", "arm", "seed"], about)
-    for name, table in (("noise", means(rows)), ("noise_seeds", rows)):
-        write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    write_text(tables / "noise.json", json.dumps(about | provenance(), indent=1))
+    write_tables(tables, "noise", means(rows), rows, about | provenance())
     save_figure(noise_figure(rows), chosen.out / "figures" / "noise.png")
 
 

@@ -182,7 +182,7 @@ with `diffseg.miniworld.oracle.load_oracle()`.
 
 
 def parser_of(description: str, rate: float, folder: str, weights: str) -> argparse.ArgumentParser:
-    """Return the options that the oracle's and the small Sam's trainings share."""
+    """Return the options that the trainings of the oracle, the small Sam and the encoder share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["train", "export"])
     parser.add_argument("--folder", type=Path, default=Path("results/runs") / folder, help="checkpoint and log")

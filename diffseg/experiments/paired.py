@@ -1,5 +1,6 @@
 """Trainings that are compared seed by seed: each is made once, and their mean difference has an interval."""
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -16,12 +17,31 @@ from diffseg.benchmarks.classes import Benchmark
 from diffseg.benchmarks.evaluation import evaluate
 from diffseg.charts import mean_interval
 from diffseg.errors import DiffsegError
-from diffseg.files import sha256_text
+from diffseg.files import sha256_text, write_text
 from diffseg.lab.manifests import read_json, read_manifest
 from diffseg.lab.steps import named_files
+from diffseg.paths import project_root
 from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import train_once
 from diffseg.training_options import NETWORKS, TrainingOptions
+
+
+def parser_of(description: str, folder: str, seeds: int = 5) -> argparse.ArgumentParser:
+    """Return the options that the comparisons share. folder: below results/runs, where the networks are kept."""
+    results = project_root() / "results"
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
+    parser.add_argument("--seeds", type=int, default=seeds, help="0, 1, ...: more seeds may follow in a later call")
+    parser.add_argument("--folder", type=Path, default=results / "runs" / folder, help="where the networks are kept")
+    parser.add_argument("--out", type=Path, default=results, help="where tables and figures go")
+    return parser
+
+
+def write_tables(tables: Path, name: str, means: pd.DataFrame, rows: pd.DataFrame, about: Mapping) -> None:
+    """Write NAME.csv, NAME_seeds.csv with a row a training, and NAME.json, which says what they were made with."""
+    for title, table in ((name, means), (f"{name}_seeds", rows)):
+        write_text(tables / f"{title}.csv", table.to_csv(index=False))
+    write_text(tables / f"{name}.json", json.dumps(about, indent=1))
 
 
 class Relabelled(Dataset):

@@ -8,8 +8,6 @@ All arms train on the images and masks of a run's step 3, as the parameter file 
 baseline costs nothing of its own: it is the first network of the ensemble of the same seed.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,15 +26,22 @@ from diffseg.charts import dots
 from diffseg.cotraining import classes_of_images, restricted
 from diffseg.errors import DiffsegError
 from diffseg.experiments.label_or_network import AGREED, RELIABLE, accuracies, tenths
-from diffseg.experiments.paired import Relabelled, images_key, options_of, paired_gain, score, trained
+from diffseg.experiments.paired import (
+    Relabelled,
+    images_key,
+    options_of,
+    paired_gain,
+    parser_of,
+    score,
+    trained,
+    write_tables,
+)
 from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
-from diffseg.files import write_text
 from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.manifests import read_json
 from diffseg.lab.parameters import parse_assignments
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
-from diffseg.paths import project_root
 from diffseg.reliability import reliable_pixels
 from diffseg.segmenters import Ensemble
 
@@ -219,15 +224,11 @@ def arms_figure(rows: pd.DataFrame) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "robust-arms")
     parser.add_argument("parameters", help="name of a parameter file, whose training all arms share")
     parser.add_argument("--runs", nargs="+", required=True, help="names of runs whose images and masks are trained on")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="besides the ensemble")
     parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", default=[], help="parameters, named in the table")
-    parser.add_argument("--split", default="", help="scored split; the benchmark's evaluation split if empty, or dev")
-    parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...: more seeds may follow in a later call")
-    parser.add_argument("--folder", type=Path, default=project_root() / "results" / "runs" / "robust-arms")
-    parser.add_argument("--out", type=Path, default=project_root() / "results")
     chosen = parser.parse_args(arguments)
     parameters, rows, tables = parameters_under(chosen.parameters, chosen.set), [], chosen.out / "tables"
     about = read_json(tables / "robust_arms.json") or {}
@@ -241,9 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = pd.read_csv(found)
         kept = kept[~kept.run.isin(frame.run) | kept.images.isin(frame.images)]
         frame = pd.concat([kept, frame]).drop_duplicates(["run", "split", "arm", "seed"], keep="last")
-    for name, table in (("robust_arms", means(frame)), ("robust_arms_seeds", frame)):
-        write_text(tables / f"{name}.csv", table.to_csv(index=False))
-    write_text(tables / "robust_arms.json", json.dumps(about | {"arms": ARMS}, indent=1))
+    write_tables(tables, "robust_arms", means(frame), frame, about | {"arms": ARMS})
     save_figure(arms_figure(frame), chosen.out / "figures" / "robust_arms.png")
 
 

@@ -67,9 +67,9 @@ def save_worst(answers: Iterator[Answer], path: Path, classes: Sequence[str], co
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=960, help="held-out scenes that are looked through")
-    parser.add_argument("--results", type=Path, default=None, help="where to write; the project's results/ otherwise")
+    parser.add_argument("--results", type=Path, default=project_root() / "results", help="where to write")
     options = parser.parse_args(arguments)
-    folder = (options.results or project_root() / "results") / "figures"
+    folder = options.results / "figures"
     for name, answers, classes in (
         ("oracle", oracle_answers, VOC.classes),
         ("sam", sam_answers, ("background", "object under the click")),

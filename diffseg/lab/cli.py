@@ -185,7 +185,3 @@ def state(run: Any, step: str) -> str:
     except DiffsegError as error:
         return str(error)
     return f"{'done' if is_current else 'of other code or earlier steps'}, {manifest['seconds']:.0f} s"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -46,7 +46,7 @@ def declared(notebook: Path) -> dict[str, Any]:
     except (SyntaxError, ValueError, AttributeError):
         raise DiffsegError(
             f"the parameters cell of {notebook.name} may only hold lines `name = value  # help`, one a line, "
-            "with a bool, number, text or list as value."
+            "with a bool, number, text, list or dictionary as value."
         ) from None
     return defaults
 

@@ -17,7 +17,7 @@ from diffseg.paths import project_root
 
 PACKAGES = (
     "torch torchvision diffusers transformers peft accelerate segment-anything segmentation-models-pytorch "
-    "torchmetrics papermill jupyterlab ipykernel numpy pillow matplotlib safetensors"
+    "papermill jupyterlab ipykernel numpy pillow matplotlib safetensors"
 ).split()
 
 

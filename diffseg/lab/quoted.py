@@ -7,7 +7,6 @@ end there may be a factor, ` * 100` for a share in % or ` / 3600`. A number keep
 `84.0 ± 0.2<!-- ...; miou -->` the second number is that of the column `miou_spread`.
 """
 
-import csv
 import json
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffseg.errors import DiffsegError
+from diffseg.files import read_rows
 
 NUMBER = r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?"  # a hyphen between digits is no sign
 QUOTED = re.compile(
@@ -74,8 +74,7 @@ def value(results: Path, file: str, cell: str, suffix: str = "") -> float:
 def read(path: Path) -> Any:
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(path)
 
 
 def find(found: Any, steps: Sequence[str]) -> Any:

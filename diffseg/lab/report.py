@@ -15,6 +15,7 @@ from diffseg.lab.provenance import machine_name
 from diffseg.paths import project_root
 
 # rungs of `diffseg.experiments.ladder` that train on a run's own images and masks: baselines, and as the run does
+REAL = "real images, ground-truth masks"
 OURS, ROBUST = "synthetic images, attention masks", "synthetic images, attention masks, robust training"
 
 
@@ -118,7 +119,7 @@ def table_text(summary: Mapping) -> str:
     rows = []
     for network, suffix in (("synthetic", ""), ("real", "_real")):
         if summary["miou" + suffix] is not None:
-            title = {"synthetic": "synthetic images, attention masks", "real": "real images, ground-truth masks"}
+            title = {"synthetic": OURS, "real": REAL}
             interval = " to ".join(map(percent, summary[f"miou{suffix}_interval"]))
             row = {"trained on": title[network], "images": summary["images" + suffix]}
             row |= {"mIoU (%)": percent(summary["miou" + suffix]), "95 % interval (images)": interval}

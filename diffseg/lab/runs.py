@@ -26,8 +26,6 @@ from diffseg.lab.parameters import declared
 from diffseg.lab.provenance import as_json, provenance
 from diffseg.lab.steps import key_of, linked_keys, notebook_of, run_folder, step_folder, step_recipe, upstream
 
-__all__ = ["Step", "begin", "meet", "read_manifest", "share"]
-
 share, meet = processes.share, processes.meet  # for notebooks: this process's part of divided work, and the wait
 
 _held: dict[Path, Any] = {}  # locks of this process, until it ends

@@ -17,7 +17,7 @@ from diffseg.files import MANIFEST, sha256_file, write_text
 from diffseg.lab.batch import step_parameters
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import machine_name
-from diffseg.lab.report import markdown
+from diffseg.lab.report import REAL, markdown
 from diffseg.lab.steps import notebook_of
 from diffseg.lab.studies import Study, finished_steps
 from diffseg.paths import project_root
@@ -196,7 +196,7 @@ def readable_table(record: Mapping) -> str:
     if "real" in cells.index:
         real = table[["configuration", "seeds"]].join(cells.loc["real"], how="inner")
         names = " (" + real.configuration + ")" if len(real) > 1 else ""
-        rows = pd.concat([rows, real.assign(configuration="real images, ground-truth masks" + names)])
+        rows = pd.concat([rows, real.assign(configuration=REAL + names)])
     versions = " and ".join(sorted({each["diffseg"] for each in record["versions"]}))
     return f"{markdown(rows)}\n\nMeasured with diffseg {versions}.\n"
 

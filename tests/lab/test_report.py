@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from nbconvert.filters.markdown_mistune import MarkdownWithMath
 from PIL import Image
+from PIL.ImageColor import getrgb
 
 import diffseg
 from diffseg.benchmarks.classes import VOC
@@ -30,7 +31,6 @@ from diffseg.figures import (
     error_masks,
     error_tile,
     first_of_each,
-    rgb,
     story,
 )
 from diffseg.files import read_rows, write_text
@@ -181,7 +181,7 @@ def test_a_story_draws_every_picture_in_its_shape_and_its_text_inside_the_figure
     names = [[text.get_text() for text in legend.get_texts()] for legend in figure.legends]
     assert names == [["dog", "ignored"], ["missed"]]
     painted = figure.axes[3].images[0].get_array()  # the first of the second row
-    assert [tuple(painted[0, k]) for k in (0, 12, 19)] == [(0, 0, 0), rgb(CLASS_COLOURS[0]), rgb(IGNORED)]
+    assert [tuple(painted[0, k]) for k in (0, 12, 19)] == [(0, 0, 0), getrgb(CLASS_COLOURS[0]), getrgb(IGNORED)]
     plt.close(figure)
 
 
@@ -196,7 +196,7 @@ def test_errors_of_an_image_by_hand():
     }
     tile = error_tile(np.full((1, 5, 3), 100, np.uint8), label, found, VOC)
     assert tile.note == "25 %" and [tuple(colour) for colour in tile.image[0]] == [
-        *(rgb(ERRORS[kind]) for kind in ("false object", "correct", "missed", "wrong class")),
+        *(getrgb(ERRORS[kind]) for kind in ("false object", "correct", "missed", "wrong class")),
         (35, 35, 35),
     ]
     nothing = np.zeros((1, 5), int)
@@ -205,7 +205,7 @@ def test_errors_of_an_image_by_hand():
 
 def cielab(colours: list[str], sight: np.ndarray) -> np.ndarray:
     """CIELAB (D65) of "#RRGGBB" as seen through a matrix on linear RGB."""
-    values = np.array([rgb(colour) for colour in colours]) / 255
+    values = np.array([getrgb(colour) for colour in colours]) / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     xyz = (linear @ sight.T).clip(0, 1) @ to_xyz.T / to_xyz.sum(axis=1)

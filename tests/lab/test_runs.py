@@ -545,7 +545,7 @@ def test_papermill_and_jupyter_from_other_folders_make_the_same(project, tmp_pat
     assert (hashes(project), linked_keys(project)) == expected
 
 
-def test_steps_that_do_not_belong_together_are_not_mixed(project, monkeypatch, capsys):
+def test_steps_that_do_not_belong_together_are_not_mixed(project):
     """Other images are linked, while step 4 stands on the earlier ones."""
     last = "04_robust_training"
     place = project.parents[1] / "steps" / last / "k"
@@ -617,6 +617,6 @@ def test_the_command_line_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
-def test_keys_of_a_project_do_not_depend_on_where_it_lies(project, tmp_path):
+def test_keys_of_a_project_do_not_depend_on_where_it_lies(project):
     manifest = runs.read_manifest(project / "03_drawing")
     assert step_key("03_drawing", manifest["parameters"], linked_keys(project)) == manifest["key"]

@@ -127,7 +127,7 @@ def test_cells(root):
     assert moved(cut, keys()) == FROM["03_drawing"]
 
 
-def test_files_that_parameters_name(root, tmp_path):
+def test_files_that_parameters_name(root):
     (root / "captions.txt").write_text("a cat")
     pictures = root / "pictures"
     (pictures / "far").mkdir(parents=True)

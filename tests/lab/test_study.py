@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from PIL.ImageColor import getrgb
 from test_runs import CELLS, REPOSITORY, SHARED, alive, images_in, make_project, release, wait_until, write_notebook
 
 import diffseg
@@ -17,7 +18,7 @@ from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import write_prediction
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.errors import DiffsegError
-from diffseg.figures import ERRORS, as_array, rgb, study_predictions
+from diffseg.figures import ERRORS, as_array, study_predictions
 from diffseg.files import sha256_file
 from diffseg.lab import runs, studies, study_results
 from diffseg.lab.cli import main
@@ -289,7 +290,9 @@ def test_predictions_of_a_study_lie_side_by_side(tmp_path, monkeypatch):
         assert (shown_image == as_array(image)).all()
         objects = (label.numpy() > 0) & (label.numpy() != VOC.ignore)
         assert (truth[objects] != shown_image[objects]).any()
-        assert (first[objects] == rgb(ERRORS["correct"])).all() and (second[objects] == rgb(ERRORS["missed"])).all()
+        assert (first[objects] == getrgb(ERRORS["correct"])).all() and (
+            second[objects] == getrgb(ERRORS["missed"])
+        ).all()
         assert (first[~objects] == second[~objects]).all()
 
 

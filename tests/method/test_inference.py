@@ -114,7 +114,7 @@ def test_classes_one_at_a_time_are_the_argmax_of_all():
     assert torch.equal(best_class(logits[None], (31, 40))[0], scaled.argmax(dim=0))
 
 
-def test_the_command_writes_masks_overlays_and_areas(folder, pictures, tmp_path, capsys):
+def test_the_command_writes_masks_overlays_and_areas(folder, pictures, capsys):
     out, network = pictures / "out", load_segmenter(folder)
     assert main(["predict", str(folder), str(pictures), "--out", str(out)]) == 0
     assert main(["predict", str(folder), str(pictures), "--out", str(pictures), "--batch", "2"]) == 0  # not those masks
@@ -198,7 +198,7 @@ def test_what_is_interrupted_leaves_nothing_and_is_made_by_the_same_command(fold
     assert predict_files(load_segmenter(folder), [pictures], out) == 5
 
 
-def test_a_name_that_no_table_holds_is_refused_before_anything_is_predicted(pictures, tmp_path):
+def test_a_name_that_no_table_holds_is_refused_before_anything_is_predicted(pictures):
     odd = pictures / os.fsdecode(b"caf\xe9.png")
     shutil.copyfile(pictures / "b.png", odd)
     for place in (odd, pictures):

@@ -129,7 +129,7 @@ def test_an_inverted_map_is_turned_round_before_it_is_cut(pipeline, rows):
     assert off[0, 0] > 0 and off[32, 32] == 0 and on[0, 0] == 0 and on[32, 32] > 0
 
 
-def test_what_fails_for_the_machines_sake_is_no_images_fault(pipeline, rows, tmp_path, monkeypatch):
+def test_what_fails_for_the_machines_sake_is_no_images_fault(pipeline, rows, tmp_path):
     """A refiner that cannot be made stops the cutting; an image that failed is tried again by the next call."""
     draw_set(pipeline, rows[:2], tmp_path / "drawn", OPTIONS, 2)
     whole = (tmp_path / "drawn" / "JPEGImages" / "000001.jpg").read_bytes()

@@ -346,7 +346,7 @@ def listed(kind: Callable, allowed: dict | None = None) -> Callable[[str], list]
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--oracle", type=Path, default=WEIGHTS / "oracle", help="the oracle's folder")
-    common.add_argument("--results", type=Path, default=None, help="where to write; the project's results/ otherwise")
+    common.add_argument("--results", type=Path, default=project_root() / "results", help="where to write")
     common.add_argument("--pictures", type=int, default=105, help="pictures of one object: one for every word")
     common.add_argument("--pairs", type=int, default=60, help="pictures of two objects")
     common.add_argument("--seed", type=int, default=0)
@@ -367,7 +367,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--precision", choices=["fp32", "bf16"], help="as of pretrain")
     training.add_argument("--compile", action="store_true", help="as of pretrain")
     options = parser.parse_args(arguments)
-    options.results = options.results or project_root() / "results"
     return options
 
 

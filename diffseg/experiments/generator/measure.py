@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--oracle", type=Path, default=WEIGHTS / "oracle", help="the oracle's folder")
     parser.add_argument("--generator", default="mini", help="a name or a folder with training.json")
-    parser.add_argument("--results", type=Path, default=None, help="where to write; the project's results/ otherwise")
+    parser.add_argument("--results", type=Path, default=project_root() / "results", help="where to write")
     parser.add_argument("--pictures", type=int, default=1050, help="pictures of one object: ten for every word")
     parser.add_argument("--pairs", type=int, default=200, help="pictures of two objects")
     parser.add_argument("--refiners", default="pamr,sam", help="refiners whose masks are compared, joined by commas")
@@ -336,7 +336,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    options.results = options.results or project_root() / "results"
     report = measure_generator(options)
     print(json.dumps({key: report[key] for key in list(report)[: list(report).index("sampling")]}, indent=1))
 

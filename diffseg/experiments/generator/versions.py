@@ -43,10 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a report of measure")
     parser.add_argument("after", type=Path, help="a report of measure, of the same pictures")
-    parser.add_argument("--results", type=Path, default=None, help="where to write; the project's results/ otherwise")
+    parser.add_argument("--results", type=Path, default=project_root() / "results", help="where to write")
     options = parser.parse_args(arguments)
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in (options.before, options.after)]
-    path = (options.results or project_root() / "results") / "tables" / "generator_versions.csv"
+    path = options.results / "tables" / "generator_versions.csv"
     write_rows(path, version_rows(*reports))
     print(path.read_text(encoding="utf-8"))
 
