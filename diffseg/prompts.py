@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path
-from diffseg.paths import base_folder
+from diffseg.paths import locate
 from diffseg.pictures import read_text
 from diffseg.seeds import derive_seed
 from diffseg.words import Word, nfc, plural, with_article
@@ -58,7 +58,7 @@ def read_captions(path: str | os.PathLike) -> list[str]:
 
     Raises DiffsegError for a file that is missing, empty or not UTF-8.
     """
-    path = base_folder() / path
+    path = locate("caption_file", str(path))
     if not path.is_file():
         raise DiffsegError(f"The caption file {path} does not exist: give a text file with one caption a line.")
     captions = [nfc(line.strip()) for line in read_text(path).splitlines() if line.strip()]

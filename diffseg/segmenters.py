@@ -18,7 +18,7 @@ from torch import nn
 from diffseg.benchmarks.classes import voc_palette
 from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, write_text
-from diffseg.paths import base_folder, is_short_name, locate
+from diffseg.paths import is_short_name, locate
 from diffseg.seeds import derive_seed
 
 # Name -> (architecture, encoder, options) of segmentation-models-pytorch, but for "resunet", which is `ResUNet`.
@@ -263,7 +263,7 @@ def new_networks(
         networks.append(Segmenter(name, classes, encoder_weights))
         networks[-1].palette = palette or networks[-1].palette
     if initial_network:
-        saved = load_segmenter(base_folder() / initial_network)
+        saved = load_segmenter(locate("initial_network", initial_network))
         starts = list(saved.networks) if isinstance(saved, Ensemble) else [saved]
         for index, network in enumerate(networks):
             start_from(network, starts[index % len(starts)])

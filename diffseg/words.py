@@ -257,9 +257,11 @@ def _tree(wordnet, plain: str, names: Sequence[str]) -> dict:
 
     try:
         roots = [wordnet.synset(name) for name in names] or senses[:1]
+        if any(root.pos() != "n" for root in roots):
+            raise ValueError("no noun")
     except (WordNetError, ValueError) as error:
         raise DiffsegError(
-            f"WordNet has no synset {', '.join(names)!r} for the class {plain!r}: write one of "
+            f"WordNet has no noun synset {', '.join(names)!r} for the class {plain!r}: write one of "
             f"{', '.join(s.name() for s in senses) or 'its synsets (form: fox.n.01)'}, or '{NO_SYNSET}'."
         ) from error
     tree = dict.fromkeys(roots, (0, ""))

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from diffseg.benchmarks.classes import Benchmark
+from diffseg.benchmarks.classes import FOLDER, Benchmark
 from diffseg.benchmarks.labels import read_prediction, write_prediction
 from diffseg.benchmarks.metrics import ConfusionMatrix, ImageNetSScores, bootstrap_interval, iou_per_class, mean_iou
 from diffseg.errors import DiffsegError
@@ -205,15 +206,21 @@ def predict_labels(
     flip: bool = False,
     refine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return the label maps int64 N x H x W of uint8 images N x 3 x H x W; the options are those of `evaluate`."""
+    """Return the label maps int64 N x H x W of uint8 images N x 3 x H x W; the options are those of `evaluate`.
+
+    A user's own images (protocol "folder") are first scaled to the side at which the network saw images in its
+    training, as `diffseg predict` does; official ones are not, since their protocols' sizes are known.
+    """
     size = images.shape[-2:]
     inputs = images.float() / 255
+    if benchmark.protocol == FOLDER and (side := getattr(predict, "side", 0)):
+        inputs = resize(inputs, [side], antialias=True)
     views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
     total: torch.Tensor | float = 0.0
     for scale, mirrored in views:
         view = inputs.flip(-1) if mirrored else inputs
         if scale != 1.0:
-            small = [max(1, round(side * scale)) for side in size]
+            small = [max(1, round(side * scale)) for side in inputs.shape[-2:]]
             view = F.interpolate(view, size=small, mode="bilinear", antialias=True)
         output = predict(view)
         if not output.is_floating_point():

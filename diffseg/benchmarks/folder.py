@@ -3,8 +3,9 @@
 - VOC's layout: `JPEGImages/<name>.<any image suffix>`, `SegmentationClass/<name>.png`,
   `ImageSets/Segmentation/<split>.txt` (labelme writes no such list: write it, a name a line). What a label image's
   values mean stands in `labelmap.txt` (CVAT's "Segmentation mask": a line `name:R,G,B::` a class, label images in these
-  colours, or in one channel with the number of the line), else in `class_names.txt` (labelme: a line a class, from 0),
-  else in the class list (0 is the background).
+  colours, or in one channel with the number of the line; no label image where an image shows nothing), else in
+  `class_names.txt` (labelme: a line a class, from 0; of old, label images in `SegmentationClassPNG`), else in the class
+  list (0 is the background).
 - COCO's: `annotations/instances_<split>.json`, images below `images/<split>`, `images` or `<split>`.
 
 The names of classes are the data's. `Benchmark.data_names` says which class each stands for; a name that stands for
@@ -24,7 +25,7 @@ import numpy as np
 
 from diffseg.benchmarks.classes import Benchmark
 from diffseg.errors import DiffsegError
-from diffseg.pictures import decode, picture_files, read_text
+from diffseg.pictures import decode, picture_files, read_picture, read_text
 from diffseg.words import nfc
 
 IGNORED = "ignored"
@@ -74,7 +75,8 @@ def open_folder(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, "I
             f"{root} holds neither SegmentationClass (VOC's layout) nor annotations (COCO's); set data_root to the "
             "folder of an export that does."
         )
-    missing = [path for _, *paths in items for path in paths if not path.is_file()]
+    bare = labels.bare if isinstance(labels, ImageLabels) else {}
+    missing = [path for name, *paths in items for path in paths[: 1 if name in bare else 2] if not path.is_file()]
     if missing:
         raise DiffsegError(
             f"{len(missing)} images or labels of the split {split} are missing below {root}, the first is "
@@ -96,13 +98,17 @@ def open_folder(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, "I
 
 @dataclass(frozen=True)
 class ImageLabels:
-    """Reads label images: `ids[k]` is the class id of the value k, `colours[k]` (R, G, B) its colour, if it has one."""
+    """Reads label images: `ids[k]` is the class id of the value k, `colours[k]` (R, G, B) its colour, if it has one;
+    `bare` are the images (name -> path) that have none, as they show background alone."""
 
     ids: np.ndarray
     ignore: int
-    colours: tuple[tuple[int, int, int], ...] = ()
+    colours: tuple[tuple[int, int, int], ...]
+    bare: dict[str, Path]
 
     def __call__(self, name: str, path: Path) -> np.ndarray:
+        if name in self.bare:
+            return np.zeros(read_picture(self.bare[name]).size[::-1], np.int64)
         picture = decode(path)
         if self.colours and picture.mode in ("P", "RGB"):
             return self._of_colours(np.array(picture.convert("RGB"), np.int64), path)
@@ -141,10 +147,10 @@ def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, Im
         if name in found:
             raise DiffsegError(f"{found[name]} and {path} would both have the label {name}.png; move one away.")
         found[name] = path
-    items = [
-        (name, found.get(name, images / f"{name}.jpg"), root / "SegmentationClass" / f"{name}.png") for name in names
-    ]
+    folder = root / "SegmentationClassPNG" if (root / "SegmentationClassPNG").is_dir() else root / "SegmentationClass"
+    items = [(name, found.get(name, images / f"{name}.jpg"), folder / f"{name}.png") for name in names]
     colours: tuple[tuple[int, int, int], ...] = ()
+    bare: dict[str, Path] = {}
     if (source := root / "labelmap.txt").is_file():
         lines = [line for line in read_text(source).splitlines() if line.strip() and not line.startswith("#")]
         parts = [re.fullmatch(r"(.+?):(\d+),(\d+),(\d+)(:.*)?", line.strip()) for line in lines]
@@ -156,16 +162,20 @@ def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, Im
         if len(set(colours)) < len(colours):
             colour, _ = Counter(colours).most_common(1)[0]
             raise DiffsegError(f"{source} gives the colour {colour} to two names; give each its own, and export again.")
+        bare = {name: image for name, image, label in items if name in found and not label.is_file()}
+        if bare and len(bare) < len(items):
+            print(f"{len(bare)} of {len(items)} images of the split {split} have no label image: all background")
+        bare = bare if len(bare) < len(items) else {}  # none at all is another folder
     elif (source := root / "class_names.txt").is_file():
         classes = [line.strip() for line in read_text(source).splitlines() if line.strip()]
     else:
         source, classes = root, list(benchmark.classes)
-    labels = ImageLabels(class_ids(classes, benchmark, source), benchmark.ignore, colours)
+    labels = ImageLabels(class_ids(classes, benchmark, source), benchmark.ignore, colours, bare)
     some = [path for *_, path in items[:: max(1, len(items) // 8)][:8] if path.is_file()]
     values = np.unique([value for path in some for value in _values(path)])
     if some and values.tolist() == [0, 255]:
         raise DiffsegError(
-            f"the label images in {root / 'SegmentationClass'} hold 0 and 255 only, and 255 means ignored pixels; "
+            f"the label images in {folder} hold 0 and 255 only, and 255 means ignored pixels; "
             "write a class as its number, 1 for the first."
         )
     return items, labels

@@ -38,7 +38,7 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
             row[title] = percent(summary["miou" + suffix]) + (f" ({interval})" if interval else "")
         row["ratio"] = "-" if summary["ratio"] is None else f"{summary['ratio']:.2f}"
         manifests = [json.loads(each.read_text("utf-8")) for each in (path.parent / "manifests").glob("*.json")]
-        is_whole = not any(each["resumed"] for each in manifests)  # else these are of the last attempt
+        is_whole = not any(each.get("resumed") for each in manifests)  # else these are of the last attempt
         row["minutes"] = f"{sum(summary['seconds'].values()) / 60:.1f}" if is_whole else "-"
         row["diffseg"] = manifest["versions"]["diffseg"]
         rows.append(row)

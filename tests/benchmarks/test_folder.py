@@ -2,22 +2,26 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from diffseg.benchmarks.classes import get_benchmark
-from diffseg.benchmarks.evaluation import evaluate_folder
+from diffseg.benchmarks.evaluation import evaluate_folder, predict_labels
 from diffseg.benchmarks.labels import write_prediction
 from diffseg.benchmarks.readers import open_split
 from diffseg.errors import DiffsegError
+from diffseg.inference import predict
 from diffseg.lab import declarations
 from diffseg.lab.batch import run
 from diffseg.lab.combinations import check_together
 from diffseg.lab.steps import named_files
 from diffseg.miniworld.disk import write_benchmarks
+from diffseg.segmenters import new_networks
 
 OWN = ["fox, none", "fire engine, none"]
 LABEL = np.array([[0, 1, 1, 2], [0, 0, 255, 2], [0, 0, 0, 2]])  # classes of OWN; 255 is ignored
@@ -90,6 +94,44 @@ def test_a_palette_image_of_cvat_counts_by_its_colours_and_one_channel_by_its_li
     split = open_split(benchmark(), exported, "default")
     assert np.array_equal(split[1][2], np.where(LABEL == 255, 0, LABEL))
     assert np.array_equal(split[0][2], LABEL)
+
+
+def test_an_image_without_objects_has_no_label_image_in_cvats_export(exported, capsys):
+    label = exported / "SegmentationClass" / "two.png"
+    label.unlink()
+    split = open_split(benchmark(), exported, "default")
+    assert "1 of 2 images of the split default have no label image: all background" in capsys.readouterr().out
+    assert np.array_equal(split[0][2], LABEL) and split[1][1].shape[1:] == split[1][2].shape and not split[1][2].any()
+    (exported / "JPEGImages" / "two.PNG").unlink()
+    with pytest.raises(DiffsegError, match="2 images or labels .*two.jpg"):
+        open_split(benchmark(), exported, "default")
+    (exported / "SegmentationClass" / "day" / "one.png").unlink()  # none at all is no such export
+    with pytest.raises(DiffsegError, match="3 images or labels"):
+        open_split(benchmark(), exported, "default")
+
+
+def test_old_labelmes_label_images_lie_beside_its_arrays(tmp_path):
+    cvat(tmp_path, {"one": LABEL})
+    (tmp_path / "labelmap.txt").unlink()
+    (tmp_path / "SegmentationClass").rename(tmp_path / "SegmentationClassPNG")
+    save(LABEL, tmp_path / "SegmentationClassPNG", "one")
+    (tmp_path / "SegmentationClass").mkdir()
+    assert np.array_equal(open_split(get_benchmark("folder", OWN), tmp_path, "default")[0][2], LABEL)
+
+
+def test_the_score_is_of_what_predict_would_write(tmp_path):
+    """Whatever an image's size, the network sees it at the side of its training."""
+    network = new_networks(1, "resunet-resnet10t", ("background", *(word.split(",")[0] for word in OWN)), 0).eval()
+    network.side, seen = 32, []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    shown = torch.from_numpy(image).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        label = predict_labels(network, shown, benchmark())[0].numpy()
+        assert np.array_equal(label, predict(network, Image.fromarray(image))[0])
+        predict_labels(network, shown, benchmark(), scales=(2.0,))
+        predict_labels(network, shown, replace(benchmark(), protocol="voc"))
+    assert seen[0] == seen[1] and min(seen[0]) == 32 and min(seen[2]) == 64 and seen[3] == (90, 120)
 
 
 def test_labelmes_export_is_read_by_its_class_names(tmp_path):
@@ -242,7 +284,6 @@ def test_two_images_of_one_name_are_refused_because_one_would_get_the_others_lab
         (lambda root: (root / "ImageSets/Segmentation/default.txt").write_text("two\n\ntwo"), "2 images named two"),
         (lambda root: (root / "ImageSets/Segmentation/default.txt").unlink(), "there are: none. Write it: the names"),
         (lambda root: (root / "JPEGImages" / "two.PNG").unlink(), "1 images or labels .*two.jpg; export"),
-        (lambda root: (root / "SegmentationClass" / "two.png").unlink(), "1 images or labels .*two.png; export"),
         (lambda root: save(np.zeros((5, 4, 4)), root / "SegmentationClass", "two"), "two.png is a RGBA image"),
         (lambda root: save(LABEL + 4 * (LABEL == 2), root / "SegmentationClass", "two"), "holds the value 6"),
         (lambda root: (root / "ImageSets/Segmentation/default.txt").write_text(""), "names no image"),
