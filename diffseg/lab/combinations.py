@@ -39,46 +39,60 @@ def check_together(parameters: dict[str, Any], source: str, defaults: Mapping[st
 
 def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield (name, what it must be, remedy) of each parameter that does not fit the others."""
+    for rules in (drawing_conflicts, data_conflicts, tuning_conflicts, training_conflicts):
+        yield from rules(parameters)
+
+
+def given(parameters: Mapping[str, Any], *names: str) -> bool:
+    return all(name in parameters for name in names)
+
+
+def drawing_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Of the generator, the steps and maps that are kept, and the masks (notebooks 03 and 07)."""
     from diffseg.sampling_steps import parse_steps
-    from diffseg.words import load_words
 
-    get, is_folder = parameters.get, parameters.get("benchmark") == "folder"
-    if get("class_list") or get("evaluation_split"):
-        from diffseg.benchmarks.classes import get_benchmark  # loads torch, which the usual run need not wait for
-
-    def given(*names: str) -> bool:
-        return all(name in parameters for name in names)
-
+    get = parameters.get
     for name in ("attention_steps", "kept_steps", "compared_steps"):
         value = get(name, [])
         for text in [value] if isinstance(value, str) else value:
-            if given("sampling_steps") and not (name == "kept_steps" and text == "each"):
+            if "sampling_steps" in parameters and not (name == "kept_steps" and text == "each"):
                 count = get("sampling_steps")
                 try:
                     parse_steps(text, count)
                 except DiffsegError:
                     rule = f"be all, middle, one step or first-last, of the {count} denoising steps 0 to {count - 1}"
                     yield name, rule, f"Set `{name}={'[all]' if name == 'compared_steps' else 'all'}`."
-    if given("kept_steps", "attention_steps") and get("kept_steps") not in ("each", get("attention_steps")):
+    both = given(parameters, "kept_steps", "attention_steps")
+    if both and get("kept_steps") not in ("each", get("attention_steps")):
         yield "kept_steps", f"be each, or {get('attention_steps')} as attention_steps", "Set `kept_steps=each`."
     if get("refiner") == "self-attention" and get("self_attention") == 0:
         sizes = get("attention_resolutions") or [16]
         rule = "be the size of a map, as the refiner self-attention reads it"
         yield "self_attention", rule, f"Set `self_attention={max(sizes)}`."
-    if get("refiner") == "self-attention" and given("kept_steps", "attention_steps"):
+    if get("refiner") == "self-attention" and both:
         if get("kept_steps") != (read := get("attention_steps")):
             rule = f"be {read} as attention_steps, as self-attention is kept as the mean of these steps"
             yield "kept_steps", rule, f"Set `kept_steps={read}`."
     if get("refiner") == "sam" and get("sam_checkpoint") == "":
         remedy = "Set it to a file of Segment Anything's weights, or to mini for the mini world's."
         yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
-    if given("generator") and not is_short_name("generator", get("generator")):
+    if "generator" in parameters and not is_short_name("generator", get("generator")):
         is_hub_id = not locate("generator", get("generator")).exists()
         for name in ("height", "width"):
             if is_hub_id and get(name, 256) < 256:
                 rule = "be at least 256 for a generator of the hub, as the defaults are those of mini"
                 yield name, rule, "Set `height=512` and `width=512`, or start from own-words-sdxl.yaml."
-    if given("class_list", "benchmark"):
+
+
+def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Of classes, prompts and labelled images (notebooks 01, 04 and 05)."""
+    from diffseg.words import load_words
+
+    get, is_folder = parameters.get, parameters.get("benchmark") == "folder"
+    if get("class_list") or get("evaluation_split"):
+        from diffseg.benchmarks.classes import get_benchmark  # loads torch, which the usual run need not wait for
+
+    if given(parameters, "class_list", "benchmark"):
         if is_folder and not get("class_list"):
             yield "class_list", "name your classes, as the benchmark is folder", "Set `class_list=[fox, wind turbine]`."
         if own := get("class_list"):
@@ -90,39 +104,47 @@ def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
                         "be false, as one's own classes have no labelled images",
                         (f"Set `{name}=false`, or `benchmark=folder` and data_root to labelled images of your own."),
                     )
-    if (
-        get("benchmark") == "cityscapes"
-        and not get("class_list")
-        and {"images", "beta", "training_mode"} & parameters.keys()
-    ):
+    synthetic = {"images", "beta", "training_mode"} & parameters.keys()
+    if get("benchmark") == "cityscapes" and not get("class_list") and synthetic:
         rule = "be cityscapes-things, as what is no object in a synthetic image is background and cityscapes has none"
         yield "benchmark", rule, "Set `benchmark=cityscapes-things`."
-    if get("data_names") and given("benchmark") and not is_folder:
+    if get("data_names") and "benchmark" in parameters and not is_folder:
         yield "data_names", "be empty, as the benchmark is not folder", "Set `data_names={}`, or `benchmark=folder`."
-    if given("evaluation_split", "benchmark") and get("evaluation_split") and not is_folder:
+    if given(parameters, "evaluation_split", "benchmark") and get("evaluation_split") and not is_folder:
         splits = get_benchmark(get("benchmark"), get("class_list", [])).splits
         if get("evaluation_split") not in splits:
             rule = f"be empty, or one of {get('benchmark')}'s splits {', '.join(splits)}"
             yield "evaluation_split", rule, "Set `evaluation_split=dev` to choose parameters."
-    if given("classes_per_prompt", "benchmark") and not get("caption_file"):  # a caption has the classes it names
+    # a caption has the classes that it names
+    if given(parameters, "classes_per_prompt", "benchmark") and not get("caption_file"):
         own = get("class_list")
         classes = len(own) if own else len({word.class_name for word in load_words(get("benchmark"))})
         if get("classes_per_prompt") > classes:
             rule = f"be at most {classes}, the number of classes"
             yield "classes_per_prompt", rule, f"Set `classes_per_prompt={classes}` or less."
-    if given("lora_candidates", "lora_steps") and get("lora_candidates") > get("lora_steps"):
+
+
+def tuning_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Of LoRA (notebook 02)."""
+    get = parameters.get
+    if given(parameters, "lora_candidates", "lora_steps") and get("lora_candidates") > get("lora_steps"):
         rule = f"be at most lora_steps, {get('lora_steps')}, as each candidate has a number of steps"
         yield "lora_candidates", rule, "Lower lora_candidates or raise lora_steps."
     if any("{}" in caption for caption in get("lora_captions", [])) and get("lora_words") == []:
         rule = "hold a word at least, as lora_captions has {} in place of one"
         yield "lora_words", rule, "Set `lora_words=[car]`, or take {} out of lora_captions."
+
+
+def training_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Of the network (notebook 04), also with the number of processes."""
+    get = parameters.get
     normalises = get("segmenter", "").startswith(("deeplabv3plus", "upernet"))
     least = (2 if normalises else 1) * processes.count()
-    if given("segmenter", "training_batch") and get("training_batch") < least:
+    if given(parameters, "segmenter", "training_batch") and get("training_batch") < least:
         why = ", as this segmenter normalises each image's average over the batch" if normalises else ""
         each = f" for {processes.count()} processes" if processes.count() > 1 else ""
         yield "training_batch", f"be at least {least}{each}{why}", f"Set `training_batch={least}`."
-    if given("segmenter", "encoder_weights") and is_short_name("encoder_weights", get("encoder_weights")):
+    if "segmenter" in parameters and is_short_name("encoder_weights", get("encoder_weights", "")):
         folder = locate("encoder_weights", get("encoder_weights"))
         segmenter = json.loads((folder / "config.json").read_text("utf-8"))["segmenter"]
         if get("segmenter") != segmenter:
