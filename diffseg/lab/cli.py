@@ -30,8 +30,8 @@ def terminate(*_: Any) -> None:
     raise Terminated
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 one sentence on stderr says why not, 130 interrupted, 143 terminated."""
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command and its options; wrong ones end the process with argparse's message."""
     parser = argparse.ArgumentParser(prog="diffseg", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="run the notebooks of a parameter file; what is finished is not made anew")
@@ -74,6 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "export" and bool(arguments.format) != bool(arguments.out):
         parser.error("export takes --format with --out, and --onnx without it")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code: 0 done, 1 one sentence on stderr says why not, 130 interrupted, 143 terminated."""
+    arguments = read_arguments(argv)
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         if processes.count() > 1 and arguments.command != "run":
