@@ -316,7 +316,7 @@ def test_an_incomplete_study_says_so(root, capsys):
 def test_publish_is_one_sentence_for_studies_and_unfinished_runs(root, capsys):
     make_runs_in_process(slice(0, 1))
     for argument, sentence in [
-        ("results/runs/none", "there is no run results/runs/none"),
+        ("results/runs/none", "results/runs/none; `diffseg list` names those in results/runs"),
         (str(root / "results" / "runs" / "robust"), "is a study; diffseg study robust has written its results"),
         (str(root / "results" / "runs" / "robust" / "baseline-0"), "cannot be published: it is not finished"),
     ]:
