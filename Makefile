@@ -23,6 +23,7 @@ reproduce: install  ## notebooks 01 to 06 on the embedded mini world; ends with 
 study: install  ## the mini benchmarks, then most trainings behind results/claims.csv: about four hours on two cores; a second call resumes
 	for name in mini-voc mini-imagenet-s mini-cityscapes; do $(BIN)/diffseg run $$name || exit 1; done
 	$(BIN)/diffseg run mini-voc --only 1-3 --set run=mini-voc-without plain_share=1.0
+	$(BIN)/diffseg run mini-voc --only 1-3 --set run=mini-voc-unrefined refiner=none beta=0.2
 	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-unrefined refiner=none beta=0.2
 	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-untuned lora_scale=0
 	$(BIN)/diffseg run mini-cityscapes --only 1-3 --set run=mini-cityscapes-without lora_scale=0 plain_share=1.0
@@ -36,7 +37,7 @@ study-label_efficiency: install
 	$(TRAIN).label_efficiency mini-voc --finer mini-imagenet-s --seeds 3 --counts 20 90 720
 
 study-robust: install
-	$(TRAIN).robust mini-voc --runs mini-voc --arms edge-aware
+	$(TRAIN).robust mini-voc --runs mini-voc-unrefined --arms edge-aware
 	$(TRAIN).robust mini-cityscapes --runs mini-cityscapes-unrefined --arms edge-aware
 
 study-ladder: install
