@@ -5,41 +5,21 @@ import importlib.util
 
 import pytest
 import torch
+from tiny_training import changed, halves
 
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.errors import DiffsegError
 from diffseg.lab.combinations import check_together
 from diffseg.segmenters import new_networks
 from diffseg.training import train
-from diffseg.training_options import TrainingOptions
 
 BENCHMARK = get_benchmark("", ["thing, none"])
-OPTIONS = TrainingOptions(
-    iterations=4,
-    training_batch=2,
-    crop=32,
-    scale_jitter=(0.9, 1.1),
-    colour_jitter=0.1,
-    learning_rate=2e-3,
-    weight_decay=1e-4,
-    precision="fp32",
-    workers=0,
-    training_mode="cotrain",
-    warmup=0.5,
-)
-
-
-def images() -> list[tuple]:
-    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    image[0, :16], image[2, 16:] = 220, 220
-    label = (torch.arange(32) < 16).long()[:, None].expand(32, 32).contiguous()
-    margin = torch.full((2, 32, 32), 200, dtype=torch.uint8)
-    return [(f"image_{k}", image, label, margin) for k in range(4)]
+OPTIONS = changed(iterations=4, training_batch=2, training_mode="cotrain", warmup=0.5)
 
 
 def weights(watch=None) -> dict[str, torch.Tensor]:
     network = new_networks(2, "upernet-swin-mini", BENCHMARK.classes, seed=0)
-    train(network, images(), 255, OPTIONS, seed=0, watch=watch)
+    train(network, halves(4, margin=True), 255, OPTIONS, seed=0, watch=watch)
     return network.state_dict()
 
 
@@ -49,7 +29,7 @@ def test_losses_scores_and_predictions_are_shown_and_the_weights_are_the_same(tm
 
     from diffseg.lab.tensorboard import Watcher
 
-    development = [item[:3] for item in images()[:2]]
+    development = halves(2)
     watched = weights(Watcher(tmp_path, 2, development, BENCHMARK, "cpu"))
     plain = weights()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
@@ -62,7 +42,7 @@ def test_losses_scores_and_predictions_are_shown_and_the_weights_are_the_same(tm
 
 
 def test_without_the_extra_one_sentence_says_so(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("diffseg.lab.combinations.find_spec", lambda name: None)
     with pytest.raises(DiffsegError, match="`tensorboard_every` is 5 .* pip install tensorboard"):
         check_together({"tensorboard_every": 5}, "own.yaml")
     check_together({"tensorboard_every": 0}, "own.yaml")
@@ -72,6 +52,8 @@ def test_train_tells_its_watcher_each_step():
     told = []
     options = dataclasses.replace(OPTIONS, training_mode="baseline", iterations=2)
     network = new_networks(1, "segformer-mini", BENCHMARK.classes, seed=0)
-    history = train(network, images(), 255, options, 0, watch=lambda step, _, values: told.append((step, values)))
+    history = train(
+        network, halves(4, margin=True), 255, options, 0, watch=lambda step, _, values: told.append((step, values))
+    )
     assert [step for step, _ in told] == [1, 2]
     assert [values["loss"] for _, values in told] == history["loss"]
