@@ -163,9 +163,10 @@ def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, Im
             colour, _ = Counter(colours).most_common(1)[0]
             raise DiffsegError(f"{source} gives the colour {colour} to two names; give each its own, and export again.")
         bare = {name: image for name, image, label in items if name in found and not label.is_file()}
-        if bare and len(bare) < len(items):
+        if len(bare) == len(items):
+            bare = {}  # none at all is another folder
+        elif bare:
             print(f"{len(bare)} of {len(items)} images of the split {split} have no label image: all background")
-        bare = bare if len(bare) < len(items) else {}  # none at all is another folder
     elif (source := root / "class_names.txt").is_file():
         classes = [line.strip() for line in read_text(source).splitlines() if line.strip()]
     else:

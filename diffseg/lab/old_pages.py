@@ -25,6 +25,8 @@ def take_prose(cells: Sequence[dict], step: str) -> None:
     today = {cell.get("id"): cell["source"] for cell in read_cells(notebook)} if notebook.is_file() else {}
     for cell in cells:
         source = today.get(cell.get("id"), cell["source"])
+        if source == cell["source"]:
+            continue  # most are, and to parse them all takes time
         if cell["cell_type"] == "markdown" or without_comments(source) == without_comments(cell["source"]):
             cell["source"] = source
 

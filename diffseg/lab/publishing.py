@@ -29,7 +29,8 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
     rows = []
     for path in summaries:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        manifest = json.loads((path.parent / "manifests" / "05_evaluation.json").read_text(encoding="utf-8"))
+        manifests = {each.stem: json.loads(each.read_text("utf-8")) for each in path.parent.glob("manifests/*.json")}
+        manifest = manifests["05_evaluation"]
         row = {"run": path.parent.name, "benchmark": summary["benchmark"]}
         row["classes"] = sum(name.startswith("iou/") for name in manifest["metrics"]["synthetic"])
         row["images"] = summary["images"]
@@ -37,8 +38,7 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
             interval = " to ".join(map(percent, summary[f"miou{suffix}_interval"] or []))
             row[title] = percent(summary["miou" + suffix]) + (f" ({interval})" if interval else "")
         row["ratio"] = "-" if summary["ratio"] is None else f"{summary['ratio']:.2f}"
-        manifests = [json.loads(each.read_text("utf-8")) for each in (path.parent / "manifests").glob("*.json")]
-        is_whole = not any(each.get("resumed") for each in manifests)  # else these are of the last attempt
+        is_whole = not any(each.get("resumed") for each in manifests.values())  # else these are of the last attempt
         row["minutes"] = f"{sum(summary['seconds'].values()) / 60:.1f}" if is_whole else "-"
         row["diffseg"] = manifest["versions"]["diffseg"]
         rows.append(row)

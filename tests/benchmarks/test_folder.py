@@ -271,6 +271,13 @@ def test_two_images_of_one_name_are_refused_because_one_would_get_the_others_lab
 # what is refused
 
 
+def without_a_labelmap_and_a_label(root: Path) -> None:
+    """Only CVAT, which writes the labelmap, leaves out label images."""
+    (root / "labelmap.txt").unlink()
+    (root / "class_names.txt").write_text("background\nfire_truck\nfox\nignored")
+    (root / "SegmentationClass" / "two.png").unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -281,6 +288,7 @@ def test_two_images_of_one_name_are_refused_because_one_would_get_the_others_lab
         (lambda root: (root / "ImageSets/Segmentation/default.txt").write_text("two\n\ntwo"), "2 images named two"),
         (lambda root: (root / "ImageSets/Segmentation/default.txt").unlink(), "there are: none. Write it: the names"),
         (lambda root: (root / "JPEGImages" / "two.PNG").unlink(), "1 images or labels .*two.jpg; export"),
+        (without_a_labelmap_and_a_label, "1 images or labels .*two.png; export"),
         (lambda root: save(np.zeros((5, 4, 4)), root / "SegmentationClass", "two"), "two.png is a RGBA image"),
         (lambda root: save(LABEL + 4 * (LABEL == 2), root / "SegmentationClass", "two"), "holds the value 6"),
         (lambda root: (root / "ImageSets/Segmentation/default.txt").write_text(""), "names no image"),
