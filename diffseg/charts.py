@@ -88,7 +88,8 @@ def class_scores(
     for (network, ious), colour, marker in zip(values.items(), COLOURS, MARKERS, strict=False):
         axis.plot(100 * ious, rows, linestyle="", marker=marker, color=colour, label=network)
         mean, low, high = 100 * np.array(overall[network])
-        axis.errorbar(mean, 0, xerr=[[mean - low], [high - mean]], marker=marker, color=colour, capsize=3, ms=3)
+        axis.plot(mean, 0, linestyle="", marker=marker, color=colour, ms=3)
+        axis.plot([low, high], [0, 0], marker="|", color=colour)  # of few images a class it may lie beside the mean
     axis.set_yticks(range(len(names) + 1), ["mIoU, 95 % interval", *names])
     axis.margins(y=0.02)
     axis.invert_yaxis()

@@ -212,9 +212,10 @@ def predict_labels(
     training, as `diffseg predict` does; official ones are not, since their protocols' sizes are known.
     """
     size = images.shape[-2:]
-    inputs = images.float() / 255
-    if benchmark.protocol == FOLDER and (side := getattr(predict, "side", 0)):
-        inputs = resize(inputs, [side], antialias=True)
+    if benchmark.protocol == FOLDER and (side := getattr(predict, "side", 0)):  # one by one: photographs are large
+        inputs = torch.cat([resize(image[None].float() / 255, [side], antialias=True) for image in images])
+    else:
+        inputs = images.float() / 255
     views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
     total: torch.Tensor | float = 0.0
     for scale, mirrored in views:

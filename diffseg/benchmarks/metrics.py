@@ -119,7 +119,8 @@ def bootstrap_interval(
 
     `per_image` holds K x 3 counts an image. It tells what the choice of test images contributes, not what
     another training seed would. 1,000 samples and 95 % are our choice. A class that no drawn image has counts
-    as the protocol says, so ImageNet-S needs several images a class. (nan, nan) without a defined mIoU.
+    as the protocol says: with one or two images a class the interval may lie beside the mIoU itself, below it for
+    ImageNet-S, above it for the others. (nan, nan) without a defined mIoU.
     """
     images = len(per_image)
     if images == 0:

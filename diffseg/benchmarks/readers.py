@@ -82,7 +82,7 @@ def open_split(benchmark: Benchmark, root: str | os.PathLike, split: str) -> Lab
       it.
 
     Raises a DiffsegError for an unknown split, for missing or wrong folders with the official source and tree, and
-    for an image or mask of ImageNet-S without the other.
+    for an image or mask of ImageNet-S without the other, or a label of Cityscapes without its image.
     """
     if benchmark.protocol == FOLDER:
         items, read = open_folder(benchmark, Path(root), split)
@@ -158,6 +158,12 @@ def _cityscapes_items(benchmark: Benchmark, base: Path, split: str) -> list[tupl
     for image in _visible(base / "leftImg8bit" / split, "*/*_leftImg8bit.png"):
         name, city = image.stem.removesuffix("_leftImg8bit"), image.parent.name
         items.append((name, image, base / "gtFine" / split / city / f"{name}_gtFine_labelIds.png"))
+    labels = set(_visible(base / "gtFine" / split, "*/*_gtFine_labelIds.png"))
+    if lost := sorted(labels - {label for *_, label in items}):  # the images are an archive of their own
+        raise DiffsegError(
+            f"{len(lost)} labels of {benchmark.name} {split} have no image, the first is {lost[0]}; unpack "
+            f"leftImg8bit/{split} again, and whole."
+        )
     # trainIds are valid labelIds too, so a single file cannot tell; but vegetation, sky, people and vehicles
     # are all above 18, and eight street scenes without any of them are trainIds.
     spread = items[:: max(1, len(items) // 8)][:8]

@@ -344,6 +344,14 @@ def test_cityscapes_split_is_sorted_and_in_train_ids(tmp_path):
     np.testing.assert_array_equal(dataset[0][2], random_label(CITYSCAPES))
 
 
+def test_a_half_unpacked_cityscapes_is_not_scored_on_fewer_images(tmp_path):
+    labels = make_cityscapes(tmp_path)
+    next((tmp_path / "leftImg8bit/val/munster").iterdir()).unlink()
+    lost = labels / "munster" / "munster_000001_000019_gtFine_labelIds.png"
+    with pytest.raises(DiffsegError, match=f"1 labels of cityscapes val have no image, the first is {lost}; unpack"):
+        open_split(CITYSCAPES, tmp_path, "val")
+
+
 def test_train_ids_in_the_place_of_label_ids_are_noticed_without_255(tmp_path):
     make_cityscapes(tmp_path, label=np.arange(48).reshape(6, 8) % 19)
     with pytest.raises(DiffsegError, match="hold trainIds"):

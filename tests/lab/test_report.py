@@ -17,7 +17,7 @@ from PIL.ImageColor import getrgb
 
 import diffseg
 from diffseg.benchmarks.classes import VOC
-from diffseg.charts import half_interval
+from diffseg.charts import class_scores, half_interval
 from diffseg.errors import DiffsegError
 from diffseg.experiments.generator.measure import quality_tables
 from diffseg.experiments.generator.versions import version_rows
@@ -234,6 +234,12 @@ def test_colours_differ_for_normal_sight_and_for_deuteranopes(colours, least):
 def test_the_interval_of_a_mean_is_students():
     assert half_interval([50, 51, 52]) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)  # t of 2 degrees of freedom
     assert np.isnan(half_interval([50]))
+
+
+def test_an_interval_that_lies_beside_its_mean_is_drawn_where_it_lies():
+    figure = class_scores({"synthetic": {"dog": 0.8, "cat": None}}, {"synthetic": (0.73, 0.4, 0.55)})
+    spans = [line.get_xdata() for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
+    assert any(np.allclose(span, [40, 55]) for span in spans)
 
 
 # the claims
