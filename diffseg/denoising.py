@@ -42,6 +42,9 @@ def diffusion_loss(pipeline, unet: Callable, batch: dict, snr_gamma: float) -> t
         text, *pooled = pipeline.encode_prompt(
             batch["caption"], device=latents.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        if pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL draws without a prompt by zeros, not by ""
+            told = text.new_tensor([bool(caption) for caption in batch["caption"]])
+            text, pooled[1] = text * told.view(-1, 1, 1), pooled[1] * told.view(-1, 1)
     alphas = pipeline.scheduler.alphas_cumprod.to(latents.device)[batch["timestep"]]
     noised, target = noised_and_target(latents, batch["noise"], alphas, prediction)
     more = {}

@@ -170,7 +170,7 @@ class Tuner:
         return value
 
     def diverged(self, what: str, step: int) -> DiffsegError:
-        other = f", or set lora_steps to {self.kept}: {self.checkpoint} keeps that state" if self.kept else ""
+        other = f", or set lora_steps to {self.kept}, before that" if self.kept else ""
         return DiffsegError(
             f"the {what} not finite at step {step} of {self.options.steps}; lower lora_learning_rate{other}."
         )
@@ -262,6 +262,7 @@ def tune(
             write_rows(folder / LOSSES, tuner.rows, ("step", "loss", "learning_rate"))
         # takes the mixed-precision wrapper off, so that images are drawn as after loading
         pipeline.unet = accelerator.unwrap_model(tuner.unet, keep_fp32_wrapper=False).eval()
+        vars(pipeline.unet).pop("_is_accelerate_prepared", None)  # else the next call would not put it on again
         pipeline.unet.disable_gradient_checkpointing()
     if tuner.average:
         tuner.average.copy_to(tuner.parameters.values())

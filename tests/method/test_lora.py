@@ -269,6 +269,10 @@ def test_gradient_checkpointing_changes_nothing_and_mixed_precision_little(tmp_p
     pipeline, mixed = tiny_pipeline(), dataclasses.replace(OPTIONS, precision="bf16")
     half = tune(pipeline, pictures, CAPTIONS, mixed, tmp_path / "half")
     assert half != plain and half == pytest.approx(plain, rel=0.05)
+    again = tiny_pipeline()  # notebook 02 goes on with one pipeline, candidate by candidate
+    for steps in (2, 4):
+        losses = tune(again, pictures, CAPTIONS, dataclasses.replace(mixed, steps=steps), tmp_path / "again")
+    assert losses == half
     fresh = tiny_pipeline()
     load_lora(fresh, tmp_path / "half")
     assert_close_images(picture(fresh), picture(pipeline))
@@ -320,6 +324,20 @@ def test_the_loss_falls_on_one_picture(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- formulas and drawing
+
+
+def test_sdxl_is_tuned_without_a_caption_as_it_draws_without_a_prompt(pictures):
+    pipeline, seen = tiny_loading.build("sdxl"), []
+    pipeline.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[2], kwargs["added_cond_kwargs"]["text_embeds"])), with_kwargs=True
+    )
+    draws = target_domain.Draws(pipeline, target_domain.find_pictures(pictures), ["a car"], 16, 32, 0.5, 0)
+    batch = torch.utils.data.default_collate([draws[n] for n in range(8)])
+    denoising.diffusion_loss(pipeline, pipeline.unet, batch, 5.0)
+    [(text, pooled)] = seen
+    for k, caption in enumerate(batch["caption"]):
+        assert bool(text[k].any()) == bool(pooled[k].any()) == bool(caption)
+    assert {bool(caption) for caption in batch["caption"]} == {True, False}
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
