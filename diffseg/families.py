@@ -10,6 +10,7 @@ Read from diffusers 0.42.1, and checked on small pipelines of the real classes (
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Family:
     chat: the prompt is a user's message in the tokenizer's chat template.
     negative: a negative prompt acts, with guidance.
     guidance: the argument of the call that is the strength of guidance.
+    guides_above_zero: that argument is what exceeds 1 in the others', so that 0 is none.
     prompts_first: with guidance the batch is [prompts; negative prompts], and not the other way round.
     patches: the denoiser's channels hold 2 x 2 of the VAE's latents, which a call takes as a "sequence" of patches
         (B x positions x channels) or as "channels" (B x channels x h x w); None where there are no such patches.
@@ -46,6 +48,7 @@ class Family:
     chat: bool = False
     negative: bool = True
     guidance: str = "guidance_scale"
+    guides_above_zero: bool = False
     prompts_first: bool = False
     patches: str | None = None
 
@@ -68,7 +71,13 @@ FAMILIES = {
     ),
     # refiners before these layers see the image alone or the text alone
     "ZImagePipeline": Family(
-        {"tokenizer": 512}, joint="image", layers=r"layers\.\d+\.attention", filled=32, chat=True, prompts_first=True
+        {"tokenizer": 512},
+        joint="image",
+        layers=r"layers\.\d+\.attention",
+        filled=32,
+        chat=True,
+        guides_above_zero=True,
+        prompts_first=True,
     ),
     "QwenImagePipeline": Family(
         {"tokenizer": 512}, joint="text", layers="attn", guidance="true_cfg_scale", patches="sequence"
@@ -136,16 +145,30 @@ def image_grid(denoiser, args: tuple, kwargs: Mapping) -> tuple[int, int]:
     if "img_shapes" in kwargs:  # frames, rows and columns of each image
         return kwargs["img_shapes"][0][0][1:]
     latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-    [patch] = denoiser.config.get("all_patch_size", [denoiser.config.get("patch_size") or 1])
     height, width = latents[0].shape[-2:]  # of the first, as some take a list
-    return height // patch, width // patch
+    return height // patch_size(denoiser), width // patch_size(denoiser)
+
+
+def patch_size(denoiser) -> int:
+    """Return how many latents, across and down, the denoiser makes one position of."""
+    [patch] = denoiser.config.get("all_patch_size", [denoiser.config.get("patch_size") or 1])
+    return patch
 
 
 def image_size(pipeline, height: int | None, width: int | None) -> tuple[int, int]:
-    """Return (height, width) in pixels, the generator's usual one where None is given."""
+    """Return (height, width) in pixels, the generator's usual one where None is given.
+
+    Raises a DiffsegError for a side that its positions do not fill.
+    """
     # Z-Image names its 1024 pixels in its code only
     side = getattr(pipeline, "default_sample_size", None) or denoiser_of(pipeline).config.get("sample_size", 128)
-    return height or side * pipeline.vae_scale_factor, width or side * pipeline.vae_scale_factor
+    size = height or side * pipeline.vae_scale_factor, width or side * pipeline.vae_scale_factor
+    patch = 2 if family_of(pipeline).patches else patch_size(denoiser_of(pipeline))
+    multiple = math.lcm(8, patch * pipeline.vae_scale_factor)  # diffusers itself asks for 8 of most
+    for name, pixels in zip(("height", "width"), size, strict=True):
+        if pixels % multiple:
+            raise DiffsegError(f"{name} is {pixels}; {type(pipeline).__name__} draws multiples of {multiple} here.")
+    return size
 
 
 def latent_noise(pipeline, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:

@@ -88,9 +88,10 @@ def load_generator(
     transformers.utils.logging.disable_progress_bar()
     pipeline = _load_pipeline(name, PRECISIONS[precision], variant)
     if scheduler != "own" and takes_dpm(pipeline.scheduler):
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-            pipeline.scheduler.config, algorithm_type="dpmsolver++", **SCHEDULERS[scheduler]
-        )
+        config = pipeline.scheduler.config
+        # named, as from_config passes over what the files leave to the first scheduler's defaults
+        spacing = {"timestep_spacing": config.get("timestep_spacing", "linspace")} | SCHEDULERS[scheduler]
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", **spacing)
     # a batch that takes long, as on a CPU, would be silent: the bars around it count whole batches
     pipeline.set_progress_bar_config(desc="denoising", leave=False, delay=BAR_AFTER)
     if offload == "none":
@@ -232,16 +233,21 @@ def draw(
     The noise of each image comes from a CPU generator of its own, in float32 whatever the generator's precision:
     the same on every device and, up to rounding, in every precision. (Left to diffusers, it is drawn in the generator's
     precision: on a GPU with torch 2.11 the images in fp16 were others altogether.) An image with pixels that are no
-    numbers, as a VAE in half precision can give, comes out black. negative: empty texts alone are none. Raises a
-    DiffsegError for negative prompts of a family that has none.
+    numbers, as a VAE in half precision can give, comes out black. negative: empty texts alone are none.
+    guidance_scale: 1 is no guidance, in every family. Raises a DiffsegError for negative prompts of a family that has
+    none, or of a part of the images, and for a size that the generator cannot draw.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     height, width = image_size(pipeline, height, width)
     noise = latent_noise(pipeline, generators, height, width)
-    options = call_arguments(pipeline, sampling_steps) | {family_of(pipeline).guidance: guidance_scale}
+    family = family_of(pipeline)
+    strength = max(0.0, guidance_scale - 1) if family.guides_above_zero else guidance_scale
+    options = call_arguments(pipeline, sampling_steps) | {family.guidance: strength}
     if any(negative or ()):
-        if not family_of(pipeline).negative:
+        if not family.negative:
             raise DiffsegError(f"{type(pipeline).__name__} takes no negative prompt; leave negative_prompt empty")
+        if not all(negative):  # families differ in what an empty text among others is
+            raise DiffsegError("a batch has negative prompts for some of its images; give all of them one, or none")
         options["negative_prompt"] = list(negative)
     elif "true_cfg_scale" in options and guidance_scale > 1:  # which acts only against a negative prompt
         options["negative_prompt"] = [" "] * len(prompts)

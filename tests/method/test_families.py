@@ -127,7 +127,7 @@ def test_the_noise_is_the_pipelines_own(name):
         height=height,
         width=width,
         num_inference_steps=3,
-        guidance_scale=4.0,
+        guidance_scale=3.0 if name == "z-image" else 4.0,  # Z-Image's counts from 0
         generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
         **{key: value for key, value in options.items() if key in accepted},
     )
@@ -480,6 +480,26 @@ def test_a_batch_of_another_size_raises():
         with pytest.raises(DiffsegError, match="words of 1 images and the call draws 2"):
             record(pipeline, draws=lambda p, *args: images_of(p, [PROMPT, OTHER]))
         assert is_as_before(pipeline)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "z-image"])
+def test_a_strength_of_one_is_no_guidance(name):
+    pipeline, counts = shared(name), []
+    hook = denoiser_of(pipeline).register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    images_of(pipeline, guidance_scale=1.0)
+    hook.remove()
+    assert set(counts) == {1}
+
+
+def test_a_size_that_the_positions_do_not_fill_is_refused():
+    for name, side, multiple in (("hunyuan", 72, 16), ("sd", 20, 8)):
+        with pytest.raises(DiffsegError, match=f"height is {side}; .* draws multiples of {multiple} here"):
+            draw(shared(name), [PROMPT], [0], None, side, 64)
+
+
+def test_a_batch_has_negative_prompts_for_all_or_for_none():
+    with pytest.raises(DiffsegError, match="give all of them one, or none"):
+        draw(shared("sdxl"), [PROMPT, OTHER], [0, 1], ["", "plant"])
 
 
 def test_what_a_family_has_not_is_one_sentence():

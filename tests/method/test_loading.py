@@ -82,6 +82,16 @@ def test_timesteps_are_the_files_own_or_counted_from_either_end():
         assert scheduler.timesteps.tolist() == timesteps
 
 
+def test_timesteps_that_the_files_leave_to_their_schedulers_class_stay(sd1):
+    """Stable Diffusion 1.x names no timestep_spacing: PNDM's own is "leading", DPM-Solver's another."""
+    file = sd1 / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("timestep_spacing") == "leading"
+    file.write_text(json.dumps(config))
+    for name, spacing in {"dpm++": "leading", "dpm++ trailing": "trailing"}.items():
+        assert load_generator(str(sd1), scheduler=name).scheduler.config.timestep_spacing == spacing
+
+
 def test_half_precision_and_offload_on_a_cpu_are_said_and_not_done(folders, capsys):
     for precision in ("fp16", "bf16"):
         pipeline = load_generator(str(folders("sd1")), precision=precision)
