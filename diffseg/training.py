@@ -8,13 +8,15 @@ urn        one network that hardly listens where the label does not survive resp
 
 All modes see the same images in the same order under the same augmentation, for the same iterations. Nothing in a step
 depends on an earlier step's random state: step and image have seeds of their own. So an interrupted training resumes
-exactly, and the first network of an ensemble is the baseline of the same seed.
+exactly (in several processes up to running means, of which the first one's are kept), and the first network of an
+ensemble is the baseline of the same seed.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median_low
 
 import numpy as np
 import torch
@@ -260,7 +262,8 @@ def train_once(
     """
     if not (folder / WEIGHTS).is_file():
         network, state = make_network(), PartialState()
-        network.side = shown_side(dataset[0][1].shape[1:], options)
+        some = range(0, len(dataset), max(1, len(dataset) // 100))  # photographs have many shapes
+        network.side = median_low(shown_side(dataset[k][1].shape[1:], options) for k in some)
         checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
         with threads(options.threads):  # another number of threads adds in another order
             history = train(network, dataset, ignore, options, seed, device, title, checkpoint, watch)
@@ -335,7 +338,7 @@ def measures(
     trusted: torch.Tensor,
     ignore: int,
 ) -> dict[str, float]:
-    """Return what `train` records of one iteration."""
+    """Return what `train` records of one iteration, of this process's part of the batch."""
     valid, seen = label != ignore, [each.argmax(dim=1) for each in logits]
     shares = {"trusted": trusted & valid, "contradicted": (seen[0] != label) & valid}
     if len(seen) == 2:

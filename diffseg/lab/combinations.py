@@ -144,6 +144,15 @@ def training_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, s
         why = ", as this segmenter normalises each image's average over the batch" if normalises else ""
         each = f" for {processes.count()} processes" if processes.count() > 1 else ""
         yield "training_batch", f"be at least {least}{each}{why}", f"Set `training_batch={least}`."
+    if (count := processes.count()) > 1:
+        # else an image would count by its process's part; an image is pasted into another of its process
+        from diffseg.reliability import TAUGHT
+
+        pastes = bool(get("mixing")) and get("training_mode") in TAUGHT
+        batch, multiple = get("training_batch", 0), 2 * count if pastes else count
+        if batch % multiple:
+            rule = f"be a multiple of {multiple} for {count} processes{' that paste' if pastes else ''}"
+            yield "training_batch", rule, f"Set `training_batch={batch + multiple - batch % multiple}`."
     if "segmenter" in parameters and is_short_name("encoder_weights", get("encoder_weights", "")):
         folder = locate("encoder_weights", get("encoder_weights"))
         segmenter = json.loads((folder / "config.json").read_text("utf-8"))["segmenter"]

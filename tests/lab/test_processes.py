@@ -17,6 +17,7 @@ from diffseg.drawing import batches_of
 from diffseg.errors import DiffsegError
 from diffseg.lab import processes, provenance
 from diffseg.lab.cli import main
+from diffseg.lab.combinations import check_together
 from diffseg.lab.manifests import read_listing, read_manifest
 from diffseg.lab.parameters import read_cells
 from diffseg.lab.steps import STEPS, notebook_of
@@ -45,6 +46,15 @@ def test_shards_and_ranks_together_are_one_division(monkeypatch, second_of_two):
     for wrong in ("0/3", "4/3", "3", "1/1000000000", "a/b"):
         with pytest.raises(DiffsegError, match=f"--shard is '{wrong}'"):
             processes.parse_shard(wrong)
+
+
+def test_a_batch_is_the_same_for_every_process_and_even_where_images_are_pasted(second_of_two):
+    values = {"segmenter": "segformer-b0", "encoder_weights": "", "training_mode": "cotrain", "mixing": 0.5}
+    check_together(values | {"training_batch": 8}, "x.yaml")
+    check_together(values | {"training_batch": 6, "mixing": 0.0}, "x.yaml")
+    for wrong, changes, right in ((6, {}, 8), (5, {"mixing": 0.0}, 6), (5, {"training_mode": "baseline"}, 6)):
+        with pytest.raises(DiffsegError, match=f"be a multiple of .* Set `training_batch={right}`"):
+            check_together(values | changes | {"training_batch": wrong}, "x.yaml")
 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if step != "03_drawing"])
