@@ -21,6 +21,7 @@ from diffseg.segmenters import hex_colours, load_segmenter
 
 MASKS, OVERLAYS, AREAS, FAILED = "masks", "overlays", "areas.csv", "failed.csv"
 JPEG_QUALITY = 95  # of overlays; our choice
+JPEG_LIMIT = 65500  # pixels of a side, of Pillow's encoder
 
 
 @dataclass
@@ -60,9 +61,10 @@ def predict_files(
     """Predict image files, and all images below folders; return how many there are.
 
     Written to `folder` are MASKS/<name>.png (palette PNG, a pixel is its class id; beyond 255 classes R + 256 * G),
-    OVERLAYS/<name>.jpg, and AREAS with a row for each class in an image: its pixels and their share (0..1). The name
-    is the path below a given folder, or the file's name, without its suffix. side: as in `predict`. batch_size:
-    neighbours that have one size for the network are predicted together. What is interrupted leaves none of its files.
+    OVERLAYS/<name>.jpg (.png beyond JPEG_LIMIT), and AREAS with a row for each class in an image: its pixels and their
+    share (0..1). The name is the path below a given folder, or the file's name, without its suffix. side: as in
+    `predict`. batch_size: neighbours that have one size for the network are predicted together. What is interrupted
+    leaves none of its files.
 
     Raises a DiffsegError before it begins where there is no image, two have one name, `folder` holds one of these
     files or folders already, or the network does not say at which side it was trained; and one in the end where some
@@ -91,7 +93,8 @@ def predict_files(
         for batch in batches(views, batch_size):
             for view, label in zip(batch, label_maps(network, batch), strict=True):
                 write_label(made / MASKS / f"{view.name}.png", label, coding)
-                with atomic_path(made / OVERLAYS / f"{view.name}.jpg") as path:
+                suffix = "jpg" if max(label.shape) <= JPEG_LIMIT else "png"
+                with atomic_path(made / OVERLAYS / f"{view.name}.{suffix}") as path:
                     laid_over = overlay(view.image, label, colours)
                     Image.fromarray(laid_over).save(path, quality=JPEG_QUALITY, subsampling=0)
                 pixels = np.bincount(label.ravel())

@@ -5,12 +5,17 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffseg.errors import DiffsegError
 
-# What a folder of images may hold; those that Pillow cannot read (HEIC, videos) are refused by name, not passed over.
-SUFFIXES = tuple(".avi .avif .bmp .gif .heic .heif .jpeg .jpg .mkv .mov .mp4 .png .svg .tif .tiff .webm .webp".split())
+# What a folder of images may hold; those that Pillow cannot read (HEIC, raw files, videos) are refused by name, not
+# passed over.
+SUFFIXES = tuple(
+    ".arw .avi .avif .bmp .cr2 .dng .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .mkv .mov .mp4 .nef .pgm .png .ppm "
+    ".svg .tga .tif .tiff .webm .webp".split()
+)
+ORIENTATION = 0x0112  # EXIF's; 1 is upright
 
 
 def decode(path: str | os.PathLike) -> Image.Image:
@@ -41,7 +46,7 @@ def read_picture(picture: Image.Image | str | os.PathLike, upright: bool = True)
         picture = decode(picture)
     deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")  # older Pillow: I
     try:
-        picture = ImageOps.exif_transpose(picture) if upright else picture
+        picture = turned_upright(picture) if upright else picture
         if deep:
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
         if picture.mode in ("I", "F"):
@@ -52,6 +57,19 @@ def read_picture(picture: Image.Image | str | os.PathLike, upright: bool = True)
         return picture.convert("RGB")
     except ValueError as error:
         raise DiffsegError(f"{name} has the mode {picture.mode} ({error}); convert it to 8-bit RGB.") from error
+
+
+def turned_upright(picture: Image.Image) -> Image.Image:
+    """Return an image as its EXIF says that it is held; as it is where EXIF is damaged. (Pillow's exif_transpose writes
+    the whole of EXIF anew, and fails by a damaged entry of any kind.)"""
+    way = Image.Transpose
+    turns = {2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE, 6: way.ROTATE_270,
+             7: way.TRANSVERSE, 8: way.ROTATE_90}  # fmt: skip
+    try:
+        turn = turns.get(picture.getexif().get(ORIENTATION))
+    except Exception:  # Pillow raises a handful of kinds
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
 
 def picture_files(folder: Path) -> list[Path]:

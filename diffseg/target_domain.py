@@ -79,8 +79,8 @@ def own_captions(paths: Sequence[Path]) -> dict[Path, str]:
 
     A caption stands in METADATA beside the image or in a folder above, as a line {"file_name": ..., "text": ...} with
     the path from there; or in a text file with the image's name (1.txt for 1.png). Raises a DiffsegError that names
-    file and line for a line that is none, an empty text, a file_name without its file, a file that is not UTF-8, and
-    two different captions of one image.
+    file and line for a line that is none, an empty text, one without a letter (labels of another tool), a file_name
+    without its file, a file that is not UTF-8, and two different captions of one image.
     """
     found: dict[str, tuple[str, str]] = {}  # image -> its caption, and where that stands
     pictures = {_same_path(path): path for path in paths}
@@ -93,6 +93,8 @@ def own_captions(paths: Sequence[Path]) -> dict[Path, str]:
         text = nfc(" ".join(text.split()))
         if not text:
             raise DiffsegError(f"{where}: the text is empty; write what {name} shows, or remove it.")
+        if not any(letter.isalpha() for letter in text):
+            raise DiffsegError(f"{where}: {text[:40]!r} is no caption; write what {name} shows, or move labels away.")
         first, there = found.setdefault(name, (text, where))
         if text != first:
             raise DiffsegError(f"{where}: {name} has another caption in {there}; keep one of the two.")

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +230,7 @@ def link(place: Path, folder: Path) -> None:
     target = os.path.relpath(folder, place.parent)
     if not (place.is_symlink() and os.readlink(place) == target):
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.symlink_to(target, target_is_directory=True)
         os.replace(temporary, place)
 

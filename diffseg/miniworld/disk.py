@@ -1,8 +1,8 @@
 """The mini benchmarks on disk, in the official layouts, so that the same readers serve mini and real data."""
 
 import json
-import os
 import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def write_benchmarks(root: Path, sizes: dict = MINI_BENCHMARKS) -> None:
 
     sizes: "version", "seed", and for each benchmark to be written its pictures per split (see `MINI_BENCHMARKS`).
     """
-    temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    temporary = root.with_name(f".{root.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         for name, (folder, write) in WRITERS.items():
             if name in sizes:

@@ -58,6 +58,16 @@ def test_what_a_training_shows_is_remembered(tmp_path):
 
     untrained = partial(new_networks, 2, "resunet-resnet10t", CLASSES, 0, palette=CITYSCAPES.palette)
     train_once(tmp_path / "network", untrained, data, 255, replace(options, training_mode="ensemble"), 0)
+    panorama = ("panorama", torch.zeros(3, 8, 48, dtype=torch.uint8), torch.zeros(8, 48, dtype=torch.int64))
+    train_once(
+        tmp_path / "mixed",
+        partial(new_networks, 1, "resunet-resnet10t", CLASSES, 0),
+        [panorama, *data],
+        255,
+        options,
+        0,
+    )
+    assert load_segmenter(tmp_path / "mixed").side == 16  # the usual image's, not the first one's
     network = load_segmenter(tmp_path / "network")
     assert network.side == 16 and network.palette == CITYSCAPES.palette and network.classes == CLASSES
     saved = json.loads((tmp_path / "network" / "config.json").read_text())

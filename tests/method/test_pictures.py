@@ -2,12 +2,13 @@
 
 import json
 import os
+import struct
 import unicodedata
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffseg.benchmarks.classes import FOLDER, VOC
 from diffseg.benchmarks.labels import read_label, write_label
@@ -70,6 +71,26 @@ def test_transparency_shows_white():
 def test_the_cameras_orientation_is_obeyed(tmp_path, name):
     save(photo("RGB"), tmp_path / name, turned=True)
     assert read_picture(tmp_path / name).size == (37, 50)
+
+
+def test_damaged_exif_stops_nothing(tmp_path):
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(
+        "<HHI4s", 0x011A, 2, 3, b"72"
+    )  # a text, no number
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    photo("RGB").save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    assert read_picture(tmp_path / "a.jpg").size == (37, 50)
+    photo("RGB").save(tmp_path / "b.png", exif=b"Exif\0\0no TIFF")
+    assert read_picture(tmp_path / "b.png").size == (50, 37)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_orientation_is_pillows(turn):
+    picture = photo("RGB")
+    picture.getexif()[0x0112] = turn
+    assert read_picture(picture).tobytes() == ImageOps.exif_transpose(picture).tobytes()
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.tiff", "a.png"])
@@ -147,14 +168,14 @@ def test_names_with_dots_are_names(tmp_path):
 # the folder of target pictures
 
 
-@pytest.mark.parametrize("name", ["a.JPG", "a.jpeg", "a.png", "a.webp", "a.bmp", "a.tif", "a.gif"])
+@pytest.mark.parametrize("name", ["a.JPG", "a.jpeg", "a.jfif", "a.png", "a.ppm", "a.webp", "a.bmp", "a.tif", "a.gif"])
 def test_target_pictures_of_every_format_and_mode_are_read(tmp_path, name):
     photo("L").save(tmp_path / name)
     assert find_pictures(tmp_path) == [tmp_path / name]
     assert read_picture(tmp_path / name).mode == "RGB"
 
 
-@pytest.mark.parametrize("name", ["a.heic", "clip.mp4", "a.svg"])
+@pytest.mark.parametrize("name", ["a.heic", "clip.mp4", "a.svg", "a.dng"])
 def test_pictures_that_are_not_read_are_refused_by_name(tmp_path, name):
     photo("RGB").save(tmp_path / "1.png")
     (tmp_path / name).write_bytes(b"....ftyp")
@@ -215,6 +236,7 @@ def test_a_caption_finds_its_picture_however_its_name_was_typed(tmp_path):
         (METADATA, b'{"file_name": "0.png", "text": " "}', "line 1: the text is empty"),
         (METADATA, b'{"file_name": "0.png", "text": "\xe4"}', "metadata.jsonl, line 1, is not UTF-8"),
         ("0.txt", b" \n", "0.txt, line 1: the text is empty"),
+        ("0.txt", b"0 0.51 0.44 0.2 0.3", "0.txt, line 1: '0 0.51 0.44 0.2 0.3' is no caption; .* move labels away"),
         ("0.txt", b"a car\n\xe4", "0.txt, line 2, is not UTF-8"),
         ("0.txt", b"a bus", r"0.txt, line 1: .*0.png has another caption in .*sub.metadata.jsonl, line 1"),
     ],
