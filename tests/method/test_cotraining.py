@@ -230,3 +230,15 @@ def test_pasting_takes_pixels_labels_and_trust_from_the_region_only():
 
 def test_neighbours_exchange():
     assert terms.partners(4).tolist() == [1, 0, 3, 2] and terms.partners(3).tolist() == [1, 0, 2]
+
+
+def test_of_two_classes_one_is_pasted():
+    region = terms.half_of_the_classes(torch.tensor([[0, 1, 2]]), 0, 255, torch.Generator().manual_seed(0))
+    assert region.sum() == 1
+
+
+def test_a_soft_answer_hands_no_gradient_to_who_gave_it():
+    own, peer = random_logits(0, (1, 2, 2, 2)), random_logits(1, (1, 2, 2, 2))
+    label = torch.zeros(1, 2, 2, dtype=torch.int64)
+    terms.peer_loss(own, peer.softmax(1), label, label.bool(), 255, is_soft=True).backward()
+    assert own.grad is not None and peer.grad is None

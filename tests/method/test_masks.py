@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from diffseg.errors import DiffsegError
 from diffseg.masks import add_background, class_scores, label_and_margin
 from diffseg.refiners import REFINERS, get_refiner, pamr, refiners_at_hand
+from diffseg.word_maps import WordMaps
 
 CAT, DOG = 8, 12
 
@@ -326,3 +327,20 @@ def test_no_refiner_names_another_class(name, small_sam):
         assert set(label.unique().tolist()) <= {0, *classes}
 
     check()
+
+
+# --------------------------------------------------------------------------------- axes that squares do not tell apart
+
+
+def test_the_border_is_all_four_sides_and_its_corners_count_once():
+    posts = torch.tensor([1.0, 0, 0, 1]).expand(1, 4, 4)  # 8 of the 12 positions along the border
+    for above, inverted in ((0.6, True), (0.7, False)):
+        _, scores = class_scores(posts, [CAT], (4, 4), above)
+        assert bool(scores[0, 0, 0] == 0) == inverted
+
+
+def test_maps_and_reach_of_wide_images_go_by_the_shorter_side():
+    maps = torch.rand(1, 1, 8, 16)
+    assert torch.equal(WordMaps({"layer": maps}, [[0]]).mean((8,), [0]), maps[0])
+    image, scores = torch.rand(1, 3, 16, 64), torch.rand(1, 2, 16, 64)
+    assert torch.equal(pamr(image, scores), pamr(image, scores, dilations=(1,)))

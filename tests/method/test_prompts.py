@@ -562,3 +562,13 @@ def test_another_csv_is_no_prompt_list(tmp_path):
 def test_a_word_with_a_comma_is_found_where_it_is_written_so():
     words = table(salad=["ham, egg"], dog=["dog"])
     assert [m.word.class_name for m in P.find_words("a ham, egg and a dog", words)] == ["salad", "dog"]
+
+
+def test_captions_are_balanced_over_classes_or_follow_their_number():
+    words = table(dog=["dog"], cow=["cow"])
+    captions = [*(f"a dog, {k}" for k in range(9)), "a cow"]
+
+    def counted(balance: bool) -> Counter:
+        return Counter(prompt.classes[0] for prompt in P.augment(words, 100, captions=captions, balance=balance))
+
+    assert counted(True) == {"dog": 50, "cow": 50} and counted(False) == {"dog": 90, "cow": 10}

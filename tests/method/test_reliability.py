@@ -5,9 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_training import changed
 
 from diffseg.errors import DiffsegError
-from diffseg.reliability import certain_pixels, margin_thresholds, rank_within_class, reliable_pixels
+from diffseg.reliability import (
+    certain_pixels,
+    margin_thresholds,
+    rank_within_class,
+    reliable_pixels,
+    trusted_pixels,
+)
 
 CAT, DOG = 8, 12
 
@@ -83,3 +90,17 @@ def test_certainty_follows_from_the_scores_that_made_the_margin():
     assert expected[0] and not expected[3] and not expected[4]
     # a class that fills the scale is certain, too
     assert certain_pixels(torch.ones(1, 1), torch.full((1, 1), 255), powers, beta).all()
+
+
+def test_the_share_of_a_set_ends_at_a_margin_that_occurs_and_includes_it():
+    label, margin = torch.zeros(1, 4), torch.tensor([[10, 200, 200, 200]], dtype=torch.uint8)
+    assert margin_thresholds([(label, margin)], 0.5) == {0: 200}  # 201 is above all, 10 would trust all
+    label, margin = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[9, 10, 20, 21]], dtype=torch.uint8)
+    trusted = trusted_pixels(label, torch.stack([margin, margin]), changed(training_mode="cotrain"), {0: 10, 1: 21})
+    assert trusted.tolist() == [[False, True, False, True]]
+
+
+def test_urns_variance_is_that_of_all_responses():
+    """A score of 0.25: its powers 0.5 and 0.6 reach 0.4, the others do not; 2 of 6, u = 4 * 2/9, and 1 - u = 0.11."""
+    powers = (0.5, 0.6, 0.75, 1.33, 1.67, 2.0)
+    assert certain_pixels(torch.zeros(1, 1), torch.full((1, 1), round(255 * 0.3)), powers, 0.2).all()

@@ -19,12 +19,13 @@ from diffseg.segmenters import (
     STAGES,
     Ensemble,
     FromTransformers,
+    ResidualBlock,
     Segmenter,
     load_segmenter,
     new_networks,
     save_segmenter,
 )
-from diffseg.training import HISTORY, answers_of, mix, step_losses, train, train_once
+from diffseg.training import HISTORY, answers_of, measures, mix, step_losses, train, train_once
 from diffseg.training_options import NETWORKS
 
 
@@ -424,3 +425,94 @@ def test_unknown_missing_and_truncated_segmenters_are_one_sentence(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(DiffsegError, match="train it again"):
         load_segmenter(tmp_path)
+
+
+class Says(torch.nn.Module):
+    """A network that is sure of one class everywhere."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        label = torch.full(images[:, 0].shape, self.k)
+        return 9 * torch.nn.functional.one_hot(label, 3).permute(0, 3, 1, 2).float()
+
+
+def test_networks_label_what_is_pasted_together_and_go_on_training():
+    def pasted(*classes: int) -> torch.Tensor:
+        networks, label = [Says(k) for k in classes], torch.zeros(2, 4, 4, dtype=torch.int64)
+        images, rng = torch.rand(2, 3, 4, 4), torch.Generator()
+        _, _, trusted, _ = mix(networks, images, label, label.bool(), changed(mixing=1.0), 0, 255, rng)
+        assert all(network.training for network in networks)
+        return trusted
+
+    assert pasted(1, 1).all() and not pasted(1, 2).any()  # where they contradict, neither is sure
+
+
+def test_a_training_hands_on_which_class_is_background_and_what_was_pasted(monkeypatch):
+    seen, band = [], torch.ones(4, 32, 32, dtype=torch.bool)
+
+    def watched_mix(networks, images, label, trusted, options, background, *rest):
+        seen.append(background)
+        return images, label, trusted, band
+
+    def watched_losses(logits, label, trusted, boundary, *rest):
+        seen.append(boundary)
+        return step_losses(logits, label, trusted, boundary, *rest)
+
+    monkeypatch.setattr(training, "mix", watched_mix)
+    monkeypatch.setattr(training, "step_losses", watched_losses)
+    options = changed(training_mode="selftrain", iterations=1, warmup=0.0, mixing=0.5)
+    for classes in (("road", "car"), ("road", "background")):
+        train(new_networks(1, "resunet-resnet10t", classes, 0), halves(margin=True), 255, options, 0)
+    assert seen[0] is None and seen[2] == 1 and seen[1] is seen[3] is band
+
+
+def test_each_of_two_networks_starts_from_its_own(tmp_path):
+    source = new_networks(2, "resunet-resnet10t", CLASSES, 0)
+    save_segmenter(source, tmp_path)
+    assert same(new_networks(2, "resunet-resnet10t", CLASSES, 1, initial_network=str(tmp_path)), source)
+
+
+def test_a_network_sees_images_normalised_as_imagenets_and_whole():
+    network, image = Segmenter("resunet-resnet10t", CLASSES), torch.rand(1, 3, 40, 75)
+    network.network = torch.nn.Identity()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose(network(image), (image - mean) / std, atol=1e-6)
+
+
+def test_a_residual_block_without_its_body_is_its_shortcut():
+    block, x = ResidualBlock(2, 2).eval(), torch.rand(1, 2, 4, 4)
+    torch.nn.init.zeros_(block.body[3].weight)
+    assert torch.allclose(block(x), block.shortcut(x).relu())
+
+
+def test_measures_are_shares_of_the_valid_pixels():
+    first, second = (torch.eye(3)[k].view(1, 3, 1, 1).expand(1, 3, 1, 4).clone() for k in (1, 2))
+    second[..., 0] = first[..., 0]
+    label, trusted = torch.tensor([[[1, 0, 0, 255]]]), torch.ones(1, 1, 4, dtype=torch.bool)
+    found = measures([torch.tensor(1.0)], [first, second], label, trusted, 255)
+    assert found["contradicted"] == pytest.approx(2 / 3) == found["disagreement"]
+
+
+def test_the_moving_average_goes_on_after_a_stop(tmp_path):
+    options = changed(iterations=4, checkpoint_every=2, ema=0.9)
+
+    class Stops(list):
+        left = 9
+
+        def __getitem__(self, index):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    def averaged(data, **more):
+        network = new_networks(1, "resunet-resnet10t", CLASSES, 0)
+        train(network, data, 255, options, 0, **more)
+        return network
+
+    with pytest.raises(KeyboardInterrupt):
+        averaged(Stops(halves()), checkpoint=tmp_path / "checkpoint.pt")
+    assert same(averaged(halves(), checkpoint=tmp_path / "checkpoint.pt"), averaged(halves()))
