@@ -35,20 +35,33 @@ from diffseg.reliability import reliable_pixels
 from diffseg.segmenters import WEIGHTS, load_segmenter
 
 TENTHS = 10
-LABEL, NETWORK, PAIR, EDGES, AGREED = (
+LABEL, NETWORK, PAIR, EDGES, ALONE, AGREED = (
     "label",
     "one network",
     "two networks, within the image's classes",
     "the same, along the image's edges",
+    "reliable labels along the edges, no network",
     "label, judged by two networks that agree",  # no reference needed
 )
-OPINIONS = (LABEL, NETWORK, PAIR, EDGES, AGREED)
+OPINIONS = (LABEL, NETWORK, PAIR, EDGES, ALONE, AGREED)
 RELIABLE = 0.8  # share of the labels that the answer along the edges sees, as in edge-aware training
 
 
 def tenths(rank: torch.Tensor) -> torch.Tensor:
     """Return the tenth of its class's margins that each rank (uint8 H x W) lies in: 0 the largest, 9 the smallest."""
     return rank.long() * TENTHS // 256
+
+
+def edges_alone(
+    image: torch.Tensor, label: torch.Tensor, reliable: torch.Tensor, classes: int, background: int | None
+) -> torch.Tensor:
+    """Return the edge-aware answer (label map int64 H x W) without any network: its place is taken by equal
+    probabilities of the image's classes and background. image: float 3 x H x W in 0..1."""
+    named = classes_of_images(label[None], classes)
+    if background is not None:
+        named[:, background] = True
+    equal = (named / named.sum()).view(1, classes, 1, 1).expand(-1, -1, *label.shape)
+    return edge_aware(equal, image[None], label[None], reliable[None])[0].argmax(dim=0)
 
 
 @torch.no_grad()
@@ -72,11 +85,13 @@ def accuracies(images: Dataset, reference: Callable, networks: Sequence[Callable
         pair = restricted(sum(seen) / 2, named, 0)
         reliable = reliable_pixels(rank, RELIABLE) & every
         edges = edge_aware(pair, batch.cpu(), label[None], reliable[None])
+        alone = edges_alone(batch[0].cpu(), label, reliable, pair.shape[1], 0)
         for name, hit, among in (
             (LABEL, label == truth, every),
             (NETWORK, first == truth, every),
             (PAIR, pair.argmax(dim=1)[0] == truth, every),
             (EDGES, edges.argmax(dim=1)[0] == truth, every),
+            (ALONE, alone == truth, every),
             (AGREED, label == first, every & (first == second)),
         ):
             right[name] += where[hit & among].bincount(minlength=TENTHS)
@@ -97,8 +112,9 @@ def reliability_figure(rows: Sequence[dict]) -> Figure:
             found = [row for row in rows if row["run"] == run and row["opinion"] == opinion]
             values = [100 * float(row["accuracy"]) for row in found]
             style = {LABEL: {"color": "black", "linestyle": "--"}, AGREED: {"color": "0.5", "linestyle": ":"}}
-            axis.plot([int(row["tenth"]) for row in found], values, label=opinion, **style.get(opinion, {}))
-        axis.set(title=run, xlabel="tenth of the margins (1: largest)", ylim=(None, 100))
+            named = opinion.replace("the same", "two networks")
+            axis.plot([int(row["tenth"]) for row in found], values, label=named, **style.get(opinion, {}))
+        axis.set(title=run, xlabel="tenth of the margins (1: largest)", ylim=(None, 101))
     axes[0][0].set_ylabel("right (%)")
     figure.tight_layout(rect=(0, 0, 1, 0.8))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=2)

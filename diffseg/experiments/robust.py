@@ -25,7 +25,7 @@ from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.cotraining import classes_of_images, restricted
 from diffseg.errors import DiffsegError
-from diffseg.experiments.label_or_network import AGREED, RELIABLE, accuracies, tenths
+from diffseg.experiments.label_or_network import AGREED, RELIABLE, accuracies, edges_alone, tenths
 from diffseg.experiments.paired import (
     Relabelled,
     images_key,
@@ -73,6 +73,8 @@ ARMS = {
     "edge-aware": EDGE_AWARE,
     "edge-aware, one network": EDGE_AWARE | {"training_mode": "selftrain"},  # a tenth dearer than a baseline
     "edge-aware, one network, twice as long": EDGE_AWARE | {"training_mode": "selftrain"},  # as dear as edge-aware
+    # a baseline on labels that PAMR alone makes in the doubted fifth: what of the gain needs no network
+    "edges without a network": {"training_mode": "baseline"},
     "edge-aware, a tenth doubted": EDGE_AWARE | {"reliable_share": 0.9},
     "restricted": RESTRICTED,
     # the restricted co-training taken apart, one thing at a time
@@ -88,12 +90,27 @@ ARMS = {
 }
 
 
+def background_of(benchmark: Benchmark) -> int | None:
+    return benchmark.classes.index("background") if "background" in benchmark.classes else None
+
+
+def along_edges(images: Dataset, benchmark: Benchmark) -> Relabelled:
+    """Return a synthetic set whose doubtful pixels, those of EDGE_AWARE, have what PAMR makes of the reliable ones."""
+
+    def relabel(name: str, image: torch.Tensor, label: torch.Tensor, reliability: torch.Tensor) -> torch.Tensor:
+        ignored = label == benchmark.ignore
+        reliable = reliable_pixels(reliability[1], RELIABLE) & ~ignored
+        found = edges_alone(image.float() / 255, label, reliable, benchmark.num_classes, background_of(benchmark))
+        return torch.where(reliable | ignored, label, found)
+
+    return Relabelled(images, relabel)
+
+
 def peer_answers(network: Ensemble, image: torch.Tensor, label: torch.Tensor, benchmark: Benchmark) -> torch.Tensor:
     """Return a network's probabilities among the label's classes and background, K x H x W on the CPU."""
     device = PartialState().device
-    background = benchmark.classes.index("background") if "background" in benchmark.classes else None
     seen = network(image[None].float().to(device) / 255).float().softmax(dim=1).cpu()
-    return restricted(seen, classes_of_images(label[None], benchmark.num_classes), background)[0]
+    return restricted(seen, classes_of_images(label[None], benchmark.num_classes), background_of(benchmark))[0]
 
 
 def corrected(images: Dataset, network: Ensemble, benchmark: Benchmark) -> Relabelled:
@@ -148,7 +165,9 @@ def scores_of(
         for seed in range(seeds):
             how = key, parameters, options
             labelled = dataset
-            if arm in ROUNDS:
+            if arm == "edges without a network":
+                labelled = along_edges(dataset, benchmark)
+            elif arm in ROUNDS:
                 first = trained(folder / run.name, "ensemble", *how, dataset, benchmark, seed)
                 labelled = ROUNDS[arm](dataset, first, benchmark)
             network = trained(folder / run.name, arm, *how, labelled, benchmark, seed)
@@ -231,16 +250,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", default=[], help="parameters, named in the table")
     chosen = parser.parse_args(arguments)
     parameters, rows, tables = parameters_under(chosen.parameters, chosen.set), [], chosen.out / "tables"
-    about = read_json(tables / "robust_arms.json") or {}
+    about, changed = read_json(tables / "robust_arms.json") or {}, []
     arms = [arm for arm in ARMS if arm in {"ensemble", *chosen.arms}]  # the ensemble is what others are compared with
     for name in chosen.runs:
         title, run = ", ".join([name, *chosen.set]), run_folder(name)
+        if about.get(title, {}).get("parameters", parameters) != parameters:
+            changed.append(title)
         about[title] = {"images": images_key(run), "parameters": parameters} | provenance()
         rows += scores_of(parameters, run, title, arms, chosen.seeds, chosen.split, chosen.folder)
     frame = pd.DataFrame(rows)
-    if (found := tables / "robust_arms_seeds.csv").is_file():  # other runs and arms stay, but for those of other images
-        kept = pd.read_csv(found)
-        kept = kept[~kept.run.isin(frame.run) | kept.images.isin(frame.images)]
+    if (found := tables / "robust_arms_seeds.csv").is_file():
+        kept = pd.read_csv(found)  # other runs and arms stay, but for those of other images or another training
+        kept = kept[~kept.run.isin(frame.run) | kept.images.isin(frame.images) & ~kept.run.isin(changed)]
         frame = pd.concat([kept, frame]).drop_duplicates(["run", "split", "arm", "seed"], keep="last")
     write_tables(tables, "robust_arms", means(frame), frame, about | {"arms": ARMS})
     save_figure(arms_figure(frame), chosen.out / "figures" / "robust_arms.png")

@@ -8,9 +8,19 @@ import torch
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
-from diffseg.experiments.robust import ARMS, arms_figure, corrected, means, parameters_under, scores_of, voted
+from diffseg.experiments.robust import (
+    ARMS,
+    along_edges,
+    arms_figure,
+    corrected,
+    means,
+    parameters_under,
+    scores_of,
+    voted,
+)
 from diffseg.lab.parameters import declared
 from diffseg.lab.steps import notebook_of
+from diffseg.reliability import rank_within_class
 
 
 def test_a_paired_difference_has_students_interval():
@@ -89,6 +99,19 @@ class Opinion:
         logits[:, 0] = logits[:, self.seen] = 9  # all else is out of the question
         logits[:, self.seen] += self.by
         return logits
+
+
+def test_without_a_network_doubtful_pixels_follow_the_edges_from_the_reliable_ones():
+    """A red object on blue; its mask is two columns too wide, and unsure along its edge."""
+    dog, image = VOC.classes.index("dog"), torch.zeros(3, 16, 16, dtype=torch.uint8)
+    image[0, :, :8], image[2, :, 8:] = 220, 220
+    label = torch.zeros(16, 16, dtype=torch.int64)
+    label[:, :10] = dog
+    label[0, 0] = VOC.ignore
+    margin = (torch.arange(16) - 9.5).abs().mul(16).byte().expand(16, 16).contiguous()
+    found = along_edges([("one", image, label, torch.stack([margin, rank_within_class(label, margin)]))], VOC)[0][2]
+    assert (found[1:, :8] == dog).all() and found[0, 0] == VOC.ignore
+    assert (label[:, 8:] == dog).sum() == 32 and (found[:, 8:] == dog).sum() <= 1  # a fifth of 159 is not quite 32
 
 
 def test_of_two_votes_the_one_that_is_believed_more_wins():
