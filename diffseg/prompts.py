@@ -18,7 +18,7 @@ from diffseg.files import atomic_path
 from diffseg.paths import locate
 from diffseg.pictures import read_text
 from diffseg.seeds import derive_seed
-from diffseg.words import Word, nfc, plural, with_article
+from diffseg.words import TWO_CLASSES, Word, nfc, plural, with_article
 
 _TOKEN = re.compile(r"(?:[^\W_][\u0300-\u036f]*)+")  # with the accents of the decomposed form
 _COLUMNS = ("index", "prompt", "classes", "words", "spans", "relations", "depths", "negative", "seed")
@@ -71,9 +71,15 @@ def _tokens(text: str) -> tuple[str, ...]:
     return tuple(nfc(token.lower()) for token in _TOKEN.findall(text))
 
 
+def means_another(word: Word) -> bool:
+    """Return whether a class's word stands in this one and does not show the class: "hot dog", or another class too:
+    "guard dog"."""
+    return word.relation == "other" or word.reason.startswith(TWO_CLASSES)
+
+
 def _forms(words: Sequence[Word]) -> dict[tuple[str, ...], tuple[Word, bool]]:
     """Return singular and plural forms, as lower-case tokens -> (row, is plural); the singular wins."""
-    used = [word for word in words if word.keep or word.relation == "other"]
+    used = [word for word in words if word.keep or means_another(word)]
     forms = {_tokens(plural(word.word)): (word, True) for word in used}
     return forms | {_tokens(word.word): (word, False) for word in used}
 
@@ -105,7 +111,7 @@ def _find(caption: str, forms: dict[tuple[str, ...], tuple[Word, bool]]) -> list
             # a word of one's own may hold other signs, such as a comma
             is_written = word and (together or nfc(caption[start:end].lower()) == nfc(word.word.lower()))
             if is_written and not part_of_longer:
-                if word.relation != "other":
+                if not means_another(word):
                     matches.append(Match(start, end, word, is_plural))
                 i += n
                 break
@@ -258,9 +264,11 @@ def _captioned(captions, words, classes, chooser, balance, rng):
             if word.relation == "plain":  # the caption's own word stays
                 word = match.word
             else:
-                new = plural(word.word) if match.plural else word.word
                 article = re.search(r"(?<!\w)an?\s+$", before, re.IGNORECASE)
-                if article and not match.plural:
+                own = match.word.word.lower()
+                many = match.plural or (not article and plural(own) == own)  # "three sheep": several, most likely
+                new = plural(word.word) if many else word.word
+                if article and not many:
                     phrase = with_article(new)
                     phrase = phrase[0].upper() + phrase[1:] if article[0][0].isupper() else phrase
                     before, new = before[: article.start()] + phrase[: -len(new)], phrase[-len(new) :]

@@ -23,6 +23,8 @@ DATA = Path(__file__).parent / "data"
 NO_SYNSET = "none"  # in a class list: this class has its plain word only, WordNet is not asked
 _COLUMNS = ("class", "synset", "word", "relation", "depth", "keep", "reason", "frequency", "parent")
 
+TWO_CLASSES = "contains a word of the class"  # the reason why "guard dog" is dropped: it may draw a guard
+
 nfc = partial(unicodedata.normalize, "NFC")  # "é" is one character, however it was typed
 
 # inflect takes every noun for a singular one, and gets some of the tables' wrong.
@@ -35,6 +37,7 @@ _PLURALS = {  # of two that fit the later one counts
     "(.*(?:buffal|ding|her|mang|mosquit|potat|tomat|torped)o)": "$1es",
     "(.*(?:[ao]s|egis|indris|pavis|spiralis|tabis|tennis|kuvasz|tz))": "$1es",
     "(.*gentlem)an": "$1en",
+    "(.*(?:doberm|pullm)an)": "$1s",
     f"(.*(?:{_SAME}))": "$1",
     "eau( .*)": "eaux$1",
     "(.*-(?:for|of|on|to)-.*)": "$1s",
@@ -299,16 +302,20 @@ def _spoken(lemma: str) -> str:
 
 
 def drop_shared(words: Sequence[Word]) -> list[Word]:
-    """Drop every kept word that two classes share; a class keeps its own plain word."""
-    plain = {row.word.lower(): row.class_name for row in words if row.relation == "plain"}
+    """Drop every kept word that two classes share, whatever its hyphens; a class keeps its own plain word."""
+
+    def letters(row: Word) -> str:
+        return re.sub(r"[\W_]+", " ", row.word.lower().replace("'", ""))
+
+    plain = {letters(row): row.class_name for row in words if row.relation == "plain"}
     owners: dict[str, set[str]] = {}
     for row in words:
         if row.keep:
-            owners.setdefault(row.word.lower(), set()).add(row.class_name)
+            owners.setdefault(letters(row), set()).add(row.class_name)
     result = []
     for row in words:
-        others = owners.get(row.word.lower(), set()) - {row.class_name}
-        mine = plain.get(row.word.lower()) == row.class_name
+        others = owners.get(letters(row), set()) - {row.class_name}
+        mine = plain.get(letters(row)) == row.class_name
         if row.keep and others and not mine:
             row = replace(row, keep=False, reason=f"also a word of the class {', '.join(sorted(others))}")
         result.append(row)

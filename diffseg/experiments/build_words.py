@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from diffseg.words import Word, drop_shared, is_latin, open_wordnet, wordnet_words, write_words
+from diffseg.words import TWO_CLASSES, Word, drop_shared, is_latin, open_wordnet, wordnet_words, write_words
 
 # Tags that ImageNet-S-919 merges into another (its data preparation): their words are that class's too.
 MERGED = {
@@ -26,6 +26,7 @@ MERGED = {
 HERE = Path(__file__).parents[1] / "data"
 BY_HAND = "added by hand"
 KEPT = "kept by hand"
+SENSES = ("everyday sense is another thing", "not in use in captions")  # reasons that hold in every benchmark
 _LEXNAMES = (
     "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "
     "noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location "
@@ -73,8 +74,8 @@ def drop_compounds(table: list[Word]) -> list[Word]:
         parts = row.word.lower().replace("-", " ").split()
         runs = [" ".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
         others = sorted({owner[run] for run in runs if run in owner} - {row.class_name})
-        if row.keep and others and row.relation != "plain" and not row.reason.startswith(KEPT):
-            row = replace(row, keep=False, reason=f"contains a word of the class {', '.join(others)}")
+        if row.keep and others and row.relation != "plain" and not row.reason.startswith((KEPT, BY_HAND)):
+            row = replace(row, keep=False, reason=f"{TWO_CLASSES} {', '.join(others)}")
         result.append(row)
     return result
 
@@ -162,9 +163,12 @@ def merge_dropped_branches(rows: list[Word]) -> list[Word]:
     return result
 
 
-def imagenet_s() -> list[Word]:
-    """Return the table of ImageNet-S: a class is a tag, a tag is n + the offset of a noun synset in WordNet
-    3.0."""
+def imagenet_s(rules: dict[str, dict[str, list[str]]], reviewed: list[Word]) -> list[Word]:
+    """Return the table of ImageNet-S: a class is a tag, a tag is n + the offset of a noun synset in WordNet 3.0.
+
+    rules: reason -> tag -> words that are dropped. reviewed: rows of other benchmarks; what was dropped there for one
+    of SENSES is dropped here in the same sense, but for plain words.
+    """
     wordnet = open_wordnet()
     plain = yaml.safe_load((HERE / "imagenet_s_words.yaml").read_text("utf-8"))
     tags = (HERE / "imagenet_s_919.txt").read_text("utf-8").split()
@@ -182,7 +186,16 @@ def imagenet_s() -> list[Word]:
         if count > 1:
             raise SystemExit(f"imagenet_s_words.yaml: {count} classes have the plain word {word!r}")
     merged = {tag: [synset_of[t].name() for t in (tag, MERGED.get(tag)) if t] for tag in tags}
-    return drop_shared(wordnet_words({tag: (plain[tag], merged[tag]) for tag in tags}))
+    table = wordnet_words({tag: (plain[tag], merged[tag]) for tag in tags})
+    drops = {(tag, word.lower()): why for why, of in rules.items() for tag, words in of.items() for word in words}
+    for tag, word in sorted(drops.keys() - {(row.class_name, row.word.lower()) for row in table if row.keep}):
+        print(f"imagenet_s: a rule names {word!r} of {tag}, which is not kept", file=sys.stderr)
+    senses = {(row.synset, row.word.lower()): row.reason for row in reviewed if row.reason in SENSES}
+    result = []
+    for row in table:
+        why = drops.get((row.class_name, row.word.lower())) or senses.get((row.synset, row.word.lower()))
+        result.append(replace(row, keep=False, reason=why) if why and row.keep and row.relation != "plain" else row)
+    return drop_shared(result)
 
 
 def main() -> None:
@@ -200,11 +213,8 @@ def main() -> None:
         rules = yaml.safe_load((HERE / "curation.yaml").read_text("utf-8"))
         voc, against = rules["voc"], rules["against_guidelines"]
         cityscapes = {name: {**voc.get(rule.get("like"), {}), **rule} for name, rule in rules["cityscapes"].items()}
-        tables = {
-            "voc": curated(voc, against),
-            "cityscapes": curated(cityscapes, {}),
-            "imagenet_s": imagenet_s(),
-        }
+        tables = {"voc": curated(voc, against), "cityscapes": curated(cityscapes, {})}
+        tables["imagenet_s"] = imagenet_s(rules["imagenet_s"], [*tables["voc"], *tables["cityscapes"]])
     for name, table in tables.items():
         write_words(HERE / f"words_{name}.csv", table)
         kept = sum(row.keep for row in table)
