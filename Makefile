@@ -12,7 +12,7 @@ TRAIN = GLIBC_TUNABLES=$$($(BIN)/python -c "from diffseg.lab.forked import MALLO
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'diffseg needs Python 3.11 or newer; run make PYTHON=python3.11 install')"
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15) and 'the pinned packages need Python 3.11 to 3.14; run make PYTHON=python3.11 install')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade-strategy only-if-needed -c constraints.txt -e ".[test]"
 	touch $@

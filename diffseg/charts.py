@@ -77,8 +77,11 @@ def class_scores(
     """
     first = next(iter(per_class.values()))
     names = sorted(first, key=lambda name: -np.nan_to_num(first[name] or 0))
-    names = [*names[:15], *names[-15:]] if len(names) > 40 else names
+    cut = len(names) > 40
+    names = [*names[:15], *names[-15:]] if cut else names
     figure, axis = plt.subplots(figsize=(COLUMN, 0.16 * (len(names) + 1) + 0.8))
+    if cut:
+        axis.axhline(15.5, color="0.5", linestyle=":")  # here the others would stand
     rows = np.arange(1, len(names) + 1)
     values = {
         network: np.array([np.nan if iou[name] is None else iou[name] for name in names], float)
@@ -86,10 +89,12 @@ def class_scores(
     }
     axis.hlines(rows, np.nanmin([*values.values()], axis=0) * 100, np.nanmax([*values.values()], axis=0) * 100, "0.8")
     for (network, ious), colour, marker in zip(values.items(), COLOURS, MARKERS, strict=False):
-        axis.plot(100 * ious, rows, linestyle="", marker=marker, color=colour, label=network)
+        axis.plot(100 * ious, rows, linestyle="", marker=marker, color=colour, label=network, clip_on=False)
         mean, low, high = 100 * np.array(overall[network])
         axis.plot(mean, 0, linestyle="", marker=marker, color=colour, ms=3)
-        axis.plot([low, high], [0, 0], marker="|", color=colour)  # of few images a class it may lie beside the mean
+        axis.plot(
+            [low, high], [0, 0], marker="|", markersize=7, color=colour
+        )  # of few images a class it may lie beside the mean
     axis.set_yticks(range(len(names) + 1), ["mIoU, 95 % interval", *names])
     axis.margins(y=0.02)
     axis.invert_yaxis()
@@ -103,12 +108,16 @@ def class_scores(
 def confusion_map(counts: np.ndarray, names: Sequence[str], most: int = 21) -> Figure:
     """Draw which share of a class's pixels (rows) is predicted as which class (columns).
 
-    counts: K x K pixels, rows ground truth, columns prediction. Of more than `most` classes those with the largest
-    confusions stay. The colour is the square root of the share, so that a few per cent show; 5 % and more are written.
+    counts: K x K pixels, rows ground truth, columns prediction. Of more than `most` classes those stay that are most
+    confused with another than the background, and the background. The colour is the square root of the share, so that
+    a few per cent show; 5 % and more are written.
     """
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     if len(names) > most:
         wrong = shares - np.diag(shares.diagonal())
+        if names[0] == "background":  # missed objects would fill the figure
+            wrong[0] = wrong[:, 0] = 0
+            wrong[0, 0] = 1
         kept = np.sort(np.argsort(-np.maximum(wrong.max(axis=0), wrong.max(axis=1)))[:most])
         shares, names = shares[np.ix_(kept, kept)], [names[k] for k in kept]
     side = 0.85 + 0.27 * len(names)

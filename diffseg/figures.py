@@ -221,7 +221,19 @@ def draw_tile(axis: Axes, tile: Tile, colours: Mapping[int, str]) -> None:
     axis.set_axis_off()
     if tile.note:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-        axis.text(0.03, 0.04, tile.note, transform=axis.transAxes, fontsize=7, va="bottom", bbox=box)
+        x, y = emptiest_corner(as_array(tile.label)) if tile.label is not None else ("left", "bottom")
+        place = {"left": 0.03, "right": 0.97, "bottom": 0.04, "top": 0.96}
+        axis.text(place[x], place[y], tile.note, transform=axis.transAxes, fontsize=7, ha=x, va=y, bbox=box)
+
+
+def emptiest_corner(label: np.ndarray) -> tuple[str, str]:
+    """Return ("left" or "right", "bottom" or "top"): the quarter of a label map with the fewest objects' pixels."""
+    middle, centre = (side // 2 for side in label.shape)
+    rows = {"bottom": slice(middle, None), "top": slice(None, middle)}
+    columns = {"left": slice(None, centre), "right": slice(centre, None)}
+    return min(
+        ((x, y) for y in rows for x in columns), key=lambda place: (label[rows[place[1]], columns[place[0]]] > 0).sum()
+    )
 
 
 def first_of_each(pictures: Sequence[tuple], classes: Sequence[int]) -> dict[int, int]:

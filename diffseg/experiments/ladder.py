@@ -139,7 +139,7 @@ def ladder_figure(rows: Sequence[dict]) -> Figure:
     names = list(dict.fromkeys(row["benchmark"] for row in rows))
     rungs = [rung for rung in RUNGS.values() if any(row["rung"] == rung for row in rows)]
     size = (min(WIDTH, 3.3 + 2 * len(names)), 0.7 + 0.25 * len(rungs))  # the rungs' names stand once, at the left
-    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharex=True, sharey=True)
     for axis, name in zip(axes[0], names, strict=True):
         for place, rung in enumerate(rungs):
             scores = [float(row["miou"]) for row in rows if row["benchmark"] == name and row["rung"] == rung]

@@ -174,8 +174,11 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if parameters.get("tensorboard_every") and find_spec("tensorboard") is None:
         rule = "be 0 here, as TensorBoard is not installed"
         yield "tensorboard_every", rule, "Set `tensorboard_every=0`, or run pip install tensorboard."
-    if parameters.get("benchmark") == "folder" and "data_root" in parameters and parameters.get("class_list"):
-        open_data(parameters)
+    if given(parameters, "benchmark", "data_root") and not is_short_name("data_root", parameters["data_root"]):
+        if (parameters["benchmark"] == "folder") == bool(
+            parameters.get("class_list")
+        ):  # own classes have no official data
+            open_data(parameters)
     trained = ["training_precision"] + (["lora_precision"] if parameters.get("target_images") else [])
     for name in trained:
         if parameters.get(name, "fp32") != "fp32":
@@ -187,12 +190,12 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def open_data(parameters: dict[str, Any]) -> None:
-    """Open the splits of one's own data set that are going to be read; what is missing raises a DiffsegError."""
+    """Open the splits that are going to be read; what is missing raises a DiffsegError."""
     from diffseg.benchmarks.classes import get_benchmark
     from diffseg.benchmarks.readers import data_folder, open_split
 
     get = parameters.get
-    bench = get_benchmark("folder", get("class_list", []), get("data_names"))
+    bench = get_benchmark(get("benchmark"), get("class_list", []), get("data_names"))
     splits = [bench.training_split] if get("train_real") or get("mix_real") else []
     splits += [get("evaluation_split") or bench.evaluation_split] if "evaluation_split" in parameters else []
     for split in splits:

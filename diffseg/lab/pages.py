@@ -36,6 +36,7 @@ INSTEAD = [
     (r"\\[lr]Vert(?![a-zA-Z])", r"\\|"),
     (r"\\displaystyle(?![a-zA-Z])", ""),
     (r"\\sum(?![a-zA-Z])", r"\\;\\sum"),
+    (r"\\setminus(?![a-zA-Z])", r"\\,\\backslash\\,"),
 ]
 # in a notebook's JSON: a value of the parameter `out`, and what comes before runs/ or steps/ in a path; bounded, as
 # every slash of a figure's base64 begins a search
@@ -124,6 +125,10 @@ class Renderer(IPythonRenderer):
             attrs["id"] = f"section-{len(self.headings)}"
         return super().heading(text, level, **attrs)
 
+    def link(self, text: str, url: str, title: str | None = None) -> str:
+        here = re.match(r"[a-z]+:|#", url) or url.endswith(".html")
+        return super().link(text, url if here else f"../../../notebooks/{url}", title)  # a page lies three folders down
+
     def inline_math(self, body: str) -> str:
         return formula(body) or super().inline_math(body)
 
@@ -145,6 +150,7 @@ def webp(png: str) -> str:
 def formula(tex: str, block: bool = False) -> str:
     """Return a formula as an <img>, or "" where matplotlib's mathtext cannot read it."""
     file, words = io.BytesIO(), " ".join(tex.split())
+    block = block or r"\displaystyle" in words
     for pattern, instead in INSTEAD:
         words = re.sub(pattern, instead, words)
     words = words.replace(r"\frac", r"\dfrac") if block else words

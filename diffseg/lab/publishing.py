@@ -14,7 +14,7 @@ from diffseg.files import MANIFEST, atomic_path, read_rows, write_text
 from diffseg.lab.batch import step_notebooks
 from diffseg.lab.old_pages import can_be_remade, old_pages
 from diffseg.lab.quoted import value, with_cells, with_numbers
-from diffseg.lab.report import markdown, percent
+from diffseg.lab.report import ROBUST, markdown, percent
 from diffseg.lab.runs import mixture, trouble
 from diffseg.lab.steps import STEPS, run_folder
 from diffseg.lab.studies import study_files
@@ -24,9 +24,12 @@ from diffseg.paths import project_root
 def benchmarks_table(summaries: Sequence[Path]) -> str:
     """Return one row a published run: its benchmark, scores on synthetic and real images and their ratio, in Markdown.
 
-    The number of classes is that of the IoUs in the evaluation's manifest, background included where it is one.
+    The number of classes is that of the IoUs in the evaluation's manifest, background included where it is one. Beside
+    the run's score stands the mean over trainings, where the ladder has one: a single seed may be the best of them.
     """
-    rows = []
+    rows, ladder = [], summaries[0].parents[1] / "tables" / "ladder.csv" if summaries else Path()
+    means = {row["benchmark"]: row for row in (read_rows(ladder) if ladder.is_file() else ())
+             if (row["split"], row["rung"]) == ("validation", ROBUST)}  # fmt: skip
     for path in summaries:
         summary = json.loads(path.read_text(encoding="utf-8"))
         manifests = {each.stem: json.loads(each.read_text("utf-8")) for each in path.parent.glob("manifests/*.json")}
@@ -37,12 +40,16 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
         for title, suffix in (("synthetic, mIoU (%)", ""), ("real, mIoU (%)", "_real")):
             interval = " to ".join(map(percent, summary[f"miou{suffix}_interval"] or []))
             row[title] = percent(summary["miou" + suffix]) + (f" ({interval})" if interval else "")
+        mean = means.get(path.parent.name)
+        row["mean ± spread"] = f"{mean['miou']} ± {mean['miou_spread']} ({mean['seeds']})" if mean else "-"
         row["ratio"] = "-" if summary["ratio"] is None else f"{summary['ratio']:.2f}"
         is_whole = not any(each.get("resumed") for each in manifests.values())  # else these are of the last attempt
         row["minutes"] = f"{sum(summary['seconds'].values()) / 60:.1f}" if is_whole else "-"
-        row["diffseg"] = manifest["versions"]["diffseg"]
         rows.append(row)
-    return f"{markdown(rows)}\n\nIn brackets the 95 % interval over validation images; one seed each.\n"
+    return (
+        f"{markdown(rows)}\n\nOne seed, with the 95 % interval over validation images; then mean and spread of the "
+        "synthetic score over seeds (how many).\n"
+    )
 
 
 def readme_with_tables(readme: str, root: Path) -> str:
@@ -150,6 +157,8 @@ def fill_readme() -> None:
     """
     root = project_root()
     claims = root / "results" / "claims.csv"
+    if not (root / "results" / "README.md").is_file():
+        return  # a folder of `diffseg init` has pages whose numbers lie in the repository
     if claims.is_file():
         rows = [claim_with_numbers(row, claims.parent) for row in read_rows(claims)]
         write_text(claims, pd.DataFrame(rows).to_csv(index=False))

@@ -451,3 +451,12 @@ def test_the_command_refuses_before_anything_runs(assignment, sentence, tmp_path
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not list(itertools.chain(tmp_path.rglob("*.ipynb"), tmp_path.rglob("*.csv")))
+
+
+def test_a_data_set_that_is_not_there_is_found_before_anything_runs(tmp_path):
+    values = {"benchmark": "voc", "class_list": [], "data_root": str(tmp_path), "train_real": True}
+    with pytest.raises(DiffsegError, match="JPEGImages is missing: get"):
+        check_together(values, "voc.yaml")
+    check_together(values | {"train_real": False}, "voc.yaml")  # nothing is going to be read
+    check_together(values | {"data_root": "mini"}, "voc.yaml")  # made when it is first read
+    check_together(values | {"class_list": ["fox"], "train_real": False, "evaluation_split": ""}, "voc.yaml")

@@ -15,7 +15,6 @@ from nbconvert.filters.markdown_mistune import MarkdownWithMath
 from PIL import Image
 from PIL.ImageColor import getrgb
 
-import diffseg
 from diffseg.benchmarks.classes import VOC
 from diffseg.charts import class_scores, half_interval
 from diffseg.errors import DiffsegError
@@ -287,15 +286,16 @@ def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
         (tmp_path / "results" / name / "manifests").mkdir(parents=True)
         (tmp_path / "results" / name / "summary.json").write_text(json.dumps(summarise(made)))
         evaluation = tmp_path / "results" / name / "manifests" / "05_evaluation.json"
-        version = diffseg.__version__ if name == "mini-a" else "0.0.1"
-        evaluation.write_text(json.dumps(made["05_evaluation"] | {"versions": {"diffseg": version}}))
+        evaluation.write_text(json.dumps(made["05_evaluation"]))
+    ladder = f'benchmark,split,rung,miou,miou_spread,seeds\nmini-a,validation,"{ROBUST}",28.5,1.2,5\n'
+    write_text(tmp_path / "results" / "tables" / "ladder.csv", ladder)
     table = benchmarks_table(sorted(tmp_path.glob("results/*/summary.json")))
     write_text(tmp_path / "results" / "tables" / "a.md", table)
     filled = readme_with_tables("a\n<!-- table: results/tables/a.md -->\nold\n<!-- /table -->\nb\n", tmp_path)
     lines, cells = filled.splitlines(), cells_of(filled)
     both = ["cityscapes-things", "2", "720", "30.0 (28.0 to 33.0)"]
-    assert cells[4] == ["mini-a", *both, "60.0 (58.0 to 63.0)", "0.50", "6.0", diffseg.__version__]
-    assert cells[5] == ["mini-b", *both, "-", "-", "6.0", "0.0.1"]
+    assert cells[4] == ["mini-a", *both, "60.0 (58.0 to 63.0)", "28.5 ± 1.2 (5)", "0.50", "6.0"]
+    assert cells[5] == ["mini-b", *both, "-", "-", "-", "6.0"]
     assert lines[0] == "a" and lines[-1] == "b" and "old" not in lines
     assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
     assert readme_with_tables(filled, tmp_path) == filled

@@ -13,6 +13,7 @@ import pytest
 
 import diffseg
 from diffseg.errors import DiffsegError
+from diffseg.lab import publishing
 from diffseg.lab.cli import main
 from diffseg.paths import base_folder, project_root
 
@@ -93,3 +94,12 @@ def test_the_wheel_runs_in_a_fresh_environment_outside_the_clone(tmp_path):
     network, image = made / "04_robust_training" / "synthetic", made / "03_synthesis" / "JPEGImages" / "000000.jpg"
     command(script, "predict", str(network), str(image), "--out", "predicted", cwd=tmp_path)
     assert (tmp_path / "predicted" / "masks" / "000000.png").is_file()
+
+
+def test_pages_of_a_working_copy_keep_the_numbers_of_the_repository(tmp_path, monkeypatch):
+    page = tmp_path / "notebooks" / "README.md"
+    page.parent.mkdir()
+    page.write_text("12<!-- mini-voc/summary.json; images -->")
+    monkeypatch.setattr(publishing, "project_root", lambda: tmp_path)
+    publishing.fill_readme()
+    assert page.read_text() == "12<!-- mini-voc/summary.json; images -->"
