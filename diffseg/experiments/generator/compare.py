@@ -366,8 +366,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--batch", type=int, default=32)
     training.add_argument("--precision", choices=["fp32", "bf16"], help="as of pretrain")
     training.add_argument("--compile", action="store_true", help="as of pretrain")
-    options = parser.parse_args(arguments)
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -222,8 +222,7 @@ def summarise(single: Judged, pairs: Judged) -> dict:
 def per_class(rows: list[dict]) -> dict[str, dict[str, float]]:
     names = sorted({row["class"] for row in rows}, key=CLASS_IDS.get)
     members = {name: [row for row in rows if row["class"] == name] for name in names}
-    keys = ("present", "iou", "iou_object", "own_picture", "background")
-    return {name: {key: mean_of(some, key) for key in keys} for name, some in members.items()}
+    return {name: {key: mean_of(some, key) for key in MEASURES.values()} for name, some in members.items()}
 
 
 def save_sheets(judged: Judged, folder: Path) -> None:
