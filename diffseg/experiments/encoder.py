@@ -18,16 +18,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
 
-from diffseg.experiments.oracle import (
-    HELD_OUT,
-    degrade,
-    free_scene,
-    parser_of,
-    save_half,
-    stream,
-    write_card,
-)
-from diffseg.experiments.trainer import Trainer, mixed_precision, training_note
+from diffseg.experiments.oracle import HELD_OUT, degrade, free_scene, save_half, stream, write_card
+from diffseg.experiments.trainer import Trainer, mixed_precision, parser_of, training_note
 from diffseg.miniworld.scenes import load_pictures
 from diffseg.segmenters import MEAN, STD, Segmenter, load_encoder
 
@@ -73,7 +65,6 @@ class NamedScenes(Dataset):
 
 def train_encoder(folder: Path, options: argparse.Namespace) -> Trainer:
     """Minimise the binary cross-entropy, summed over NAMES, on scenes drawn on the fly, until the budget is used."""
-    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
     namer = Namer().to(device, memory_format=torch.channels_last).train()

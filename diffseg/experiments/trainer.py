@@ -1,7 +1,9 @@
 """A training loop for the mini world's models: a budget of steps or seconds, an averaged copy, exact resumption."""
 
+import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from tqdm import tqdm
 
 from diffseg.files import atomic_path
 from diffseg.lab.provenance import hardware, versions
+from diffseg.miniworld import WEIGHTS
 
 
 def mixed_precision(device: torch.device, precision: str = "bf16") -> torch.autocast:
@@ -39,6 +42,7 @@ class Trainer:
         precision: str = "bf16",
         compiled: bool = False,
     ):
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.modules, self.rate = folder, modules, rate
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -143,6 +147,28 @@ class Trainer:
         """Put the averaged weights into the modules."""
         for name, module in self.modules.items():
             module.load_state_dict(self.average[name])
+
+
+def parser_of(
+    description: str, rate: float, folder: str, weights: str, stages: Sequence[str] = ("train", "export")
+) -> argparse.ArgumentParser:
+    """Return the options that the trainings share. folder: below results/runs; weights: below the mini world's."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--folder", type=Path, default=Path("results/runs") / folder, help="checkpoint and log")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS / weights, help="where export writes")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="seconds of training instead of steps; raise it to go on after the end"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="scenes of a step")
+    parser.add_argument("--rate", type=float, default=rate, help="AdamW's peak learning rate")
+    parser.add_argument("--decay", type=float, default=0.998, help="decay of the weights' average")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes (corpus: 0 is one a CPU)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
 
 
 def phases_of(state: dict) -> list[dict]:
