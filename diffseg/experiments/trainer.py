@@ -66,7 +66,7 @@ class Trainer:
                 for key, value in values.items():
                     value.copy_(state["average"][name][key])
             self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
-            self.phases = phases_of(state)
+            self.phases = state["phases"]
             torch.set_rng_state(state["torch_rng"])
             if device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"], device)
@@ -171,14 +171,6 @@ def parser_of(
     return parser
 
 
-def phases_of(state: dict) -> list[dict]:
-    """Return the phases of a checkpoint; one without any was computed in bf16, which was then the only way."""
-    if "phases" in state or not state["step"]:
-        return state.get("phases", [])
-    how = {"device": "not recorded", "precision": "bf16", "compiled": False, "batch": state["samples"] // state["step"]}
-    return [how | {"samples": state["samples"], "seconds": state["seconds"]}]
-
-
 def training_note(recipe: str, folder: Path, state: dict, *networks: torch.nn.Module) -> dict:
     """Return what is to be known of a training whose checkpoint is `state`: budget, hardware, versions, loss curve."""
     path = folder / "log.jsonl"  # absent after fewer steps than lie between two checkpoints
@@ -190,7 +182,7 @@ def training_note(recipe: str, folder: Path, state: dict, *networks: torch.nn.Mo
         "steps": state["step"],
         "seconds": round(state["seconds"], 1),
         "batch": state["samples"] // state["step"],
-        "phases": [phase | {"seconds": round(phase["seconds"], 1)} for phase in phases_of(state)],
+        "phases": [phase | {"seconds": round(phase["seconds"], 1)} for phase in state["phases"]],
         "peak_learning_rate": max((row["rate"] for row in log), default=None),
         "hardware": hardware(),
         "versions": versions(),
