@@ -32,6 +32,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from diffseg.denoising import noised_and_target, snr_weight
 from diffseg.experiments.generator.networks import (
     build_scheduler,
     build_text_encoder,
@@ -153,8 +154,7 @@ def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, cha
         text_encoder.load_state_dict(initial.text_encoder.state_dict())
         unet.load_state_dict(initial.unet.state_dict())
     scheduler = build_scheduler(**changes.get("scheduler", {}))
-    is_epsilon = scheduler.config.prediction_type == "epsilon"
-    alphas = scheduler.alphas_cumprod.to(device)
+    alphas, prediction = scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type
     modules = {"text_encoder": text_encoder, "unet": unet}
     trainer = Trainer(folder, modules, options.rate, options.decay, options.precision, options.compile)
     if options.compile:
@@ -168,14 +168,12 @@ def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, cha
         x = latents[torch.from_numpy(rows).to(latents.device)].float().to(device, memory_format=torch.channels_last)
         noise = torch.randn_like(x)
         t = torch.randint(len(alphas), (len(rows),), device=device)
-        noised = scheduler.add_noise(x, noise, t)
-        target = noise if is_epsilon else scheduler.get_velocity(x, noise, t)
+        noised, target = noised_and_target(x, noise, alphas[t], prediction)
         with mixed_precision(device, options.precision):
             text = text_encoder(torch.from_numpy(tokens).to(device)).last_hidden_state
             output = unet(noised, t, text).sample
-        snr = alphas[t] / (1 - alphas[t])
-        weight = snr.clamp(max=5) / (snr if is_epsilon else snr + 1)  # min-SNR 5, in terms of epsilon or of v
-        return (weight * F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))).mean()
+        error = F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
+        return (snr_weight(alphas[t], 5, prediction) * error).mean()
 
     def watch(trainer: Trainer) -> None:
         if trainer.step % options.sheet == 0:
