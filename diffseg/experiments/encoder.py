@@ -41,9 +41,6 @@ class Namer(nn.Module):
         self.encoder = Segmenter(SEGMENTER, ("background",)).network.encoder
         self.head = nn.Conv2d(self.encoder.out_channels[-1], len(NAMES), 1)
         nn.init.constant_(self.head.bias, -4.0)  # a picture is in one or two scenes of a hundred
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = module.num_batches_tracked.float()  # the trainer averages all it holds
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         image = normalize(image, MEAN, STD).contiguous(memory_format=torch.channels_last)
@@ -101,11 +98,9 @@ def export_encoder(folder: Path, weights: Path) -> dict:
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     namer = Namer().eval()
     namer.load_state_dict(state["average"]["namer"])
-    encoder = Segmenter(SEGMENTER, ("background",)).network.encoder  # counts its batches in whole numbers
-    encoder.load_state_dict(namer.encoder.state_dict())
-    save_half(encoder, weights, {"segmenter": SEGMENTER, "names": NAMES})
+    save_half(namer.encoder, weights, {"segmenter": SEGMENTER, "names": NAMES})
     load_encoder(namer.encoder, weights, SEGMENTER)  # what is measured is what is shipped
-    note = training_note("python -m diffseg.experiments.encoder train | export", folder, state, encoder)
+    note = training_note("python -m diffseg.experiments.encoder train | export", folder, state, namer.encoder)
     note |= {"held_out": check_namer(namer, HELD_OUT) | {"scenes": HELD_OUT}}
     write_card(weights, note, CARD)
     return note

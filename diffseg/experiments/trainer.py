@@ -28,9 +28,10 @@ class Trainer:
     the share now used, without warm-up (to its peak when the budget is doubled, to half of it when a quarter is
     added), and falls again. Loss and average are worse until it has fallen, so judge only at the end of the budget.
 
-    Weights, optimizer and average are always float32. precision, compiled: how `loss_of_batch` computes, for the
-    record only: `phases` lists samples and seconds of each way of computing, in order. Compile modules in place
-    (`module.compile()`), so that their state keeps its keys. A checkpoint may be continued on another device.
+    Weights, optimizer and average are always float32; BatchNorm's counters stay in the average as they began, for
+    nothing reads them. precision, compiled: how `loss_of_batch` computes, for the record only: `phases` lists samples
+    and seconds of each way of computing, in order. Compile modules in place (`module.compile()`), so that their state
+    keeps its keys. A checkpoint may be continued on another device.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Trainer:
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {
-            name: {key: value.detach().clone().float() for key, value in module.state_dict().items()}
+            name: {key: value.detach().clone() for key, value in module.state_dict().items()}
             for name, module in modules.items()
         }
         self.decay = decay
@@ -102,8 +103,8 @@ class Trainer:
         """Call `loss_of_batch(rng)` until the budget is used: `steps`, or `seconds` of training where given."""
         bar = tqdm(total=1000, desc=self.folder.name, unit="‰")
         total, since = torch.zeros((), device=self.parameters[0].device), time.monotonic()
-        values = [value for module in self.modules.values() for value in module.state_dict().values()]
-        average = [value for state in self.average.values() for value in state.values()]
+        states = [module.state_dict() for module in self.modules.values()], self.average.values()
+        values, average = ([v for state in some for v in state.values() if v.is_floating_point()] for some in states)
         while True:
             used = self.seconds / seconds if seconds else self.step / steps
             if used >= 1:
