@@ -6,20 +6,20 @@ The label maps hold every corner case: absent classes, an image of ignored pixel
 references are torchmetrics, cityscapesScripts (both in the extra `test`) and numpy from the definition.
 """
 
-import csv
 import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
 from diffseg.benchmarks.classes import CITYSCAPES, VOC, Benchmark, get_benchmark
 from diffseg.benchmarks.evaluation import count, summarise
 from diffseg.benchmarks.labels import write_label
-from diffseg.files import atomic_path
+from diffseg.files import write_text
 from diffseg.paths import project_root
 
 CASES = 100  # sets of label maps for each row; our choice
@@ -112,19 +112,15 @@ def compare(benchmark: Benchmark, reference: str, cases: int) -> float:
 
 
 def main() -> None:
-    rows = [(get_benchmark("imagenet-s-50"), "definition"), (get_benchmark("imagenet-s-50"), "torchmetrics")]
-    rows += [(benchmark, reference) for benchmark in (VOC, CITYSCAPES) for reference in ("definition", "torchmetrics")]
-    rows.append((CITYSCAPES, "cityscapesscripts"))
-    with (
-        atomic_path(project_root() / "results" / "tables" / "agreement.csv") as path,
-        open(path, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["benchmark", "reference", "cases", "pictures", "largest_difference"])
-        for benchmark, reference in rows:
-            cases = CASES // 10 if reference == "cityscapesscripts" else CASES  # it goes through files
-            difference = compare(benchmark, reference, cases)
-            writer.writerow([benchmark.name, reference, cases, cases * PICTURES, f"{difference:.1e}"])
+    pairs = [(get_benchmark("imagenet-s-50"), "definition"), (get_benchmark("imagenet-s-50"), "torchmetrics")]
+    pairs += [(benchmark, reference) for benchmark in (VOC, CITYSCAPES) for reference in ("definition", "torchmetrics")]
+    pairs.append((CITYSCAPES, "cityscapesscripts"))
+    rows = []
+    for benchmark, reference in pairs:
+        cases = CASES // 10 if reference == "cityscapesscripts" else CASES  # it goes through files
+        row = {"benchmark": benchmark.name, "reference": reference, "cases": cases, "pictures": cases * PICTURES}
+        rows.append(row | {"largest_difference": f"{compare(benchmark, reference, cases):.1e}"})
+    write_text(project_root() / "results" / "tables" / "agreement.csv", pd.DataFrame(rows).to_csv(index=False))
 
 
 if __name__ == "__main__":

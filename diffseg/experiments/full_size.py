@@ -54,9 +54,9 @@ def clip(config: dict, kind: type = CLIPTextModel) -> CLIPTextModel | CLIPTextMo
 
 
 def vae(**config) -> AutoencoderKL:
-    downs, ups, channels = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, (128, 256, 512, 512)
-    config = {"latent_channels": 4} | config
-    return AutoencoderKL(3, 3, downs, ups, channels, layers_per_block=2, **config).eval()
+    downs, ups = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    config = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 4} | config
+    return AutoencoderKL(3, 3, downs, ups, layers_per_block=2, **config).eval()
 
 
 def sd15_networks() -> tuple[CLIPTextModel, UNet2DConditionModel, AutoencoderKL]:

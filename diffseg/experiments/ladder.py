@@ -27,11 +27,11 @@ from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.errors import DiffsegError
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.experiments.paired import Relabelled, options_of, paired_gain, parser_of, scores, trained
+from diffseg.experiments.paired import Relabelled, images_key, options_of, paired_gain, parser_of, scores, trained
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import read_rows, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
-from diffseg.lab.manifests import read_json, read_manifest
+from diffseg.lab.manifests import read_json
 from diffseg.lab.provenance import provenance
 from diffseg.lab.report import OURS, REAL, ROBUST
 from diffseg.lab.steps import notebook_of
@@ -58,7 +58,7 @@ def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Data
     return Subset(real, [k * len(real) // count for k in range(count)])
 
 
-def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str | None]]:
+def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
     """Train and score every rung and seed that is not there yet; return a row each, mIoU in %, and the key of the
     images of each run that gave some."""
     values, run = resolve(chosen.run, {})
@@ -66,15 +66,15 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str | None]
     if unnamed := [f"--{rung}" for rung in chosen.rungs if named.get(rung) == ""]:
         raise DiffsegError(f"these rungs train on another run's images; name it with {' and '.join(unnamed)}.")
     parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
-    used: dict[str, str | None] = {}
+    used: dict[str, str] = {}
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     folder = chosen.folder / parameters["run"]
     for rung in chosen.rungs:
         source = run.with_name(named.get(rung, run.name))
+        images = images_key(source)
         dataset = training_set(rung, benchmark, source, root)
         options = options_of(parameters, parameters["training_mode"] if rung == "robust" else "baseline")
-        images = (read_manifest(source / "03_synthesis") or {}).get("key")
         if rung != "real":
             used[source.name] = images
         for seed in range(chosen.seeds):

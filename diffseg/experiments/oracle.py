@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.evaluation import evaluate
 from diffseg.benchmarks.readers import data_folder, open_split
-from diffseg.experiments.trainer import Trainer, mixed_precision, training_note
+from diffseg.experiments.trainer import Trainer, mixed_precision, parser_of, training_note
 from diffseg.files import atomic_path, write_text
-from diffseg.miniworld import WEIGHTS
 from diffseg.miniworld.oracle import (
     CLASS_OF_PICTURE,
     PICTURE_NAMES,
@@ -111,7 +110,6 @@ def check_oracle(oracle: Oracle, count: int) -> dict[str, float]:
 
 def train_oracle(folder: Path, options: argparse.Namespace) -> Trainer:
     """Minimise the cross-entropy over pictures on scenes drawn on the fly, until the budget is used."""
-    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
     oracle = Oracle().to(device).train()
@@ -179,24 +177,6 @@ with `diffseg.miniworld.oracle.load_oracle()`.
   `results/figures/mini_oracle_worst.png`.
 - **Licence**: MIT; the art is Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0.
 """
-
-
-def parser_of(description: str, rate: float, folder: str, weights: str) -> argparse.ArgumentParser:
-    """Return the options that the trainings of the oracle, the small Sam and the encoder share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["train", "export"])
-    parser.add_argument("--folder", type=Path, default=Path("results/runs") / folder, help="checkpoint and log")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS / weights, help="where export writes")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
-    parser.add_argument("--seconds", type=float, default=0, help="seconds of training instead of steps")
-    parser.add_argument("--batch", type=int, default=16, help="scenes of a step")
-    parser.add_argument("--rate", type=float, default=rate, help="AdamW's peak learning rate")
-    parser.add_argument("--decay", type=float, default=0.998, help="decay of the weights' average")
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:

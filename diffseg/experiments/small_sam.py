@@ -19,8 +19,8 @@ from diffusers import AutoencoderKL
 from segment_anything.modeling import Sam
 from torch.nn import functional as F
 
-from diffseg.experiments.oracle import Scenes, degrade, parser_of, save_half, stream, write_card
-from diffseg.experiments.trainer import Trainer, mixed_precision, training_note
+from diffseg.experiments.oracle import Scenes, degrade, save_half, stream, write_card
+from diffseg.experiments.trainer import Trainer, mixed_precision, parser_of, training_note
 from diffseg.generator import load_generator
 from diffseg.small_sam import CONFIG, build_small_sam, load_small_sam
 
@@ -189,7 +189,6 @@ def sam_loss(logits: torch.Tensor, quality: torch.Tensor, truths: torch.Tensor) 
 
 def train_sam(folder: Path, options: argparse.Namespace) -> Trainer:
     """Two rounds a step, a prompt and its correction, on scenes drawn on the fly, until the budget is used."""
-    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
     sam = build_small_sam(**CONFIG).to(device).train()

@@ -4,14 +4,14 @@ python -m diffseg.experiments.synsets voc --csv results/tables/voc_synsets.csv  
 """
 
 import argparse
-import csv
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffseg.files import atomic_path
+import pandas as pd
+
+from diffseg.files import write_text
 from diffseg.words import Word, load_words
 
 
@@ -47,14 +47,6 @@ def synset_table(words: Sequence[Word]) -> list[dict[str, str | int]]:
     return [*table, {"class": "all", "word": "", "synsets": "", **sums, "commonest_reasons": ""}]
 
 
-def write_table(path: str | os.PathLike, table: Sequence[dict[str, str | int]]) -> None:
-    """Write a synset table as CSV, UTF-8."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print which synsets a benchmark's words come from.")
     parser.add_argument("benchmark", help="voc, imagenet-s-50, imagenet-s-300, imagenet-s-919 or cityscapes")
@@ -64,7 +56,7 @@ def main() -> None:
     lines = [list(table[0]), ["---"] * len(table[0]), *(row.values() for row in table)]
     print("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
     if options.csv:
-        write_table(options.csv, table)
+        write_text(options.csv, pd.DataFrame(table).to_csv(index=False))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A training loop for the mini world's models: a budget of steps or seconds, an averaged copy, exact resumption."""
 
+import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from tqdm import tqdm
 
 from diffseg.files import atomic_path
 from diffseg.lab.provenance import hardware, versions
+from diffseg.miniworld import WEIGHTS
 
 
 def mixed_precision(device: torch.device, precision: str = "bf16") -> torch.autocast:
@@ -25,9 +28,10 @@ class Trainer:
     the share now used, without warm-up (to its peak when the budget is doubled, to half of it when a quarter is
     added), and falls again. Loss and average are worse until it has fallen, so judge only at the end of the budget.
 
-    Weights, optimizer and average are always float32. precision, compiled: how `loss_of_batch` computes, for the
-    record only: `phases` lists samples and seconds of each way of computing, in order. Compile modules in place
-    (`module.compile()`), so that their state keeps its keys. A checkpoint may be continued on another device.
+    Weights, optimizer and average are always float32; BatchNorm's counters stay in the average as they began, for
+    nothing reads them. precision, compiled: how `loss_of_batch` computes, for the record only: `phases` lists samples
+    and seconds of each way of computing, in order. Compile modules in place (`module.compile()`), so that their state
+    keeps its keys. A checkpoint may be continued on another device.
     """
 
     def __init__(
@@ -39,11 +43,12 @@ class Trainer:
         precision: str = "bf16",
         compiled: bool = False,
     ):
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.modules, self.rate = folder, modules, rate
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {
-            name: {key: value.detach().clone().float() for key, value in module.state_dict().items()}
+            name: {key: value.detach().clone() for key, value in module.state_dict().items()}
             for name, module in modules.items()
         }
         self.decay = decay
@@ -62,7 +67,7 @@ class Trainer:
                 for key, value in values.items():
                     value.copy_(state["average"][name][key])
             self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
-            self.phases = phases_of(state)
+            self.phases = state["phases"]
             torch.set_rng_state(state["torch_rng"])
             if device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"], device)
@@ -98,8 +103,8 @@ class Trainer:
         """Call `loss_of_batch(rng)` until the budget is used: `steps`, or `seconds` of training where given."""
         bar = tqdm(total=1000, desc=self.folder.name, unit="‰")
         total, since = torch.zeros((), device=self.parameters[0].device), time.monotonic()
-        values = [value for module in self.modules.values() for value in module.state_dict().values()]
-        average = [value for state in self.average.values() for value in state.values()]
+        states = [module.state_dict() for module in self.modules.values()], self.average.values()
+        values, average = ([v for state in some for v in state.values() if v.is_floating_point()] for some in states)
         while True:
             used = self.seconds / seconds if seconds else self.step / steps
             if used >= 1:
@@ -145,12 +150,26 @@ class Trainer:
             module.load_state_dict(self.average[name])
 
 
-def phases_of(state: dict) -> list[dict]:
-    """Return the phases of a checkpoint; one without any was computed in bf16, which was then the only way."""
-    if "phases" in state or not state["step"]:
-        return state.get("phases", [])
-    how = {"device": "not recorded", "precision": "bf16", "compiled": False, "batch": state["samples"] // state["step"]}
-    return [how | {"samples": state["samples"], "seconds": state["seconds"]}]
+def parser_of(
+    description: str, rate: float, folder: str, weights: str, stages: Sequence[str] = ("train", "export")
+) -> argparse.ArgumentParser:
+    """Return the options that the trainings share. folder: below results/runs; weights: below the mini world's."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--folder", type=Path, default=Path("results/runs") / folder, help="checkpoint and log")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS / weights, help="where export writes")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="seconds of training instead of steps; raise it to go on after the end"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="scenes of a step")
+    parser.add_argument("--rate", type=float, default=rate, help="AdamW's peak learning rate")
+    parser.add_argument("--decay", type=float, default=0.998, help="decay of the weights' average")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes (corpus: 0 is one a CPU)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
 
 
 def training_note(recipe: str, folder: Path, state: dict, *networks: torch.nn.Module) -> dict:
@@ -164,7 +183,7 @@ def training_note(recipe: str, folder: Path, state: dict, *networks: torch.nn.Mo
         "steps": state["step"],
         "seconds": round(state["seconds"], 1),
         "batch": state["samples"] // state["step"],
-        "phases": [phase | {"seconds": round(phase["seconds"], 1)} for phase in phases_of(state)],
+        "phases": [phase | {"seconds": round(phase["seconds"], 1)} for phase in state["phases"]],
         "peak_learning_rate": max((row["rate"] for row in log), default=None),
         "hardware": hardware(),
         "versions": versions(),

@@ -59,9 +59,6 @@ class Oracle(nn.Module):
             "deeplabv3plus", "resnet18", encoder_weights=None, encoder_depth=4, classes=len(PICTURE_NAMES)
         )
         self.network.encoder.layer4 = nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = module.num_batches_tracked.float()  # the trainer averages all it holds
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.network(4 * image - 2)

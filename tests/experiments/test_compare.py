@@ -69,7 +69,7 @@ def test_rows_are_measured_once_and_stay_as_they_are(quick, tmp_path):
     compare.main([*arguments, "--guidance", "4"])
     path = tmp_path / "tables" / "generator_sampling.csv"
     first = rows_of(path)
-    compare.main([*arguments, "--guidance", "2,4"])
+    compare.main([*arguments, "--guidance", "2", "4"])
     second = rows_of(path)
     assert second[0] == first[0] and [row["guidance"] for row in second] == ["4.0", "2.0"]  # its seconds, too
     assert set(COLUMNS) < second[0].keys() and 0 <= float(second[1]["mask_iou"]) <= 1
@@ -154,11 +154,11 @@ def test_a_corpus_of_fewer_pairs_keeps_latents_and_captions_together(tmp_path):
     assert (folder / "vae" / "vae").is_dir()
 
 
-def train(folder, variants: str) -> list[dict]:
+def train(folder, *variants: str) -> list[dict]:
     """Train and judge variants on the corpus in a folder; return the rows of the table."""
     arguments = ["training", "--results", str(folder), "--device", "cpu", "--pictures", "2", "--pairs", "1"]
     arguments += ["--corpus", str(folder), "--folder", str(folder / "trials"), "--batch", "2", "--samples", "6"]
-    compare.main([*arguments, "--variants", variants])
+    compare.main([*arguments, "--variants", *variants])
     return rows_of(folder / "tables" / "generator_training_6.csv")
 
 
@@ -166,8 +166,8 @@ def test_variants_get_equally_many_samples_and_are_trained_once(quick, tmp_path,
     tiny = {"base": TINY, "epsilon": TINY | VARIANTS["epsilon"], "pair share 0.3": TINY | VARIANTS["pair share 0.3"]}
     monkeypatch.setattr(compare, "VARIANTS", tiny)
     make_corpus(tmp_path)
-    first = train(tmp_path, "base,epsilon")
-    rows = train(tmp_path, "epsilon,pair share 0.3")
+    first = train(tmp_path, "base", "epsilon")
+    rows = train(tmp_path, "epsilon", "pair share 0.3")
     assert [row["variant"] for row in rows] == ["shipped", "base", "epsilon", "pair share 0.3"]
     assert rows[:3] == first and {row["samples"] for row in rows[1:]} == {"6"} and int(rows[0]["samples"]) > 100_000
     assert all(float(row["loss_scenes"]) > 0 and 0 <= float(row["mask_iou_scenes"]) <= 1 for row in rows)
@@ -184,7 +184,7 @@ def test_a_variant_of_another_vae_is_trained_on_its_latents(quick, tmp_path, mon
     drawn = make_corpus(tmp_path)
     np.save(tmp_path / "images.npy", np.stack([scene.image for scene in drawn]))
     before = (tmp_path / "latents.npy").read_bytes()
-    rows = train(tmp_path, "four,twice")
+    rows = train(tmp_path, "four", "twice")
     assert [row["samples"] for row in rows[1:]] == ["6", "12"]
     assert (tmp_path / "latents.npy").read_bytes() == before  # the corpus of the other variants
     assert np.load(tmp_path / "trials" / "four" / "corpus" / "latents.npy").shape == (40, 4, 16, 16)
@@ -197,7 +197,7 @@ def test_a_training_of_the_same_recipe_and_seed_repeats(quick, tmp_path, monkeyp
     make_corpus(tmp_path)
     base, again, other = [
         {name: value for name, value in row.items() if name.endswith("_scenes")}
-        for row in train(tmp_path, "base,base again,other seed")[1:]
+        for row in train(tmp_path, "base", "base again", "other seed")[1:]
     ]
     assert base == again != other
 

@@ -1,5 +1,6 @@
 """The ladder from real images to none of the techniques: its training sets, its recipe, its means."""
 
+import argparse
 import dataclasses
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import write_picture_label
 from diffseg.benchmarks.readers import data_folder
+from diffseg.errors import DiffsegError
 from diffseg.experiments import ladder
 from diffseg.experiments.mask_ablation import load_reference
 from diffseg.experiments.paired import options_of
@@ -48,6 +50,13 @@ def test_the_rungs_differ_in_images_or_masks_alone(run):
         seen = load_reference("mini", VOC).eval()(oracle[k][1][None].float() / 255)[0].argmax(dim=0)
         assert torch.equal(oracle[k][2], seen)
     assert [name for name, *_ in real] == [f"train_{k * 500:06d}" for k in range(COUNT)]  # spread over 2,000
+
+
+def test_images_of_an_unfinished_step_3_are_refused(run, monkeypatch):
+    monkeypatch.setattr(ladder, "resolve", lambda *_: ({"benchmark": "voc", "data_root": "mini", "run": "run"}, run))
+    chosen = argparse.Namespace(run="run", without="", untuned="", rungs=["real"], split="", folder=run)
+    with pytest.raises(DiffsegError, match="no finished step 3"):
+        ladder.climb(chosen)
 
 
 def test_the_recipe_is_that_of_step_4():

@@ -9,7 +9,6 @@ import torch
 from helpers import TINY_GENERATOR as TINY
 
 from diffseg.experiments.generator import networks, pretrain
-from diffseg.experiments.trainer import phases_of
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +61,6 @@ def test_the_note_lists_what_was_computed_how(train, corpus, tmp_path):
     pretrain.export(tmp_path / "a", corpus, tmp_path / "weights", TINY)
     note = json.loads((tmp_path / "weights" / "training.json").read_text())
     assert [phase["samples"] for phase in note["phases"]] == [8, 4, 4] and note["samples_seen"] == 16
-
-
-def test_a_checkpoint_of_earlier_versions_was_bfloat16(train, tmp_path):
-    state = train("a", "--steps", "2")
-    del state["phases"]
-    (phase,) = phases_of(state)
-    assert (phase["precision"], phase["samples"], phase["batch"]) == ("bf16", 8, 4)
-    torch.save(state, tmp_path / "a" / "checkpoint.pt")
-    assert [phase["precision"] for phase in train("a", "--steps", "3")["phases"]] == ["bf16", "fp32"]
 
 
 def test_mixed_precision_keeps_all_state_in_float32_and_learns_alike(train, tmp_path):

@@ -15,6 +15,7 @@ from diffseg.experiments.generator.asked import ask, pair_prompts, single_prompt
 from diffseg.experiments.generator.measure import judge, nearest_distances, place_of
 from diffseg.experiments.oracle import Scenes, stream
 from diffseg.experiments.small_sam import Prompts, decode, make_prompts
+from diffseg.experiments.trainer import parser_of
 from diffseg.generator import load_generator
 from diffseg.miniworld.oracle import CLASS_IDS, CLASS_OF_PICTURE, PICTURE_NAMES, PICTURES, Oracle
 from diffseg.miniworld.scenes import PLACES, paint_background
@@ -275,7 +276,7 @@ def test_half_precision_round_trips(network, sam, tmp_path):
     ):
         for key, value in one.state_dict().items():
             loaded = other.state_dict()[key]
-            assert loaded.dtype == torch.float32 and torch.equal(loaded, value.half().float()), key
+            assert loaded.dtype == value.dtype and torch.equal(loaded, value.half().to(value.dtype)), key
         assert not other.training
 
 
@@ -301,7 +302,7 @@ def test_an_oracle_of_other_pictures_is_refused(network, tmp_path):
 def train_some(module, folder, **changes):
     """Train a model for a few steps by its own recipe and return its checkpoint."""
     train = module.train_oracle if module is oracle else module.train_sam
-    options = oracle.parser_of("", 1e-3, "test", "test").parse_args(["train", "--device", "cpu"])
+    options = parser_of("", 1e-3, "test", "test").parse_args(["train", "--device", "cpu"])
     vars(options).update({"batch": 2, "every": 2, "steps": 4, "per_picture": 1} | changes)
     train(folder, options)
     return torch.load(folder / "checkpoint.pt", weights_only=True)

@@ -330,19 +330,6 @@ def compare_training(options: argparse.Namespace) -> Path:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def listed(kind: Callable, allowed: dict | None = None) -> Callable[[str], list]:
-    """Return a reader of values joined by commas, of `allowed` names only."""
-
-    def read(text: str) -> list:
-        values = [kind(value) for value in text.split(",")]
-        for value in values:
-            if allowed is not None and value not in allowed:
-                raise argparse.ArgumentTypeError(f"there is no {value!r}; choose among {', '.join(allowed)}")
-        return values
-
-    return read
-
-
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--oracle", type=Path, default=WEIGHTS / "oracle", help="the oracle's folder")
@@ -355,19 +342,18 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     sampling = commands.add_parser("sampling", parents=[common])
     sampling.add_argument("--generator", default="mini", help="a name or a folder")
-    sampling.add_argument("--schedulers", type=listed(str, SCHEDULERS), default=list(SCHEDULERS))
-    sampling.add_argument("--steps", type=listed(int), default=[6, 8, 10, 12, 20])
-    sampling.add_argument("--guidance", type=listed(float), default=[2.0, 4.0, 6.0, 8.0])
+    sampling.add_argument("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS))
+    sampling.add_argument("--steps", nargs="+", type=int, default=[6, 8, 10, 12, 20])
+    sampling.add_argument("--guidance", nargs="+", type=float, default=[2.0, 4.0, 6.0, 8.0])
     training = commands.add_parser("training", parents=[common])
     training.add_argument("--samples", type=int, default=16000, help="of training, for each variant")
     training.add_argument("--corpus", type=Path, default=Path("results/runs/pretrain"), help="a folder of pretrain")
     training.add_argument("--folder", type=Path, default=Path("results/runs/generator-training"), help="of the trials")
-    training.add_argument("--variants", type=listed(str, VARIANTS), default=list(VARIANTS))
+    training.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     training.add_argument("--batch", type=int, default=32)
     training.add_argument("--precision", choices=["fp32", "bf16"], help="as of pretrain")
     training.add_argument("--compile", action="store_true", help="as of pretrain")
-    options = parser.parse_args(arguments)
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

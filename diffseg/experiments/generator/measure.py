@@ -37,7 +37,7 @@ from diffseg.miniworld.oracle import (
 )
 from diffseg.miniworld.scenes import PLACES
 from diffseg.paths import project_root
-from diffseg.refiners import get_refiner
+from diffseg.refiners import REFINERS, get_refiner
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
 
 # Our choices; the report's `real` shows what drawn scenes get by them.
@@ -222,8 +222,7 @@ def summarise(single: Judged, pairs: Judged) -> dict:
 def per_class(rows: list[dict]) -> dict[str, dict[str, float]]:
     names = sorted({row["class"] for row in rows}, key=CLASS_IDS.get)
     members = {name: [row for row in rows if row["class"] == name] for name in names}
-    keys = ("present", "iou", "iou_object", "own_picture", "background")
-    return {name: {key: mean_of(some, key) for key in keys} for name, some in members.items()}
+    return {name: {key: mean_of(some, key) for key in MEASURES.values()} for name, some in members.items()}
 
 
 def save_sheets(judged: Judged, folder: Path) -> None:
@@ -288,7 +287,7 @@ def measure_generator(options: argparse.Namespace) -> dict:
         64, 64, options.sampling_steps, options.guidance, (16,), options.attention_steps, options.beta, "none"
     )
     singles, twos = single_prompts(options.pictures, options.seed), pair_prompts(options.pairs, options.seed)
-    refiners = tuple(options.refiners.split(",")) if options.refiners else ()
+    refiners = tuple(options.refiners)
     single = draw_and_judge(pipeline, oracle, singles, synthesis, refiners)
     pairs = draw_and_judge(pipeline, oracle, twos, synthesis, refiners)
     real = summarise(judge_real(oracle, singles, options.seed), judge_real(oracle, twos, options.seed))
@@ -328,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=project_root() / "results", help="where to write")
     parser.add_argument("--pictures", type=int, default=1050, help="pictures of one object: ten for every word")
     parser.add_argument("--pairs", type=int, default=200, help="pictures of two objects")
-    parser.add_argument("--refiners", default="pamr,sam", help="refiners whose masks are compared, joined by commas")
+    parser.add_argument("--refiners", nargs="*", choices=REFINERS, default=["pamr", "sam"], help="to be compared")
     parser.add_argument("--sampling-steps", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--attention-steps", default="4-7", help="denoising steps whose attention is averaged")

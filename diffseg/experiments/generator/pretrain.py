@@ -32,6 +32,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from diffseg.denoising import noised_and_target, snr_weight
 from diffseg.experiments.generator.networks import (
     build_scheduler,
     build_text_encoder,
@@ -39,10 +40,9 @@ from diffseg.experiments.generator.networks import (
     build_unet,
     build_vae,
 )
-from diffseg.experiments.trainer import Trainer, mixed_precision, training_note
+from diffseg.experiments.trainer import Trainer, mixed_precision, parser_of, training_note
 from diffseg.files import atomic_path, write_text
 from diffseg.generator import load_generator, locate_generator
-from diffseg.miniworld import WEIGHTS
 from diffseg.miniworld.scenes import PLACES, load_pictures, sample_scene
 from diffseg.seeds import derive_seed
 
@@ -83,7 +83,6 @@ def psnr_of(error: float) -> float:
 
 def train_vae(folder: Path, corpus: Path, options: argparse.Namespace, changes: dict | None = None) -> None:
     """Mean absolute error plus a small Kullback-Leibler term; then cache the latents of the whole corpus."""
-    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     images = np.load(corpus / "images.npy", mmap_mode="r")
     torch.manual_seed(options.seed)
@@ -139,7 +138,6 @@ def encode_corpus(corpus: Path, options: argparse.Namespace) -> None:
 def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, changes: dict | None = None) -> None:
     """v-prediction on cached latents with min-SNR weights; text encoder and UNet are trained together."""
     changes = changes or {}
-    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     latents = torch.from_numpy(np.load(corpus / "latents.npy"))
     if device.type == "cuda":
@@ -156,8 +154,7 @@ def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, cha
         text_encoder.load_state_dict(initial.text_encoder.state_dict())
         unet.load_state_dict(initial.unet.state_dict())
     scheduler = build_scheduler(**changes.get("scheduler", {}))
-    is_epsilon = scheduler.config.prediction_type == "epsilon"
-    alphas = scheduler.alphas_cumprod.to(device)
+    alphas, prediction = scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type
     modules = {"text_encoder": text_encoder, "unet": unet}
     trainer = Trainer(folder, modules, options.rate, options.decay, options.precision, options.compile)
     if options.compile:
@@ -171,14 +168,12 @@ def train_diffusion(folder: Path, corpus: Path, options: argparse.Namespace, cha
         x = latents[torch.from_numpy(rows).to(latents.device)].float().to(device, memory_format=torch.channels_last)
         noise = torch.randn_like(x)
         t = torch.randint(len(alphas), (len(rows),), device=device)
-        noised = scheduler.add_noise(x, noise, t)
-        target = noise if is_epsilon else scheduler.get_velocity(x, noise, t)
+        noised, target = noised_and_target(x, noise, alphas[t], prediction)
         with mixed_precision(device, options.precision):
             text = text_encoder(torch.from_numpy(tokens).to(device)).last_hidden_state
             output = unet(noised, t, text).sample
-        snr = alphas[t] / (1 - alphas[t])
-        weight = snr.clamp(max=5) / (snr if is_epsilon else snr + 1)  # min-SNR 5, in terms of epsilon or of v
-        return (weight * F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))).mean()
+        error = F.mse_loss(output.float(), target, reduction="none").mean((1, 2, 3))
+        return (snr_weight(alphas[t], 5, prediction) * error).mean()
 
     def watch(trainer: Trainer) -> None:
         if trainer.step % options.sheet == 0:
@@ -193,7 +188,6 @@ def train_decoder(folder: Path, corpus: Path, options: argparse.Namespace) -> No
 
     The latents get a little noise, because those that the UNet draws are not exactly an encoder's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     images = np.load(corpus / "images.npy", mmap_mode="r")
     latents = np.load(corpus / "latents.npy", mmap_mode="r")
@@ -293,25 +287,15 @@ def trainings(training: Mapping) -> list[Mapping]:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["corpus", "vae", "latents", "diffusion", "decoder", "export"])
+    stages = "corpus", "vae", "latents", "diffusion", "decoder", "export"
+    parser = parser_of(__doc__, 1.5e-3, "pretrain", "generator", stages)
+    parser.set_defaults(batch=32, every=250)
     parser.add_argument(
         "--initial", default="", help="generator (a name or a folder) that latents, diffusion and export go on from"
     )
-    parser.add_argument("--folder", type=Path, default=Path("results/runs/pretrain"))
     parser.add_argument("--scenes", type=int, default=60000, help="scenes in the corpus")
     parser.add_argument("--pair-share", type=float, default=0.6, help="share of the scenes that show two objects")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
-    parser.add_argument(
-        "--seconds", type=float, default=0, help="seconds of training instead of steps; raise it to go on after the end"
-    )
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="AdamW's peak learning rate")
-    parser.add_argument("--decay", type=float, default=0.998, help="decay of the weights' average")
-    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--sheet", type=int, default=1000, help="steps between sample sheets")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
@@ -324,7 +308,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="torch.compile the networks of the stage diffusion: takes a C++ compiler and two minutes at every start, "
         "then is 1.2 to 1.4 times as fast on a CPU",
     )
-    parser.add_argument("--weights", type=Path, default=WEIGHTS / "generator")
     options = parser.parse_args(arguments)
     options.precision = options.precision or ("bf16" if options.device.startswith("cuda") else "fp32")
     return options
@@ -332,10 +315,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
-    options.folder.mkdir(parents=True, exist_ok=True)
     corpus = options.folder
     if options.stage == "corpus":
-        make_corpus(corpus, options.scenes, options.pair_share, options.seed, workers=os.cpu_count())
+        make_corpus(corpus, options.scenes, options.pair_share, options.seed, options.workers or os.cpu_count())
     elif options.stage == "vae":
         train_vae(options.folder / "vae", corpus, options)
     elif options.stage == "latents":

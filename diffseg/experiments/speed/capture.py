@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -48,7 +47,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC
 from diffseg.drawing import draw_rows
-from diffseg.experiments.full_size import NOISE, sdxl_unet
+from diffseg.experiments.full_size import NOISE, sdxl_unet, vae
 from diffseg.experiments.speed import time_in_turn
 from diffseg.files import write_text
 from diffseg.generator import load_generator, load_tokenizer
@@ -100,12 +99,6 @@ def text_encoder(width: int, kind: type = CLIPTextModel):
     return kind(config).eval()
 
 
-def vae(**config) -> AutoencoderKL:
-    options = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "latent_channels": 4} | config
-    downs, ups = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    return AutoencoderKL(down_block_types=downs, up_block_types=ups, **options).eval()
-
-
 def build_sd15(heads: int) -> StableDiffusionPipeline:
     """Return a pipeline of Stable Diffusion 1.5's shape with that many of its 8 heads, and random weights."""
     torch.manual_seed(0)
@@ -117,7 +110,7 @@ def build_sd15(heads: int) -> StableDiffusionPipeline:
         norm_num_groups=4 * heads,
     )
     return StableDiffusionPipeline(
-        vae=vae(sample_size=512),
+        vae=vae(sample_size=512, block_out_channels=(32, 64, 128, 128)),
         text_encoder=text_encoder(768),
         tokenizer=tokenizer(),
         unet=unet.eval(),
@@ -237,7 +230,7 @@ def refinements(
 
 
 def compare(calls: dict[str, Callable], pictures: int, repetitions: int) -> dict[str, dict[str, float]]:
-    """Time calls side by side, the first of them as the base; each call makes that many images.
+    """Time calls side by side, the first of them as the base; each call makes that many images (or iterations).
 
     For each: seconds and cpu_seconds of an image and images_per_second (medians), ratio and cpu_ratio to the base
     (median over the repetitions). CPU seconds are those of this process's threads; another process on the same

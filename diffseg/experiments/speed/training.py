@@ -10,7 +10,6 @@ clock.
 import argparse
 import dataclasses
 import json
-import statistics
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from accelerate import PartialState
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.readers import data_folder, open_split
-from diffseg.experiments.speed import time_in_turn
+from diffseg.experiments.speed.capture import compare
 from diffseg.files import write_text
 from diffseg.lab.provenance import provenance
 from diffseg.paths import project_root
@@ -42,19 +41,15 @@ def measure(options: TrainingOptions, segmenter: str, pictures: int, repetitions
         chosen = dataclasses.replace(options, training_mode=mode)
         # it ends with numbers on the CPU, so a GPU's work is over, too
         calls[mode] = partial(train, network, dataset, VOC.ignore, chosen, 0, device, mode)
-    times = time_in_turn(calls, repetitions + 1)  # the first round warms up
-    which = 0 if device.type == "cuda" else 1  # of (wall, CPU)
-    seconds = {mode: [pair[which] / options.iterations for pair in pairs[1:]] for mode, pairs in times.items()}
+    clock = "" if device.type == "cuda" else "cpu_"
     return [
         {
             "mode": mode,
             "networks": NETWORKS[mode],
-            "seconds_an_iteration": round(statistics.median(values), 4),
-            "ratio_to_baseline": round(
-                statistics.median(own / other for own, other in zip(values, seconds["baseline"], strict=True)), 3
-            ),
+            "seconds_an_iteration": round(found[f"{clock}seconds"], 4),
+            "ratio_to_baseline": round(found[f"{clock}ratio"], 3),
         }
-        for mode, values in seconds.items()
+        for mode, found in compare(calls, options.iterations, repetitions).items()  # the baseline is the first
     ]
 
 
