@@ -1,9 +1,13 @@
-"""A training of seconds: pictures of two halves, options, and how it is compared."""
+"""A training of seconds: pictures of two halves, options, how it is compared; and trainings that are only recorded."""
 
 import dataclasses
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 
+from diffseg.lab.manifests import write_manifest
 from diffseg.reliability import rank_within_class
 from diffseg.segmenters import new_networks
 from diffseg.training import train
@@ -21,6 +25,15 @@ OPTIONS = TrainingOptions(
     precision="fp32",
     workers=0,
 )
+STEP4 = dataclasses.asdict(OPTIONS) | {  # what a study of paired seeds reads of step 4's parameters
+    "training_mode": "cotrain",
+    "training_precision": "fp32",
+    "segmenter": "unet-resnet18",
+    "encoder_weights": "",
+    "initial_network": "",
+    "data_root": "",
+    "class_list": [],
+}
 
 
 def changed(**values) -> TrainingOptions:
@@ -41,6 +54,37 @@ def halves(count: int = 8, margin: bool = False) -> list[tuple]:
 def trained(dataset, options=OPTIONS, seed=0, **more):
     network = new_networks(NETWORKS[options.training_mode], "upernet-swin-mini", CLASSES, seed)
     return network, train(network, dataset, 255, options, seed, **more)
+
+
+def recording(monkeypatch: pytest.MonkeyPatch, study: ModuleType) -> list[SimpleNamespace]:
+    """Let a study train nothing: return what it will have asked for. A network scores 10 + its seed, and the networks
+    of a pair 110 and 210 + its seed; images are called by their split or run and their number."""
+    calls, names = [], "folder name images parameters options dataset benchmark seed".split()
+
+    def record(*given):
+        calls.append(SimpleNamespace(**dict(zip(names, given, strict=True))))
+        seed = calls[-1].seed
+        return SimpleNamespace(seed=seed, networks=[SimpleNamespace(seed=seed + k) for k in (100, 200)])
+
+    for name, value in {
+        "trained": record,
+        "score": lambda network, *_: 10.0 + network.seed,
+        "scores": lambda network, *_: {"miou": 10.0 + network.seed},
+        "data_folder": Path,
+        "open_split": lambda benchmark, root, split: [f"{split} {k}" for k in range(100)],
+        "pictures_set": lambda folder, benchmark: [f"{folder.parent.name} {k}" for k in range(6)],
+        "Ensemble": SimpleNamespace,
+    }.items():
+        if hasattr(study, name):
+            monkeypatch.setattr(study, name, value)
+    return calls
+
+
+def finish_images(run: Path) -> None:
+    """Write the manifest of a run's images, without any: their key is "key of" its name."""
+    (run / "03_synthesis").mkdir(parents=True)
+    content = {"step": "03_synthesis", "key": f"key of {run.name}", "parameters": {}}
+    write_manifest(run / "03_synthesis", [], content)
 
 
 def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:

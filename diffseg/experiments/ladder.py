@@ -13,7 +13,7 @@ Seeds are of the training: initial decoder, order and augmentation; all of them 
 
 import argparse
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
@@ -86,13 +86,17 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
     return rows, used
 
 
-def still_true(kept: Sequence[dict], made: Sequence[dict], redrawn: Collection[str]) -> list[dict]:
+def still_true(
+    kept: Sequence[dict], made: Sequence[dict], redrawn: Collection[str], named: Mapping[str, str]
+) -> list[dict]:
     """Return the rows of earlier calls that were not made again and whose images are still those of the run.
 
-    redrawn: runs whose images are others now; `made` are then on the new ones.
+    redrawn: runs whose images are others now; `made` are then on the new ones. named: rung -> the run that gives its
+    images, where it is not the one in whose name its rows stand.
     """
     again = {(row["benchmark"], row["split"], row["rung"]) for row in made}
     old = {(name, RUNGS[rung]) for name in redrawn for rung in ("oracle", "robust", "ours")}
+    old |= {(row["benchmark"], RUNGS[rung]) for row in made for rung, name in named.items() if name in redrawn}
     return [
         row
         for row in kept
@@ -165,7 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows, used = climb(chosen)
     known = (read_json(table.with_name("ladder.json")) or {}).get("images", {})
     kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
-    rows = still_true(kept, rows, {name for name in used if known.get(name, used[name]) != used[name]}) + rows
+    redrawn = {name for name in used if known.get(name, used[name]) != used[name]}
+    rows = still_true(kept, rows, redrawn, {"without": chosen.without, "untuned": chosen.untuned}) + rows
     write_rows(table, rows, list(dict.fromkeys(name for row in rows for name in row)))
     write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
     about = {"images": known | used, "seeds": chosen.seeds, **provenance()}

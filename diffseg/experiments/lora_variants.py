@@ -38,6 +38,7 @@ from diffseg.figures import picture_rows, save_figure
 from diffseg.files import atomic_path, sha256_text, write_text
 from diffseg.generator import draw, load_generator
 from diffseg.lab.batch import resolve, step_parameters
+from diffseg.lab.declarations import INERT
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import named_files, notebook_of
@@ -209,6 +210,8 @@ def measure(chosen: argparse.Namespace) -> Iterator[tuple[dict, dict, list[tuple
     rows = read_prompts(run / "01_prompt_augmentation" / "prompts.csv")
     shared = {"run": chosen.run, "images": chosen.images, "prompts": prompts["key"], "judge": judged}
     tuning = step_parameters(notebook_of("02_lora_tuning"), base)  # what no variant changes is made once
+    both = tuning | step_parameters(notebook_of("03_synthesis"), base)
+    shared["parameters"] = {name: value for name, value in both.items() if name not in INERT}
     captions = build_captions(tuning["lora_captions"], tuning["lora_words"])
     pictures = find_pictures(locate("target_images", tuning["target_images"]))
     made_of = named_files({name: tuning[name] for name in ("generator", "target_images")})

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 
+from diffseg.benchmarks import evaluation
 from diffseg.benchmarks.classes import BENCHMARKS, CITYSCAPES, VOC, imagenet_s
 from diffseg.benchmarks.evaluation import crf, describe_inference, evaluate, evaluate_folder, score
 from diffseg.benchmarks.labels import write_label
@@ -545,6 +547,20 @@ benchmark = t.BENCHMARKS["imagenet-s-50"]
 result = t.evaluate(t.wrong_here_and_there, t.Scenes(benchmark, t.SIZES), benchmark, bootstrap=20, device="cpu")
 json.dump([result.metrics(), result.confusion.tolist()], open(sys.argv[1], "w"))
 """
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_shares_of_all_processes_are_the_split(monkeypatch, processes):
+    scenes, parts = Scenes(VOC, SIZES), []
+    monkeypatch.setattr(evaluation, "merge_processes", lambda counters: parts.append(counters[0]) or counters)
+    for index in range(processes):
+        state = SimpleNamespace(num_processes=processes, process_index=index)
+        monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)
+        evaluate(wrong_here_and_there, scenes, VOC, bootstrap=2)
+    whole = ConfusionMatrix(21, 255)
+    for _, image, label in scenes.samples:
+        whole.update(label, wrong_here_and_there(image[None] / 255)[0])
+    np.testing.assert_array_equal([image for part in parts for image in part.per_image], whole.per_image)
 
 
 @pytest.mark.slow

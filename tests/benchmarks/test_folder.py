@@ -181,7 +181,7 @@ def test_predictions_on_it_are_written_and_scored(exported, tmp_path):
 
 
 def coco(root: Path, split: str = "val") -> Path:
-    """Two images of 20 x 30: polygons, an overlap, a crowd in RLE, a category that is no class."""
+    """Two images of 20 x 30: polygons that overlap, of one class and of two, a crowd in RLE, one that is no class."""
     for name in ("one.jpg", "far/two.png"):
         picture(np.zeros((20, 30)), "", root / "images" / split, name)
 
@@ -197,6 +197,7 @@ def coco(root: Path, split: str = "val") -> Path:
         {"image_id": 7, "category_id": 3, "segmentation": box(8, 6, 20, 16), "iscrowd": 0},
         {"image_id": 7, "category_id": 90, "segmentation": box(21, 0, 30, 5), "iscrowd": 0},
         {"image_id": 7, "category_id": 3, "segmentation": {"counts": counts, "size": [20, 30]}, "iscrowd": 1},
+        {"image_id": 7, "category_id": 3, "segmentation": box(10, 4, 24, 18), "iscrowd": 0},
     ]
     content = {
         "images": [
@@ -225,7 +226,7 @@ def test_cocos_json_is_drawn_and_overlaps_of_two_classes_are_ignored(tmp_path, c
         ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), fill=1)
         return np.array(image)
 
-    fox, truck = drawn(2, 2, 12, 10), drawn(8, 6, 20, 16)
+    fox, truck = drawn(2, 2, 12, 10), drawn(8, 6, 20, 16) | drawn(10, 4, 24, 18)
     expected = np.select([fox & truck, fox, truck], [255, 1, 2])
     expected[12:, :5] = 2
     assert np.array_equal(split[0][2], expected)

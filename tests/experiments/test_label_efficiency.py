@@ -1,11 +1,15 @@
 """How many labelled images synthetic ones replace: the trainings of every arm at tiny size, and the paired gains."""
 
+from argparse import Namespace
+
 import pandas as pd
 import pytest
+from tiny_training import OPTIONS, STEP4, finish_images, recording
 
+from diffseg.benchmarks.classes import VOC, get_benchmark
 from diffseg.errors import DiffsegError
 from diffseg.experiments import label_efficiency as study
-from diffseg.experiments.paired import paired_gain, with_earlier
+from diffseg.experiments.paired import network_folder, paired_gain, with_earlier
 
 
 def test_a_gain_is_paired_by_seed_and_has_students_interval():
@@ -54,3 +58,65 @@ def test_rows_of_earlier_calls_stay_unless_made_anew_or_on_other_images(tmp_path
         ("after", 0): 70,
     }
     assert with_earlier(made, table, training, {"images": "b"}) is made
+
+
+def test_each_seed_has_its_own_labelled_images_and_its_own_start(tmp_path, monkeypatch):
+    calls, fine = recording(monkeypatch, study), get_benchmark("mini-imagenet-s")
+    monkeypatch.setattr(study, "resolve", lambda name, _: ({"benchmark": {"fine": fine.name}[name]}, None))
+    monkeypatch.setattr(study, "run_folder", lambda name: tmp_path / name)
+    for name in ("coarse", "fine"):
+        finish_images(tmp_path / name)
+    parameters, whole, half = STEP4 | {"benchmark": "voc", "run": "coarse"}, OPTIONS.iterations, OPTIONS.iterations // 2
+    chosen = Namespace(parameters="coarse", finer="fine", counts=[3, 5], split="dev", seeds=2, folder=tmp_path)
+    rows = study.trainings(chosen, parameters)
+    assert all(row["miou"] == 10 + row["seed"] for row in rows) and len(rows) == 2 * (1 + 2 * 4)
+    asked = {(call.name, call.seed): call for call in calls}
+    assert len(asked) == len(calls)  # no two trainings share a place
+    numbers, labelled = {arm: k for k, arm in enumerate(study.ARMS)}, {}
+    for seed in range(2):
+        starts = {}
+        for arm, run, classes in ((study.AFTER, "coarse", VOC), (study.FINER, "fine", fine)):
+            call = asked[f"start-{numbers[arm]}", seed]
+            assert (call.images, call.benchmark.name) == (f"key of {run}", classes.name)
+            assert call.dataset[0] == f"{run} 0" and call.options.iterations == half
+            how = call.folder, call.name, call.images, call.parameters, call.options
+            starts[arm] = str(network_folder(*how, seed).resolve())
+        call = asked[f"{numbers[study.AFTER]}-0", seed]
+        assert (call.images, call.options.iterations, len(call.dataset)) == ("key of coarse", whole, 6)
+        for count in (3, 5):
+            alone, mixed = (asked[f"{numbers[arm]}-{count}", seed] for arm in (study.ALONE, study.MIXED))
+            images = labelled[seed, count] = [alone.dataset[k] for k in range(len(alone.dataset))]
+            assert len(set(images)) == count and (alone.options.iterations, alone.images) == (whole, None)
+            for arm, rate in ((study.AFTER, study.RATES[study.AFTER]), (study.FINER, OPTIONS.learning_rate)):
+                call = asked[f"{numbers[arm]}-{count}", seed]
+                assert call.parameters["initial_network"] == starts[arm] and call.images is None
+                assert (call.options.iterations, call.options.learning_rate) == (half, rate)
+                assert [call.dataset[k] for k in range(count)] == images
+            shown = [mixed.dataset[k] for k in range(len(mixed.dataset))]
+            assert mixed.images == "key of coarse"
+            assert shown == [f"coarse {k}" for k in range(6)] + images * (6 // count)
+        assert labelled[seed, 5][:3] == labelled[seed, 3]  # nested
+    assert set(labelled[0, 5]) != set(labelled[1, 5])
+
+
+def test_rows_of_an_earlier_call_stay_apart_by_all_that_names_a_training(tmp_path, monkeypatch):
+    for name, value in {
+        "resolve": lambda *_: ({}, None),
+        "step_parameters": lambda *_: {},
+        "images_key": lambda run: "key",
+        "label_figure": lambda rows: None,
+        "save_figure": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(study, name, value)
+
+    def call(scores: dict, *options: str) -> dict:
+        rows = [{"arm": study.ALONE, "labelled": n, "seed": seed, "miou": miou} for (n, seed), miou in scores.items()]
+        monkeypatch.setattr(study, "trainings", lambda *_: rows)
+        study.main(["mini-voc", "--finer", "mini-imagenet-s", "--out", str(tmp_path), *options])
+        table = pd.read_csv(tmp_path / "tables" / "label_efficiency_seeds.csv")
+        return table.set_index(["labelled", "seed"]).miou.to_dict()
+
+    first = {(20, 0): 50, (20, 1): 51, (45, 0): 52}
+    assert call(first) == first
+    assert call({(45, 0): 60, (45, 1): 61}) == first | {(45, 0): 60, (45, 1): 61}
+    assert call({(45, 0): 70}, "--split", "dev") == {(45, 0): 70}  # other scores: none of the earlier ones stays

@@ -2,8 +2,11 @@
 
 import torch
 
+from diffseg.experiments import label_or_network
 from diffseg.experiments.label_or_network import (
     AGREED,
+    ALONE,
+    EDGES,
     LABEL,
     NETWORK,
     OPINIONS,
@@ -48,3 +51,24 @@ def test_accuracies_by_tenth_of_the_margin():
         {"run": "r", "tenth": row["tenth"], "opinion": name, "accuracy": row[name]} for row in rows for name in OPINIONS
     ]
     assert len(reliability_figure(table).axes[0].lines) == len(OPINIONS)
+
+
+def test_ignored_pixels_are_not_judged_and_the_answer_along_edges_is_its_own(monkeypatch):
+    truth = torch.zeros(2, 20, dtype=torch.int64)
+    truth[1] = 1
+    label = truth.clone()
+    label[0, :5] = 255
+    images = [("one", torch.zeros(3, 2, 20, dtype=torch.uint8), label, torch.zeros(2, 2, 20, dtype=torch.uint8))]
+    given = []
+
+    def always_wrong(pair, batch, labels, reliable):
+        given.append((labels, reliable))
+        return scores(1 - truth)
+
+    monkeypatch.setattr(label_or_network, "edge_aware", always_wrong)
+    monkeypatch.setattr(label_or_network, "edges_alone", lambda *_: truth)
+    first = accuracies(images, lambda image: scores(truth), [lambda image: scores(truth)] * 2)[0]
+    assert first["pixels"] == 35 and first[LABEL] == first[PAIR] == first[AGREED] == 1
+    assert first[EDGES] == 0 and first[ALONE] == 1
+    [(labels, reliable)] = given
+    assert torch.equal(labels[0], label) and not reliable[0][label == 255].any()

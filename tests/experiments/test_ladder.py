@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_training import STEP4, finish_images, recording
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import write_picture_label
@@ -15,6 +17,7 @@ from diffseg.errors import DiffsegError
 from diffseg.experiments import ladder
 from diffseg.experiments.mask_ablation import load_reference
 from diffseg.experiments.paired import options_of
+from diffseg.files import read_rows
 from diffseg.lab.batch import step_parameters
 from diffseg.lab.steps import notebook_of
 from diffseg.miniworld.disk import voc_scene
@@ -100,9 +103,58 @@ def test_rows_on_images_that_were_drawn_anew_go():
 
     kept = [row(b, rung) for b in ("a", "b") for rung in (ladder.REAL, ladder.ORACLE, ladder.OURS, ladder.WITHOUT)]
     made = [row("a", ladder.OURS)]
-    same = ladder.still_true(kept, made, set())
+    same = ladder.still_true(kept, made, set(), {})
     assert same == [each for each in kept if each not in made]
-    assert ladder.still_true(kept, made, {"a"}) == [each for each in same if each != row("a", ladder.ORACLE)]
+    assert ladder.still_true(kept, made, {"a"}, {}) == [each for each in same if each != row("a", ladder.ORACLE)]
+
+
+def test_each_rung_trains_on_its_own_runs_images(tmp_path, monkeypatch):
+    calls, sets, values = recording(monkeypatch, ladder), [], STEP4 | {"benchmark": "voc", "run": "ours"}
+    monkeypatch.setattr(ladder, "resolve", lambda *_: (values, tmp_path / "ours"))
+    monkeypatch.setattr(ladder, "step_parameters", lambda *_: values)
+    monkeypatch.setattr(ladder, "training_set", lambda rung, _, run, root: sets.append((rung, run.name)) or [rung])
+    for name in ("ours", "plain", "bare"):
+        finish_images(tmp_path / name)
+    rungs = ["real", "oracle", "robust", "ours", "untuned", "without"]
+    chosen = Namespace(run="x", rungs=rungs, without="bare", untuned="plain", split="", seeds=2, folder=tmp_path)
+    rows, used = ladder.climb(chosen)
+    assert sets == [*((rung, "ours") for rung in rungs[:4]), ("untuned", "plain"), ("without", "bare")]
+    assert [(call.name, call.seed) for call in calls] == [(rung, seed) for rung in rungs for seed in (0, 1)]
+    assert all(call.images == f"key of {dict(sets)[call.name]}" for call in calls if call.name != "real")
+    assert all(call.dataset == [call.name] for call in calls)
+    modes = {call.name: call.options.training_mode for call in calls}
+    assert modes == dict.fromkeys(rungs, "baseline") | {"robust": "cotrain"}
+    assert used == {name: f"key of {name}" for name in ("ours", "plain", "bare")}
+    assert [(row["rung"], row["seed"], row["miou"]) for row in rows[-2:]] == [
+        (ladder.WITHOUT, 0, "10.0"),
+        (ladder.WITHOUT, 1, "11.0"),
+    ]
+    assert {(row["split"], row["benchmark"]) for row in rows} == {("validation", "ours")}
+
+
+def test_a_call_keeps_earlier_rows_until_their_runs_images_are_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "save_figure", lambda *_: None)
+
+    def call(rung, miou, split="validation", **keys):
+        row = dict(zip(ladder.COLUMNS, ("mini", split, rung, 9, "baseline", 0, miou), strict=True))
+        monkeypatch.setattr(ladder, "climb", lambda chosen: ([row], keys))
+        ladder.main(["mini", "--out", str(tmp_path), "--without", "bare", "--untuned", "plain"])
+        kept = read_rows(tmp_path / "tables" / "ladder_seeds.csv")
+        return {(each["rung"], each["split"]): each["miou"] for each in kept}
+
+    oracle, ours, bare, plain = (
+        {(rung, "validation"): miou}
+        for rung, miou in ((ladder.ORACLE, "60"), (ladder.OURS, "50"), (ladder.WITHOUT, "20"), (ladder.UNTUNED, "30"))
+    )
+    assert call(ladder.ORACLE, "60", mini="a") == oracle
+    assert call(ladder.OURS, "50", mini="a") == oracle | ours
+    assert call(ladder.WITHOUT, "20", bare="a") == oracle | ours | bare
+    assert call(ladder.UNTUNED, "30", plain="a") == oracle | ours | bare | plain
+    other = {(ladder.WITHOUT, "dev"): "21"}
+    assert call(ladder.WITHOUT, "21", "dev", bare="a") == oracle | ours | bare | plain | other
+    # of another set of images each: the bare run's row of the other split goes, and then the oracle's
+    assert call(ladder.WITHOUT, "21", "dev", bare="b") == oracle | ours | plain | other
+    assert call(ladder.OURS, "50", mini="b") == ours | plain | other
 
 
 def test_merged_classes_have_their_mean_and_gain_where_all_trainings_have_them():

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from diffseg.benchmarks.classes import get_benchmark
+from diffseg.experiments import lora_variants
 from diffseg.experiments.lora_variants import (
     MEASURES,
     PRIOR,
@@ -98,3 +99,38 @@ def test_means_are_over_the_tunings_of_a_variant():
     assert table.tunings.tolist() == [1, 3]
     assert table.distance.tolist() == [0.5, 1.5] and table.distance_spread["self-attention"] == 1
     assert np.isnan(table.distance_spread["no LoRA"])
+
+
+def test_rows_of_an_earlier_call_stay_until_what_no_variant_changes_is_other(tmp_path, monkeypatch):
+    changes: dict = {}
+    for name, value in {
+        "resolve": lambda name, own: resolve(name, changes | own),
+        "data_folder": lambda root: tmp_path,
+        "judge_of": lambda *_: (None, {"domain": 80.0}),
+        "read_manifest": lambda folder: {"key": "of the prompts"},
+        "read_prompts": lambda path: [],
+        "locate": lambda *_: tmp_path,
+        "find_pictures": lambda folder: [],
+        "named_files": lambda named: {},
+        "tuned_pipeline": lambda *_: (None, []),
+        "judge_images": lambda *_: ([], dict.fromkeys(MEASURES[2:], 50.0)),
+        "draw_texts": lambda *_: [],
+        "latent_features": lambda *_: None,
+        "kernel_distance": lambda *_: 0.5,
+        "picture_rows": lambda *_: None,
+        "save_figure": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(lora_variants, name, value)
+
+    def call(variant: str, **values) -> list[str]:
+        changes.clear()
+        changes.update(values)
+        lora_variants.main(["mini-cityscapes", "--variants", variant, "--out", str(tmp_path)])
+        return pd.read_csv(tmp_path / "tables" / "lora_variants_seeds.csv").variant.tolist()
+
+    assert call("no LoRA") == ["no LoRA"]
+    assert call("self-attention", workers=7) == ["no LoRA", "self-attention"]  # which changes no result
+    assert call("convolutions", generator_scheduler="own") == ["convolutions"]
+    assert call("no LoRA", generator_scheduler="own", lora_rank=4) == ["no LoRA"]
+    assert call("convolutions", generator_scheduler="own", lora_rank=4) == ["no LoRA", "convolutions"]
+    assert call("self-attention", generator_scheduler="own", lora_rank=4, beta=0.3) == ["self-attention"]

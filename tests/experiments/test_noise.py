@@ -1,10 +1,16 @@
 """Injected label noise: what each kind does to a mask, the margin that stands for its reliability, and the study."""
 
+from argparse import Namespace
+
 import pandas as pd
 import pytest
 import torch
+from tiny_training import STEP4, recording
 
-from diffseg.experiments.noise import STRENGTHS, distance_margin, disturb, main, means
+from diffseg.benchmarks.classes import VOC
+from diffseg.experiments import noise
+from diffseg.experiments.noise import STRENGTHS, Disturbed, distance_margin, disturb, label_miou, main, means
+from diffseg.reliability import rank_within_class
 
 IGNORE = 255
 
@@ -45,6 +51,59 @@ def test_the_margin_of_a_mask_is_the_distance_to_its_edge():
     left = [255, 255, 255, 255, 255, 204, 153, 102, 51, 0]
     assert margin[4].tolist() == left + left[::-1]
     assert (distance_margin(torch.zeros(4, 4, dtype=torch.int64)) == 255).all()
+
+
+def test_reliability_knows_the_disturbed_mask_only_and_each_seed_and_image_has_its_own_noise():
+    label = scene()
+    images = [(name, torch.zeros(3, 16, 16, dtype=torch.uint8), label) for name in "abcd"]
+    noisy = Disturbed(images, "shift", 4, 0, VOC)
+    masks = torch.stack([mask for _, _, mask, _ in (noisy[k] for k in range(4))])
+    for k, name in enumerate("abcd"):
+        found, _, mask, (margin, rank) = noisy[k]
+        assert found == name and torch.equal(mask, masks[k]) and not torch.equal(mask, label)
+        assert torch.equal(margin, distance_margin(mask)) and torch.equal(rank, rank_within_class(mask, margin))
+    assert any(not torch.equal(masks[0], mask) for mask in masks[1:])
+    others = [Disturbed(images, "shift", 4, seed, VOC)[0][2] for seed in range(1, 5)]
+    assert any(not torch.equal(masks[0], other) for other in others)
+    assert label_miou(images, Disturbed(images, "shift", 0, 0, VOC), VOC) == 100
+    truth, known = label.expand_as(masks), label != IGNORE
+    pairs = [((truth == k)[:, known], (masks == k)[:, known]) for k in (0, 3, 7)]
+    iou = [((seen & true).sum() / (seen | true).sum()).item() for true, seen in pairs]
+    assert label_miou(images, noisy, VOC) == pytest.approx(100 * sum(iou) / 3)
+
+
+def test_every_noise_strength_and_seed_has_networks_of_its_own(tmp_path, monkeypatch):
+    calls = recording(monkeypatch, noise)
+    monkeypatch.setattr(noise, "label_miou", lambda *_: 80.0)
+    chosen = Namespace(folder=tmp_path, split="dev", kinds=["dilation", "dropped"], arms=["restricted"], seeds=2)
+    rows = noise.trainings(chosen, STEP4 | {"benchmark": "voc", "run": "mini"})
+    noises = [("none", 0.0), *((kind, strength) for kind in chosen.kinds for strength in STRENGTHS[kind])]
+    modes = {"ensemble": "ensemble", "restricted": "cotrain"}
+    expected = [(*each, arm, seed) for seed in (0, 1) for each in noises for arm in modes]
+    assert [(row["kind"], row["strength"], row["arm"], row["seed"]) for row in rows] == expected
+    for call, (kind, strength, arm, seed) in zip(calls, expected, strict=True):
+        assert (call.name, call.images, call.seed) == (arm, f"{kind} {strength}", seed)
+        assert (call.dataset.strength, call.dataset.seed) == (strength, seed) and call.folder == tmp_path / "mini"
+        assert call.dataset.kind == kind or strength == 0
+        assert call.options.training_mode == modes[arm]
+
+
+def test_rows_of_an_earlier_call_stay_apart_by_all_that_names_a_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(noise, "parameters_under", lambda *_: {})
+    monkeypatch.setattr(noise, "noise_figure", lambda rows: None)
+    monkeypatch.setattr(noise, "save_figure", lambda *_: None)
+
+    def call(scores: dict, *options: str) -> dict:
+        fixed = {"kind": "shift", "arm": "ensemble", "label_miou": 80.0}
+        rows = [fixed | {"strength": much, "seed": seed, "miou": miou} for (much, seed), miou in scores.items()]
+        monkeypatch.setattr(noise, "trainings", lambda *_: rows)
+        main(["mini-voc", "--out", str(tmp_path), *options])
+        return pd.read_csv(tmp_path / "tables" / "noise_seeds.csv").set_index(["strength", "seed"]).miou.to_dict()
+
+    first = {(2, 0): 50, (2, 1): 51, (4, 0): 52}
+    assert call(first) == first
+    assert call({(4, 0): 60, (4, 1): 61}) == first | {(4, 0): 60, (4, 1): 61}
+    assert call({(4, 0): 70}, "--split", "dev") == {(4, 0): 70}  # other scores: none of the earlier ones stays
 
 
 def test_gains_are_over_the_ensemble_of_the_same_noise_and_seed():

@@ -5,9 +5,11 @@ import math
 import pandas as pd
 import pytest
 import torch
+from tiny_training import STEP4, finish_images, recording
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
+from diffseg.experiments import robust
 from diffseg.experiments.robust import (
     ARMS,
     along_edges,
@@ -18,6 +20,7 @@ from diffseg.experiments.robust import (
     scores_of,
     voted,
 )
+from diffseg.files import write_text
 from diffseg.lab.parameters import declared
 from diffseg.lab.steps import notebook_of
 from diffseg.reliability import rank_within_class
@@ -49,6 +52,61 @@ def test_every_arm_changes_parameters_of_notebook_4():
 def test_a_run_without_images_is_one_sentence(tmp_path):
     with pytest.raises(DiffsegError, match="no finished step 3"):
         scores_of({}, tmp_path / "nothing", "nothing", ["ensemble"], 1, "dev", tmp_path)
+
+
+def test_every_arm_and_seed_is_trained_on_the_runs_images_and_a_second_round_on_its_seeds_first(tmp_path, monkeypatch):
+    calls, firsts = recording(monkeypatch, robust), []
+    arms = ["ensemble", "baseline, twice as long", "restricted", "second round"]
+    rounds = {"second round": lambda images, first, _: firsts.append(first.seed) or ["new"]}
+    monkeypatch.setattr(robust, "ROUNDS", rounds)
+    finish_images(tmp_path / "r")
+    rows = scores_of(STEP4 | {"benchmark": "voc"}, tmp_path / "r", "title", arms, 2, "dev", tmp_path)
+    assert [(call.name, call.seed, call.options.iterations) for call in calls] == [
+        *(("ensemble", seed, 12) for seed in range(2)),
+        *(("baseline, twice as long", seed, 24) for seed in range(2)),
+        *(("restricted", seed, 12) for seed in range(2)),
+        *((name, seed, 12) for seed in range(2) for name in ("ensemble", "second round")),
+    ]
+    assert {call.images for call in calls} == {"key of r"} and {call.folder for call in calls} == {tmp_path / "r"}
+    ensemble, again, second = calls[0], calls[6], calls[7]
+    assert (ensemble.options, ensemble.dataset) == (again.options, again.dataset)  # so it is not trained twice
+    assert firsts == [0, 1] and second.dataset == ["new"] and ensemble.dataset[0] == "r 0"
+    modes = {call.name: call.options.training_mode for call in calls}
+    assert modes == dict(zip(arms, ("ensemble", "baseline", "cotrain", "ensemble"), strict=True))
+    assert calls[4].options.reliable_share == ARMS["restricted"]["reliable_share"]
+    scores = {(row["arm"], row["seed"]): row["miou"] for row in rows}
+    assert scores["ensemble", 1] == 11 and scores["ensemble, first network", 1] == 111  # of the same seed
+    assert {(row["run"], row["split"], row["images"]) for row in rows} == {("title", "dev", "key of r")}
+
+
+def test_rows_of_earlier_calls_stay_but_for_those_of_other_images_or_another_training(tmp_path, monkeypatch):
+    def row(run, arm, seed, miou, images):
+        return {"run": run, "split": "dev", "arm": arm, "seed": seed, "miou": miou, "images": images}
+
+    pair = "ensemble", "ensemble, first network"
+    earlier = [row("r", "BECO", 0, 40.0, "old"), row("r", "BECO", 1, 41.0, "new"), row("s", "BECO", 0, 42.0, "other")]
+    for arm in pair:
+        earlier += [row("s", arm, 0, 50.0, "other"), row("r", arm, 0, 30.0, "new")]
+    made = [row("r", arm, seed, 60.0 + seed, "new") for arm in pair for seed in (0, 1)]
+    table = tmp_path / "tables" / "robust_arms_seeds.csv"
+    write_text(table, pd.DataFrame(earlier).to_csv(index=False))
+    for name, value in {
+        "scores_of": lambda *_: made,
+        "images_key": lambda run: "new",
+        "arms_figure": lambda rows: None,
+        "save_figure": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(robust, name, value)
+
+    def call(**parameters) -> dict:
+        monkeypatch.setattr(robust, "parameters_under", lambda *_: parameters)
+        robust.main(["mini-voc", "--runs", "r", "--arms", "BECO", "--out", str(tmp_path), "--split", "dev"])
+        return pd.read_csv(table).set_index(["run", "arm", "seed"]).miou.to_dict()
+
+    expected = {(each["run"], each["arm"], each["seed"]): each["miou"] for each in made}
+    expected |= {("s", "BECO", 0): 42} | {("s", arm, 0): 50 for arm in pair}
+    assert call(iterations=8) == call(iterations=8) == expected | {("r", "BECO", 1): 41}
+    assert call(iterations=9) == expected
 
 
 def test_the_figure_has_the_arms_of_one_run_and_two_arms_of_every_run():

@@ -33,13 +33,15 @@ from diffseg.figures import (
     story,
 )
 from diffseg.files import read_rows, write_text
+from diffseg.lab import runs
 from diffseg.lab.cli import main
 from diffseg.lab.manifests import write_manifest
 from diffseg.lab.old_pages import old_pages
 from diffseg.lab.pages import Renderer, formula, page
-from diffseg.lab.publishing import benchmarks_table, claim_with_numbers, readme_with_tables, write_pages
+from diffseg.lab.publishing import benchmarks_table, claim_with_numbers, copy_results, readme_with_tables, write_pages
 from diffseg.lab.quoted import with_cells
 from diffseg.lab.report import (
+    OURS,
     ROBUST,
     beside_published,
     caption,
@@ -110,6 +112,14 @@ def test_without_merged_classes_or_a_real_network_neither_is_mentioned():
     assert "real" not in caption(summary)
     for part in ("720 synthetic", "seed 3", "150 cityscapes-things validation", "2 cores of a CPU"):
         assert part in caption(summary)
+
+
+def test_a_score_on_the_development_split_is_not_called_one_on_validation():
+    made = manifests()
+    assert summarise(made)["split"] == "validation"
+    made["05_evaluation"]["parameters"]["evaluation_split"] = "dev"
+    summary = summarise(made)
+    assert summary["split"] == "dev" and "150 dev images" in table_text(summary)
 
 
 # the numbers of others
@@ -286,7 +296,8 @@ def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
         (tmp_path / "results" / name / "manifests").mkdir(parents=True)
         (tmp_path / "results" / name / "summary.json").write_text(json.dumps(summarise(made)))
         evaluation = tmp_path / "results" / name / "manifests" / "05_evaluation.json"
-        evaluation.write_text(json.dumps(made["05_evaluation"]))
+        more = {"resumed": name == "mini-b"}  # its minutes are of the last attempt
+        evaluation.write_text(json.dumps(made["05_evaluation"] | more))
     ladder = f'benchmark,split,rung,miou,miou_spread,seeds\nmini-a,validation,"{ROBUST}",28.5,1.2,5\n'
     write_text(tmp_path / "results" / "tables" / "ladder.csv", ladder)
     table = benchmarks_table(sorted(tmp_path.glob("results/*/summary.json")))
@@ -295,7 +306,7 @@ def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
     lines, cells = filled.splitlines(), cells_of(filled)
     both = ["cityscapes-things", "2", "720", "30.0 (28.0 to 33.0)"]
     assert cells[4] == ["mini-a", *both, "60.0 (58.0 to 63.0)", "28.5 ± 1.2 (5)", "0.50", "6.0"]
-    assert cells[5] == ["mini-b", *both, "-", "-", "-", "6.0"]
+    assert cells[5] == ["mini-b", *both, "-", "-", "-", "-"]
     assert lines[0] == "a" and lines[-1] == "b" and "old" not in lines
     assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
     assert readme_with_tables(filled, tmp_path) == filled
@@ -439,6 +450,22 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     assert "| tiny " in (tmp_path / "results" / "tables" / "benchmarks.md").read_text()
 
 
+def test_a_run_whose_steps_do_not_belong_together_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
+    (tmp_path / "notebooks").mkdir()
+    run = tmp_path / "results" / "runs" / "tiny"
+    for step, before in STEPS.items():
+        folder = tmp_path / "results" / "steps" / step / "k"
+        write_text(folder / "one.txt", "x")
+        upstream = {name: "old" if step == "05_evaluation" else "k" for name in before}
+        content = {"step": step, "key": "k", "parameters": {}, "recipe": {"upstream": upstream}}
+        write_manifest(folder, ["one.txt"], content)
+        runs.link(run / step, folder)
+    with pytest.raises(DiffsegError, match="cannot be published: 05_evaluation in .* another 04_robust_training"):
+        copy_results(run)
+    assert not (tmp_path / "results" / "tiny").exists()
+
+
 def test_no_published_page_is_older_than_its_notebook_or_its_data():
     old = {f"{page.parent.name}/{page.name}": changed for page, changed in old_pages().items()}
     assert not old, "run `diffseg publish`; where that is not enough it says what to run"
@@ -505,13 +532,14 @@ def test_a_run_says_whether_it_reproduces_the_published_one(tmp_path, monkeypatc
     monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
     (tmp_path / "notebooks").mkdir()
     published, run, steps = tmp_path / "results" / "tiny", tmp_path / "results" / "runs" / "tiny", list(STEPS)[:6]
-    rows = "".join(f'tiny,val,"{ROBUST}",8,selftrain,{k},{50 + 2 * k}\n' for k in range(3))
-    write_text(
-        tmp_path / "results" / "tables" / "ladder_seeds.csv", f"benchmark,split,rung,images,mode,seed,miou\n{rows}"
-    )
+    table, titles = tmp_path / "results" / "tables" / "ladder_seeds.csv", "benchmark,split,rung,images,mode,seed,miou\n"
+    rows = [f'tiny,val,"{ROBUST}",8,selftrain,{k},{50 + 2 * k}\n' for k in range(3)]
+    others = (("other", "val", ROBUST), ("tiny", "dev", ROBUST), ("tiny", "val", OURS))
+    rows += [f'{name},{split},"{rung}",8,selftrain,0,10\n' for name, split, rung in others]
+    write_text(table, "".join([titles, *rows]))
 
-    def lay_out(**parameters) -> None:
-        for step in steps:
+    def lay_out(*some: str, **parameters) -> None:
+        for step in some or steps:
             content = {"step": step, "key": "k", "parameters": {"beta": 0.4, "seed": 1, "workers": 2} | parameters}
             write_text(run / step / "one.txt", "x")
             (run / step / "manifest.json").unlink(missing_ok=True)
@@ -525,9 +553,16 @@ def test_a_run_says_whether_it_reproduces_the_published_one(tmp_path, monkeypatc
     found = reproduction(run, {"miou": 0.47})
     assert found["reproduced"] and found["tolerance"] == pytest.approx(0.1217, abs=1e-4) and found["published"] == 0.52
     assert "47.0 %; reproduced within 12.2" in reproduction_text(found)
-    assert "NOT reproduced" in reproduction_text(reproduction(run, {"miou": 0.39}))
-    lay_out(beta=0.3)
-    assert reproduction(run, {"miou": 0.52}) is None
+    assert found["spread"] == pytest.approx(0.02)
+    for miou in (0.39, 0.65):  # better is not the same either
+        assert "NOT reproduced" in reproduction_text(reproduction(run, {"miou": miou}))
+    for step in steps:
+        lay_out(step, beta=0.3)
+        assert reproduction(run, {"miou": 0.52}) is None, step
+        lay_out(step)
+    assert reproduction(run, {"miou": 0.52})["reproduced"]
+    write_text(table, titles + rows[0])
+    assert reproduction(run, {"miou": 0.52}) is None  # one seed has no spread
 
 
 def test_a_run_of_one_notebook_becomes_a_page_to_which_the_others_link(tmp_path, monkeypatch):

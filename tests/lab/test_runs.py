@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -16,8 +17,9 @@ import pytest
 
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_file
-from diffseg.lab import batch, cleaning, kernel, locks, runs
+from diffseg.lab import batch, cleaning, kernel, locks, processes, runs
 from diffseg.lab.cli import main
+from diffseg.lab.manifests import damage, read_listing, write_manifest
 from diffseg.lab.steps import STEPS, linked_keys, step_key
 
 REPOSITORY = Path(runs.__file__).parents[2]
@@ -168,6 +170,10 @@ def values(**changes) -> dict:
     return {"run": "tiny", "out": "", "seed": 0, "count": 3, "fail": False, **changes}
 
 
+def values_of_03() -> dict:
+    return {"run": "tiny", "out": "", "seed": 0, "images": 20, "sizes": [8, 8], "beta": 0.2, "workers": 0}
+
+
 def execute_cells(notebook: Path, **changes) -> None:
     """Run a notebook's cells in this process, as JupyterLab runs them one by one."""
     namespace = {}
@@ -176,6 +182,13 @@ def execute_cells(notebook: Path, **changes) -> None:
     namespace |= changes
     for cell in cells:
         exec(cell.source, namespace)
+
+
+def make(root: Path, *steps: str, **changes) -> None:
+    """Make steps in this process, as one kernel after another would."""
+    for step in steps:
+        execute_cells(root / "notebooks" / f"{step}.ipynb", **changes)
+        release()
 
 
 def wait_until(condition) -> None:
@@ -250,6 +263,24 @@ def test_one_runner_a_run_and_notebooks_take_its_lock_too(fresh, capsys):
     runs.begin("01_prompt_augmentation", values(count=5))  # which may begin again
 
 
+def test_a_notebook_holds_its_step_too(fresh):
+    """So that neither the notebook of another run nor `diffseg clean` works in the same folder."""
+    step = runs.begin("01_prompt_augmentation", values())
+    with pytest.raises(DiffsegError, match="another process is making"):
+        locks.acquire(*locks.step_lock(step.folder))
+    release()
+    with locks.acquire(*locks.step_lock(step.folder)), pytest.raises(DiffsegError, match="another process is making"):
+        runs.begin("01_prompt_augmentation", values(run="other"))
+
+
+def test_shares_lock_a_step_together_and_keep_out_who_wants_it_alone(tmp_path):
+    with locks.acquire(tmp_path / "lock", "busy", shared=True), locks.acquire(tmp_path / "lock", "busy", shared=True):
+        with pytest.raises(DiffsegError, match="busy"):
+            locks.acquire(tmp_path / "lock", "busy")
+    with locks.acquire(tmp_path / "lock", "busy"), pytest.raises(DiffsegError, match="busy"):
+        locks.acquire(tmp_path / "lock", "busy", shared=True)
+
+
 # a step from inside: begin, input, finish
 
 
@@ -264,11 +295,15 @@ def test_begin_converts_the_name_space_and_links_the_step(fresh):
         runs.begin("01_prompt_augmentation", {"run": "tiny", "out": "", "seed": 0})
 
 
-def test_a_step_keeps_its_files_while_its_key_is_the_same_and_another_key_is_another_folder(fresh):
+def test_a_step_keeps_its_files_while_its_key_is_the_same_and_another_key_is_another_folder(fresh, monkeypatch):
     step = runs.begin("01_prompt_augmentation", values())
     (step.folder / "part").mkdir()
     (step.folder / "part" / "a.txt").write_text("a")
     (step.folder / "part" / ".b.123.tmp.txt").write_text("half")
+    monkeypatch.setenv(processes.SHARD, "1/2")
+    runs.begin("01_prompt_augmentation", values())
+    assert len(list((step.folder / "part").iterdir())) == 2  # another share may be writing it
+    monkeypatch.delenv(processes.SHARD)
     again = runs.begin("01_prompt_augmentation", values())
     assert again.resumed and again.key == step.key
     assert [p.name for p in (step.folder / "part").iterdir()] == ["a.txt"]
@@ -295,6 +330,16 @@ def test_of_two_shares_that_finish_at_once_the_second_takes_the_firsts_manifest(
     monkeypatch.setattr(runs, "write_manifest", interleaved)
     assert second.finish(["a.txt"], {"share": 2})["metrics"] == {"share": 1}
     assert runs.read_manifest(first.folder)["metrics"] == {"share": 1}
+
+
+def test_the_seconds_of_two_steps_of_a_notebook_do_not_count_twice(fresh, tmp_path, monkeypatch):
+    make(tmp_path, "01_prompt_augmentation", "02_lora_tuning")
+    monkeypatch.setattr(runs, "_finished", [0.0])
+    drawing, step = (runs.begin(name, values_of_03()) for name in ("03_drawing", "03_synthesis"))
+    for each in (drawing, step):
+        each.started -= 1000  # both began before anything was drawn
+        (each.folder / "a.txt").write_text("a")
+    assert drawing.finish(["a.txt"])["seconds"] >= 1000 and step.finish(["a.txt"])["seconds"] < 500
 
 
 def test_finish_checks_the_outputs(fresh):
@@ -462,6 +507,21 @@ def test_a_missing_image_is_made_again_and_an_altered_one_is_an_error(project, c
     assert main(["run", "tiny"]) == 0 and main(["run", "tiny", "--verify"]) == 1
 
 
+def test_a_file_counts_by_its_bytes_where_its_time_is_another_and_a_shortened_listing_is_refused(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one")
+    manifest = write_manifest(tmp_path, ["a.txt", "b.txt"], {"step": "s", "key": "k", "parameters": {}})
+    os.utime(tmp_path / "a.txt", ns=(0, 1))  # a copy
+    assert damage(tmp_path, manifest) == ([], [])
+    (tmp_path / "a.txt").write_text("two")  # as many bytes
+    os.utime(tmp_path / "a.txt", ns=(0, 2))
+    assert damage(tmp_path, manifest) == ([], ["a.txt"])
+    listing = tmp_path / "outputs.csv"
+    listing.write_text("".join(listing.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DiffsegError, match="is not the listing of its manifest"):
+        read_listing(tmp_path, manifest)
+
+
 def test_a_file_of_a_finished_step_is_not_replaced(project):
     from diffseg.files import atomic_path
 
@@ -558,6 +618,13 @@ def test_steps_that_do_not_belong_together_are_not_mixed(project):
     assert runs.mixture(project, STEPS).startswith(f"{last} in {project} was made from another 03_synthesis")
 
 
+def test_a_notebook_is_not_begun_on_steps_of_different_images(fresh, tmp_path):
+    make(tmp_path, *CELLS)
+    make(tmp_path, "02_lora_tuning", rate=0.25)
+    with pytest.raises(DiffsegError, match="03_drawing in .* was made from another 02_lora_tuning than the present"):
+        runs.begin("03_synthesis", values_of_03())
+
+
 def test_a_whole_number_in_the_parameters_cell_is_the_number_that_the_kernel_takes(project, capsys):
     notebook = project.parents[2] / "notebooks" / "03_synthesis.ipynb"
     notebook.write_text(notebook.read_text().replace("beta = 0.2", "beta = 0"))
@@ -602,6 +669,28 @@ def test_clean_lists_what_no_run_refers_to_and_removes_it_when_told(project, cap
     assert (project / "03_synthesis").exists() and len(images_in(project)) == 20
     shutil.rmtree(project)
     assert main(["clean", "--yes"]) == 0 and not list((project.parents[1] / "steps").glob("*/[0-9a-f]*"))
+
+
+def test_clean_keeps_a_studys_steps_and_what_they_were_made_from(fresh, tmp_path):
+    make(tmp_path, *CELLS, run="study/one")
+    run = fresh.parent / "study" / "one"
+    made = [(run / step).resolve() for step in linked_keys(run)]
+    for step in ("01_prompt_augmentation", "02_lora_tuning", "03_drawing"):
+        (run / step).unlink()  # as when the run goes on with others of these
+    assert cleaning.clean(agreed=True) == []
+    assert len(made) == 4 and all((folder / "manifest.json").is_file() for folder in made)
+
+
+def test_clean_removes_nothing_without_a_yes(fresh, tmp_path, monkeypatch):
+    make(tmp_path, "02_lora_tuning", rate=0.5)
+    unused = (fresh / "02_lora_tuning").resolve()
+    make(tmp_path, "02_lora_tuning", rate=0.25)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    for answer in ("", "n", "no", "yesterday"):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        assert cleaning.clean() == [] and (unused / "manifest.json").is_file(), answer
+    monkeypatch.setattr("builtins.input", lambda question: " Y ")
+    assert cleaning.clean() == [unused] and not unused.exists()
 
 
 def test_a_folder_of_an_older_version_in_a_links_place_is_left_alone(fresh, capsys):

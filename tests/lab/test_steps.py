@@ -1,6 +1,7 @@
 """What moves a step's key, and what does not: one change of each kind, on the project's own notebooks."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def test_parameters(changes, first):
         ("figures.py", "dpi=150", "dpi=200", ""),
         ("charts.py", 'xlabel="iteration"', 'xlabel="step"', ""),
         ("lab/report.py", "percent(", "percent (", ""),
+        ("lab/report.py", 'synthetic["miou"] / real["miou"]', 'real["miou"] / synthetic["miou"]', "06_report"),
+        ("small_sam.py", "return sam.eval()", "return sam.train()", "03_synthesis"),  # imported in a function
     ],
 )
 def test_code_of_the_package(root, module, old, new, first):
@@ -144,6 +147,8 @@ def test_files_that_parameters_name(root):
     }
     before = keys(**named)
     assert moved(before, keys()) == set(ALL)
+    shutil.copytree(network, root / "copy")
+    assert not moved(before, keys(**named | {"initial_network": "copy", "encoder_weights": "copy"}))
     (pictures / ".ipynb_checkpoints" / "1.png").write_text("hidden")
     (root / "other.txt").write_text("named by none")
     assert not moved(before, keys(**named))
@@ -176,6 +181,23 @@ def test_each_benchmark_has_its_word_table_and_class_list():
         "mini-imagenet-s": {"words_mini-imagenet-s.csv", "imagenet_s_mini.txt"},
     }
     assert {name: set(named_files({"benchmark": name})["benchmark"]) for name in expected} == expected
+
+
+def test_two_benchmarks_of_the_same_files_have_keys_of_their_own():
+    both = "cityscapes", "cityscapes-things"
+    assert len({str(named_files({"benchmark": name})) for name in both}) == 1
+    assert moved(*(keys(benchmark=name) for name in both)) >= FROM["03_synthesis"]
+
+
+def test_weights_below_a_hidden_folder_and_new_ones_of_the_same_size_count(tmp_path):
+    path = tmp_path / ".cache" / "network" / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    found = []
+    for time, weights in enumerate(("old weights", "new weights")):
+        path.write_text(weights)
+        os.utime(path, ns=(0, time))
+        found.append(named_files({"encoder_weights": str(path.parent)})["encoder_weights"])
+    assert set(found[0]) == set(found[1]) == {"model.safetensors"} and found[0] != found[1]
 
 
 def test_the_package_is_found_at_its_root():

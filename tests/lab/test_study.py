@@ -266,6 +266,31 @@ def test_tables_record_and_figure_by_hand(root, capsys):
         assert (results / "figures" / f"robust{suffix}").stat().st_size > 1000
 
 
+def recorded_run(configuration: str, seed: int, miou: float) -> dict:
+    """What a record holds of a run that trained on 20 synthetic images, and was interrupted when it has images-180."""
+
+    def step(resumed: bool = False, **metrics) -> dict:
+        return {"seconds": 10.0, "resumed": resumed, "metrics": metrics}
+
+    made = {"03_synthesis": step(images=20), "04_robust_training": step(configuration == "images-180", images=50)}
+    made["05_evaluation"] = step(synthetic={"miou": miou, "images": 600, "benchmark": "voc"})
+    return {"configuration": configuration, "seed": seed, "steps": made}
+
+
+def test_gains_are_over_the_configuration_before_images_the_synthetic_and_seconds_whole():
+    scores = {"images-45": (0.5, 0.6), "images-180": (0.6, 0.9), "images-20": (0.7, 0.8)}  # in no alphabet's order
+    found = {
+        f"{name}-{seed}": recorded_run(name, seed, miou)
+        for name, mious in scores.items()
+        for seed, miou in enumerate(mious)
+    }
+    table = study_table({"configurations": dict.fromkeys(scores), "runs": found})
+    assert list(table.configuration) == list(scores) and table.images.tolist() == [20] * 3
+    assert table.gain.tolist()[1:] == [20, 0] and pd.isna(table.gain["images-45"])
+    assert table.seconds.tolist()[::2] == [30, 30] and pd.isna(table.seconds["images-180"])
+    assert table.seconds_03.tolist() == [10] * 3
+
+
 def test_predictions_of_a_study_lie_side_by_side(tmp_path, monkeypatch):
     """One network that is right everywhere and one that sees background only; the others have no predictions."""
     study = load_study("scaling")
