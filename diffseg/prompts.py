@@ -140,7 +140,7 @@ class _Chooser:
             for name in self.plain
         }
         self.turns = {name: _deal(others, rng) for name, others in self.others.items()}
-        # a random phase each, so that the classes do not turn plain in step
+        # a random phase each, below one request: at shares such as 1/2 or 1/3 all turn plain in the same round still
         self.asked = {name: rng.random() for name in self.plain}
 
     def choose(self, name: str) -> Word:

@@ -331,6 +331,12 @@ def test_a_few_heads_and_queries_at_a_time_give_the_same(monkeypatch, at_once, m
     torch.testing.assert_close(attention.attend(query, key, mask, None, weights), expected @ weights)
 
 
+def test_a_scale_of_the_layers_own_is_obeyed():
+    query, key = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 5, 4)
+    expected = (0.3 * query @ key.mT).softmax(dim=-1).mean(dim=1)
+    torch.testing.assert_close(attention.attend(query, key, None, 0.3), expected)
+
+
 # ------------------------------------------------------------------------------------------- steps
 
 

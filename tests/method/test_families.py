@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 from diffseg.attention import AttentionRecorder
 from diffseg.drawing import DrawingOptions, check_prompts, draw_rows, draw_with_maps
 from diffseg.errors import DiffsegError
-from diffseg.families import FAMILIES, denoiser_of, family_of, key_ranges, latent_noise, layer_names
+from diffseg.families import FAMILIES, denoiser_of, family_of, image_size, key_ranges, latent_noise, layer_names
 from diffseg.generator import draw, offload_pipeline
 from diffseg.prompts import Prompt
 from diffseg.tokens import key_positions
@@ -196,6 +196,19 @@ def test_maps_are_those_computed_by_hand(name, softmax):
             parts = [[k for k in positions if k in keys] for keys in key_ranges(pipeline).values()]
             expected = torch.stack([probabilities[:, part].mean(dim=-1) for part in parts]).mean(dim=0)
             assert_close(layers[key][0, w], expected.view(layers[key].shape[-2:]).float(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "z-image", "qwen-image"])
+def test_self_attention_in_joint_attention_is_that_computed_by_hand(name):
+    pipeline, (side, count) = build(name), (6, 72) if name == "z-image" else (4, 32)
+    recorder = AttentionRecorder(pipeline, tokens_of(pipeline, PROMPT), None, [0], self_resolution=side)
+    with Spy(pipeline) as spy, recorder:
+        images_of(pipeline)
+    image = slice(count) if name in ("sd3", "z-image") else slice(-count, None)
+    calls = [c[0 if name == "z-image" else -1, :, image, image] for c in calls_with_text(name, spy.calls)]
+    expected = torch.stack([logits.softmax(dim=-1).mean(dim=0) for logits in calls]).mean(dim=0)
+    [found] = recorder.self_attention()
+    assert_close(found.reshape(count, count), expected.float(), 1e-5)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -491,8 +504,12 @@ def test_a_strength_of_one_is_no_guidance(name):
     assert set(counts) == {1}
 
 
-def test_a_size_that_the_positions_do_not_fill_is_refused():
-    for name, side, multiple in (("hunyuan", 72, 16), ("sd", 20, 8)):
+def test_a_size_that_the_positions_do_not_fill_is_refused(monkeypatch):
+    packed = ("flux-dev", "flux2-klein", "qwen-image")
+    for name in packed:
+        monkeypatch.setattr(shared(name), "vae_scale_factor", 8)  # that of the real ones
+        assert image_size(shared(name), 32, 48) == (32, 48)
+    for name, side, multiple in (("hunyuan", 72, 16), ("sd", 20, 8), *((name, 24, 16) for name in packed)):
         with pytest.raises(DiffsegError, match=f"height is {side}; .* draws multiples of {multiple} here"):
             draw(shared(name), [PROMPT], [0], None, side, 64)
 

@@ -117,6 +117,42 @@ def test_a_picture_is_seen_at_the_side_of_the_training_unless_another_is_given(f
     assert not np.array_equal(label, predict(network, picture, side=0)[0])
 
 
+class Cars(torch.nn.Module):
+    """A network that sees cars everywhere, and keeps what it was shown."""
+
+    side, classes, palette = 8, CLASSES, CITYSCAPES.palette
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, images):
+        self.seen.append(images)
+        logits = torch.zeros(len(images), len(CLASSES), *images.shape[2:])
+        logits[:, CLASSES.index("car")] = 1
+        return logits
+
+
+def test_the_network_sees_levels_from_0_to_1_scaled_without_aliasing():
+    network, picture = Cars(), photo(20, 16)
+    predict(network, picture)
+    levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    expected = torch.nn.functional.interpolate(levels, (8, 10), mode="bilinear", antialias=True)
+    torch.testing.assert_close(network.seen[0], expected, rtol=0, atol=1e-5)
+
+
+def test_overlays_have_the_classs_colour_and_are_png_beyond_what_jpeg_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffseg.inference.JPEG_LIMIT", 50)
+    for name, size in {"small": (50, 20), "large": (51, 20)}.items():
+        Image.new("RGB", size, "grey").save(tmp_path / f"{name}.png")
+    predict_files(Cars(), [tmp_path / "small.png", tmp_path / "large.png"], tmp_path / "out")
+    overlays = sorted((tmp_path / "out" / "overlays").iterdir())
+    assert [path.name for path in overlays] == ["large.png", "small.jpg"]
+    for path in overlays:
+        red, green, blue = np.asarray(Image.open(path).convert("RGB"), float)[4:-4, 4:-4].mean(axis=(0, 1))
+        assert blue > 1.5 * max(red, green)  # a car is (0, 0, 142)
+
+
 def test_classes_one_at_a_time_are_the_argmax_of_all():
     logits = torch.randn(5, 9, 7)
     logits[3] = logits[1]  # of equal ones the first

@@ -55,7 +55,11 @@ def test_every_family_draws_what_it_drew_before_saving(folders, family):
 def test_only_diffusion_models_that_are_not_distilled_get_the_second_order_solver(folders, family):
     own = type(tiny_loading.build(family).scheduler)
     loaded = load_generator(str(folders(family))).scheduler
-    assert type(loaded) is (DPMSolverMultistepScheduler if family in ("sd1", "sdxl", "pixart", "hunyuan") else own)
+    if family in ("sd1", "sdxl", "pixart", "hunyuan"):
+        assert type(loaded) is DPMSolverMultistepScheduler
+        assert (loaded.config.algorithm_type, loaded.config.solver_order) == ("dpmsolver++", 2)
+    else:
+        assert type(loaded) is own
 
 
 def test_schedulers_that_keep_their_place():

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -250,15 +251,16 @@ def test_a_finished_run_is_prolonged_by_more_steps(tmp_path, pictures):
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path, pictures):
-    tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
-    other = dataclasses.replace(OPTIONS, alpha=2)
-    for changed in (dict(seed=1), dict(captions=["a car"]), dict(options=other)):
-        arguments = dict(captions=CAPTIONS, options=OPTIONS, seed=0) | changed
+    losses = tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
+    other, fewer = dataclasses.replace(OPTIONS, alpha=2), target_domain.find_pictures(pictures)[:2]
+    for changed in (dict(seed=1), dict(captions=["a car"]), dict(options=other), dict(pictures=fewer)):
+        arguments = dict(pictures=pictures, captions=CAPTIONS, options=OPTIONS, seed=0) | changed
         with pytest.raises(DiffsegError, match="is of other images, captions, options or seed"):
-            tune(tiny_pipeline(), pictures, folder=tmp_path / "lora", **arguments)
+            tune(tiny_pipeline(), folder=tmp_path / "lora", **arguments)
+    assert tune(tiny_pipeline(), pictures.rename(tmp_path / "moved"), CAPTIONS, OPTIONS, tmp_path / "lora") == losses
     (tmp_path / "lora" / lora.CHECKPOINT).write_bytes(b"half a file")
     with pytest.raises(DiffsegError, match="is damaged; delete it"):
-        tune(tiny_pipeline(), pictures, CAPTIONS, OPTIONS, tmp_path / "lora")
+        tune(tiny_pipeline(), tmp_path / "moved", CAPTIONS, OPTIONS, tmp_path / "lora")
 
 
 def test_gradient_checkpointing_changes_nothing_and_mixed_precision_little(tmp_path, pictures):
@@ -326,6 +328,72 @@ def test_the_loss_falls_on_one_picture(tmp_path):
 # ------------------------------------------------------------------------------------- formulas and drawing
 
 
+def test_a_lora_starts_from_its_seed_alone():
+    starts = []
+    for state, seed in ((0, 1), (5, 1), (5, 2)):
+        pipeline = tiny_pipeline()
+        torch.manual_seed(state)
+        parameters = lora.add_lora(pipeline, OPTIONS, seed)
+        starts.append(next(p.detach() for name, p in parameters.items() if "lora_A" in name))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[1], starts[2])
+
+
+@torch.no_grad()
+def loss_by_hand(pipeline, items: list[dict], gamma: float) -> float:
+    """The objective by diffusers' scheduler for training, one draw at a time."""
+    scheduler, vae, losses = DDPMScheduler.from_config(pipeline.scheduler.config), pipeline.vae, []
+    is_v = scheduler.config.prediction_type == "v_prediction"
+    for item in items:
+        t = torch.tensor([item["timestep"]])
+        mean, logvar = vae.quant_conv(vae.encoder(item["pixels"][None])).chunk(2, dim=1)
+        latents = (mean + (logvar / 2).exp() * item["posterior_noise"]) * vae.config.scaling_factor
+        noise, size = item["noise"][None], tuple(item["pixels"].shape[1:])
+        how = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        text, more = pipeline.encode_prompt([item["caption"]], **how), {}
+        if len(text) > 2:  # SDXL's pooled text and sizes
+            ids = pipeline._get_add_time_ids(size, (0, 0), size, torch.float32, text[2].shape[1])
+            more = {"added_cond_kwargs": {"text_embeds": text[2], "time_ids": ids}}
+        output = pipeline.unet(scheduler.add_noise(latents, noise, t), t, text[0], **more).sample
+        error = (output - (scheduler.get_velocity(latents, noise, t) if is_v else noise)).square().mean()
+        snr = compute_snr(scheduler, t)
+        losses.append((error * snr.clamp(max=gamma) / (snr + is_v)).item())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("build", [tiny_pipeline, partial(tiny_loading.build, "sdxl")], ids=["v_prediction", "sdxl"])
+def test_the_first_loss_of_tuning_is_that_computed_by_hand(tmp_path, pictures, build):
+    """A fresh LoRA changes nothing: it is the base model's loss on the draws 0 and 1."""
+    pipeline, options = build(), dataclasses.replace(OPTIONS, steps=1, caption_dropout=0)
+    draws = target_domain.Draws(pipeline, target_domain.find_pictures(pictures), CAPTIONS, 16, 32, 0, 0)
+    expected = loss_by_hand(pipeline.to("cpu"), [draws[n] for n in range(options.batch)], options.snr_gamma)
+    assert tune(build(), pictures, CAPTIONS, options, tmp_path / "lora") == pytest.approx([expected], rel=1e-4)
+
+
+def test_size_caption_dropout_and_seed_reach_the_draws(tmp_path, pictures, monkeypatch):
+    given, options = [], dataclasses.replace(OPTIONS, steps=1, caption_dropout=0.9)
+    monkeypatch.setattr(lora, "Draws", lambda *args: given.append(args[3:]) or target_domain.Draws(*args))
+    tune(tiny_pipeline(), pictures, CAPTIONS, options, tmp_path, seed=3)
+    assert given == [(16, 32, 0.9, 3)]
+
+
+def test_a_step_of_tuning_is_adamws_on_clipped_gradients_and_the_average_follows(tmp_path):
+    options = dataclasses.replace(OPTIONS, ema=0.1)  # small, as the decay grows up to it, from 0 at the first step
+    tuner = lora.Tuner(tiny_pipeline(), options, lora.make_accelerator(options), tmp_path / "c.pt", 0)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in tuner.parameters.values()]
+    slopes = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p) for p in copies]
+    reference, average = torch.optim.AdamW(copies, 1e-2, weight_decay=0.01), copies
+    for steep, decay in ((100.0, 0.0), (1e-3, 0.1), (5.0, 0.1)):
+        tuner.learn(sum(steep * (p * s).sum() for p, s in zip(tuner.parameters.values(), slopes, strict=True)))
+        norm = steep * torch.cat([s.flatten() for s in slopes]).norm()
+        for p, s in zip(copies, slopes, strict=True):
+            p.grad = steep * s / max(1.0, norm)
+        reference.step()
+        average = [(decay * a + (1 - decay) * p).detach() for a, p in zip(average, copies, strict=True)]
+    found = [*tuner.parameters.values(), *tuner.average.shadow_params]
+    for one, expected in zip(found, [*copies, *average], strict=True):
+        torch.testing.assert_close(one.detach(), expected.detach(), rtol=0, atol=2e-6)
+
+
 def test_sdxl_is_tuned_without_a_caption_as_it_draws_without_a_prompt(pictures):
     pipeline, seen = tiny_loading.build("sdxl"), []
     pipeline.unet.register_forward_pre_hook(
@@ -375,6 +443,27 @@ def test_draws_follow_from_their_number_and_show_all_pictures_equally_often(pict
     assert set(captions) == {"", *CAPTIONS} and 5 <= captions.count("") <= 40
 
 
+def test_draws_are_at_random_and_of_their_seed(tmp_path):
+    for level in (10, 90, 200):
+        pixels = np.full((40, 32, 3), level, np.uint8)
+        pixels[20:] += 20
+        Image.fromarray(pixels).save(tmp_path / f"{level}.png")
+    paths, pipeline = target_domain.find_pictures(tmp_path), tiny_pipeline()
+    draws, other = (target_domain.Draws(pipeline, paths, CAPTIONS, 16, 32, 0.1, seed) for seed in (5, 6))
+    items = [draws[n] for n in range(240)]
+    means = [item["pixels"].mean().item() for item in items]
+    shown = [min((10, 90, 200), key=lambda level: abs((mean + 1) * 127.5 - level)) for mean in means]
+    rounds = {tuple(shown[n : n + 3]) for n in range(0, 240, 3)}
+    assert len(rounds) == 6 and all(len(set(one)) == 3 for one in rounds)  # every order
+    assert len(set(means)) > 10  # crops at many places
+    steps = np.array([item["timestep"] for item in items])
+    assert steps.min() < 50 and 950 < steps.max() < 1000 and abs(steps.mean() - 499.5) < 75
+    for key in ("noise", "posterior_noise"):
+        values = torch.stack([item[key] for item in items])
+        assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
+    assert not torch.equal(draws[0]["noise"], other[0]["noise"])
+
+
 def test_a_picture_has_its_own_caption_where_metadata_gives_one(pictures):
     paths = target_domain.find_pictures(pictures)
     by_lot = target_domain.Draws(tiny_pipeline(), paths, CAPTIONS, 16, 32, 0.1, seed=5)
@@ -414,10 +503,18 @@ def test_a_relative_folder_of_target_pictures_counts_from_the_projects_root(tmp_
 
 def test_fit_scales_to_cover_and_cuts():
     square = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[:, None, None] * 4, 64, 1).repeat(3, 2))
-    for where, rows in ((0, slice(0, 16)), (1, slice(16, 32))):  # halved to 32 x 32, then 16 of 32 rows
-        expected = np.asarray(square.resize((32, 32), Image.Resampling.LANCZOS))[rows]
+    for where, kept in ((0, slice(0, 16)), (1, slice(16, 32))):  # halved to 32 x 32, then 16 of 32 rows or columns
+        expected = np.asarray(square.resize((32, 32), Image.Resampling.LANCZOS))[kept]
         assert (np.asarray(target_domain.fit(square, 16, 32, where)) == expected).all()
+        turned = target_domain.fit(square.transpose(Image.Transpose.TRANSPOSE), 32, 16, where)
+        assert (np.asarray(turned).swapaxes(0, 1) == expected).all()
     assert target_domain.fit(Image.new("RGB", (7, 3)), 16, 32).size == (32, 16)
+
+
+def test_pixels_are_those_that_diffusers_gives_the_vae(pictures):
+    picture = Image.open(pictures / "c.jpeg")
+    expected = tiny_pipeline().image_processor.preprocess(picture)[0]
+    torch.testing.assert_close(target_domain.to_tensor(picture), expected, rtol=0, atol=1e-6)
 
 
 def test_captions_from_templates_and_words():
@@ -452,6 +549,15 @@ def test_latent_features_describe_each_picture_alone():
     assert features.shape == (3, 2 * 4 * 16) and features.isfinite().all()
     assert torch.equal(features[1:], target_domain.latent_features(pipeline, images[1:]))
     assert not torch.equal(features[0], features[1])
+
+
+def test_latent_features_are_the_mean_and_spread_of_each_cell(pictures):
+    pipeline, picture = tiny_pipeline().to("cpu"), Image.open(pictures / "c.jpeg")  # 8 x 16 latents, cells of 2 x 4
+    with torch.no_grad():
+        latent = pipeline.vae.encode(pipeline.image_processor.preprocess(picture)).latent_dist.mode()[0]
+    cells = (pipeline.vae.config.scaling_factor * latent.double()).numpy().reshape(4, 4, 2, 4, 4)
+    expected = np.concatenate([cells.mean(axis=(2, 4)), cells.std(axis=(2, 4))]).ravel()
+    np.testing.assert_allclose(target_domain.latent_features(pipeline, [picture])[0], expected, rtol=1e-2, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ bad input

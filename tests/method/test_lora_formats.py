@@ -219,6 +219,32 @@ def test_two_loras_at_once_and_each_with_its_own_strength(tmp_path):
     assert not any(weight.requires_grad for weight in pipeline.unet.parameters())
 
 
+@pytest.mark.parametrize("family", ["sd1", "pixart"])
+def test_half_the_strength_is_half_the_change(tmp_path, family):
+    pipeline = build(family)
+    component = denoiser_name(pipeline)
+    loras = {component: make_lora(getattr(pipeline, component))}
+    expected = picture(merged(family, loras, write_diffusers(tmp_path, loras) / 2))
+    load_adapter(pipeline, tmp_path, scale=0.5)
+    assert np.abs(picture(pipeline) - expected).max() < 1e-4
+
+
+def test_a_rank_stabilised_alpha_counts_over_the_root_of_each_layers_rank(tmp_path):
+    pipeline, expected = build("pixart"), build("pixart")
+    layers = make_lora(pipeline.transformer)
+    wide = next(iter(layers))
+    a, b = layers[wide]
+    layers[wide] = a.repeat(4, 1), b.repeat(1, 4)  # rank 16, and four times the product
+    write_diffusers(tmp_path, {"transformer": layers})
+    metadata = settings("transformer") | {"transformer.use_rslora": True}
+    file = tmp_path / DIFFUSERS_FILE
+    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(metadata)})
+    for name, (a, b) in layers.items():
+        expected.transformer.get_submodule(name).weight.data += ALPHA / len(a) ** 0.5 * b @ a
+    load_adapter(pipeline, tmp_path)
+    assert np.abs(picture(pipeline) - picture(expected)).max() < 1e-4
+
+
 def test_in_half_precision(tmp_path):
     pipeline = build("pixart").to(torch.bfloat16)
     loras = {"transformer": make_lora(pipeline.transformer)}

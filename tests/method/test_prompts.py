@@ -1,5 +1,6 @@
 """Words and prompts: the curated tables, one's own lists, and what every list of prompts must hold."""
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -134,6 +135,12 @@ def test_selection_by_depth_and_frequency_keeps_plain_words_and_says_why():
     poodle = next(word for word in flat if word.word == "poodle")
     assert "hyponym_depth" in poodle.reason
     assert [word.word for word in flat] == [word.word for word in VOC]  # nothing disappears silently
+
+
+def test_the_smallest_frequency_is_kept_and_plain_words_always():
+    rows = [("plain", 0), ("synonym", 2), ("hyponym", 1)]
+    words = [W.Word("cat", "", f"word{k}", relation, frequency=n) for k, (relation, n) in enumerate(rows)]
+    assert [word.keep for word in W.select_words(words, minimum_frequency=2)] == [True, True, False]
 
 
 def test_words_that_the_tokenizer_does_not_know_are_dropped():
@@ -394,12 +401,15 @@ def test_class_words_in_captions(caption, found):
     assert [(caption[m.start : m.end], m.word.class_name) for m in matches] == found
 
 
-def test_a_replaced_word_keeps_its_number_and_gets_its_article():
+def test_a_replaced_word_keeps_its_number_and_its_capital_and_gets_its_article():
     words = table(dog=["dog", "Airedale"], bird=["bird", "goose"], cow=["cow", "cattle"])
-    captions = ["A dog sees an bird; two dogs and birds, a big dog.", "a cow"]
-    first, second = sorted({p.prompt for p in P.augment(words, 4, captions=captions, plain_share=0)})
-    assert first == "An Airedale sees a goose; two Airedales and geese, a big Airedale."
-    assert second == "cattle"
+    captions = ["A dog sees an bird; two dogs and birds, a big dog.", "a cow", "Birds fly", "Bird asleep"]
+    assert {p.prompt for p in P.augment(words, 12, captions=captions, plain_share=0)} == {
+        "An Airedale sees a goose; two Airedales and geese, a big Airedale.",
+        "cattle",
+        "Geese fly",
+        "Goose asleep",
+    }
 
 
 def test_a_word_without_a_plural_form_of_its_own_is_replaced_by_several():
@@ -411,8 +421,10 @@ def test_a_word_without_a_plural_form_of_its_own_is_replaced_by_several():
     }
 
 
-def test_words_that_differ_by_hyphens_are_shared():
-    rows = W.drop_shared(table(fungus=["agaric", "jack-o-lantern"], lamp=["jack-o'-lantern"]))
+def test_a_shared_word_is_dropped_but_for_the_class_whose_plain_word_it_is():
+    rows = W.drop_shared(table(crane=["crane", "jack"], machine=["machine", "Crane", "Jack", "lift"]))
+    assert [row.word for row in rows if row.keep] == ["crane", "machine", "lift"]
+    rows = W.drop_shared(table(fungus=["agaric", "jack-o-lantern"], lamp=["jack-o'-lantern"]))  # but for hyphens
     assert [row.keep for row in rows] == [True, False, True]
 
 
@@ -545,6 +557,25 @@ def test_the_words_of_a_class_take_turns_and_another_seed_gives_another_list():
     counts = Counter(p.words[0] for p in P.augment(words, 900, plain_share=0))
     assert counts == {"poodle": 300, "beagle": 300, "pug": 300}
     assert P.augment(VOC, 50, seed=1) != P.augment(VOC, 50, seed=2)
+
+
+def test_every_template_and_place_comes_about_equally_often():
+    templates, places = ["one {} {place}", "two {} {place}"], ["here", "there"]
+    prompts = P.augment(table(dog=["dog"]), 400, templates=templates, places=places)
+    counts = Counter((p.prompt.split()[0], p.prompt.split()[-1]) for p in prompts)
+    assert len(counts) == 4 and min(counts.values()) > 60
+
+
+def test_each_class_begins_its_share_of_plain_words_at_a_place_of_its_own():
+    words = table(**{f"class{k}": [f"word{k}", f"other{k}"] for k in range(20)})
+    first = [p.relations[0] for p in P.augment(words, 20, plain_share=0.75)]  # each class once
+    assert 4 < first.count("plain") < 18
+
+
+def test_seeds_are_the_first_63_bits_of_sha256():
+    """Of these all published images follow."""
+    expected = int(hashlib.sha256(b"3/dog;cat/17").hexdigest()[:16], 16) // 2
+    assert derive_seed(3, "dog;cat", 17) == expected
 
 
 def test_dropped_words_never_occur():

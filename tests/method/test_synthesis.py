@@ -27,11 +27,13 @@ from diffseg.drawing import (
     is_drawn,
     name_of,
     read_drawn,
+    write_batch,
 )
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.families import layer_names
 from diffseg.files import read_rows, sha256_file
 from diffseg.generator import draw, load_generator, load_tokenizer, locate_generator
+from diffseg.masks import add_background
 from diffseg.prompts import augment, write_prompts
 from diffseg.reliability import rank_within_class
 from diffseg.synthesis import SynthesisOptions, cut, cut_beside, cut_set, draw_with_masks, is_cut, write_lists
@@ -215,8 +217,10 @@ def test_the_set_is_vocs_layout(rows, whole):
         assert name == index[k]["name"] == name_of(row) and image.shape == (3, 64, 64)
         assert {VOC.classes[i] for i in label.unique().tolist()} <= {"background", *row.classes}
         assert torch.equal(reliability[1], rank_within_class(label, reliability[0]))
-        assert index[k]["prompt"] == row.prompt and json.loads(index[k]["classes"]) == list(row.classes)
+        assert index[k]["prompt"] == row.prompt and index[k]["seed"] == str(row.seed)
+        assert all(json.loads(index[k][key]) == list(getattr(row, key)) for key in ("classes", "words"))
         assert float(index[k]["foreground"]) == pytest.approx(float((label > 0).float().mean()), abs=1e-4)
+        assert float(index[k]["margin"]) == pytest.approx(float(reliability[0].mean()), abs=1e-4)
     assert 0 < means["foreground"] < 1 and 0 < means["margin"] < 1
     assert not read_rows(root / "cut" / "failed.csv")
 
@@ -233,6 +237,15 @@ def test_word_maps_on_disk_give_the_masks_that_memory_gives(pipeline, rows, tmp_
         assert (made.scores - one.scores).abs().max() < 2e-3
         assert (tmp_path / "WordMaps" / f"{name_of(row)}.safetensors").stat().st_size < 40_000 * len(row.words)
         assert np.abs(np.asarray(image, float) - np.asarray(one.image, float)).mean() < 2
+
+
+def test_an_image_is_written_in_the_quality_asked_for_with_all_its_colour(rows, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    (tmp_path / "WordMaps").mkdir()
+    maps = WordMaps({"layer": torch.rand(1, 1, 4, 4)}, [[0]])
+    write_batch(tmp_path, replace(OPTIONS, jpeg_quality=30), rows[:1], [image], [maps])
+    image.save(tmp_path / "expected.jpg", quality=30, subsampling=0)
+    assert sha256_file(tmp_path / "JPEGImages" / "000000.jpg") == sha256_file(tmp_path / "expected.jpg")
 
 
 def test_kept_maps_choose_layers_and_steps_as_recorders_do(pipeline, rows, tmp_path):
@@ -331,6 +344,21 @@ def test_a_refiner_and_wide_images(pipeline, rows):
         assert one.image.size == (64, 32) and one.label.shape == one.margin.shape == (32, 64)
     own = SynthesisOptions(64, 64, 2, 4.0, (8,), "all", 0.2, "self-attention")
     assert draw_with_masks(pipeline, rows[:1], VOC, own)[0].label.shape == (64, 64)
+
+
+def test_a_refiner_gets_levels_from_0_to_1_beta_and_the_finest_self_attention(pipeline, rows, monkeypatch):
+    given = []
+
+    def refine(pixels, scores, beta, self_attention):
+        given.append((pixels, beta, self_attention))
+        return add_background(scores, beta)
+
+    monkeypatch.setattr("diffseg.synthesis.get_refiner", lambda *_: refine)
+    options = replace(OPTIONS, attention_resolutions=(8, 16), refiner="self-attention", beta=0.3)
+    [drawn] = draw_with_masks(pipeline, rows[:1], VOC, options)
+    [(pixels, beta, self_attention)] = given
+    assert beta == 0.3 and self_attention.shape == (16, 16, 16, 16)
+    np.testing.assert_allclose(pixels.permute(1, 2, 0), np.asarray(drawn.image) / 255, atol=1e-6)
 
 
 def test_a_resolution_that_the_generator_has_not(pipeline, rows):
