@@ -112,6 +112,7 @@ def reliability_figure(rows: Sequence[dict]) -> Figure:
             found = [row for row in rows if row["run"] == run and row["opinion"] == opinion]
             values = [100 * float(row["accuracy"]) for row in found]
             style = {LABEL: {"color": "black", "linestyle": "--"}, AGREED: {"color": "0.5", "linestyle": ":"}}
+            style[ALONE] = {"color": "#CC79A7", "linestyle": "-."}
             named = opinion.replace("the same", "two networks")
             axis.plot([int(row["tenth"]) for row in found], values, label=named, **style.get(opinion, {}))
         axis.set(title=run, xlabel="tenth of the margins (1: largest)", ylim=(None, 101))

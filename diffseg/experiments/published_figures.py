@@ -94,22 +94,26 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
     rungs = rungs[rungs.split == "validation"].pivot(index="seed", columns=["benchmark", "rung"], values="miou")
     networks = arms[arms.split == "val"].pivot(index="seed", columns=["run", "arm"], values="miou")
     scores = pd.concat([rungs, networks], axis=1)  # a column a (benchmark, rung) and a (run, arm)
-    voc, streets = "mini-voc", "mini-cityscapes"
+    voc, many, streets = "mini-voc", "mini-imagenet-s", "mini-cityscapes"
     of_voc, of_streets = f"{voc}-unrefined", f"{streets}-unrefined"
     one, restricted, alone = "ensemble, first network", "restricted", "edge-aware, one network"
+    edges = "edges without a network"
     compared = {
         "mini VOC": {
             "augmented prompts": ((voc, OURS), (voc, WITHOUT)),
             "two averaged baselines": ((voc, "ensemble"), (voc, one)),
             "edge-aware co-training": ((voc, "edge-aware"), (voc, one)),
+            "edges without a network": ((voc, edges), (voc, one)),
             "edge-aware, one network": ((voc, ROBUST), (voc, OURS)),
         },
         "mini VOC, masks without a refiner": {
             "two averaged baselines": ((of_voc, "ensemble"), (of_voc, one)),
             "restricted co-training": ((of_voc, restricted), (of_voc, one)),
             "edge-aware co-training": ((of_voc, "edge-aware"), (of_voc, one)),
+            "edges without a network": ((of_voc, edges), (of_voc, one)),
             "edge-aware, one network": ((of_voc, alone), (of_voc, one)),
         },
+        "mini ImageNet-S": {"edge-aware, one network": ((many, ROBUST), (many, OURS))},
         "mini Cityscapes": {
             "LoRA": ((streets, OURS), (streets, UNTUNED)),
             "augmented prompts and LoRA": ((streets, OURS), (streets, WITHOUT)),
