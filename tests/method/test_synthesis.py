@@ -220,7 +220,7 @@ def test_the_set_is_vocs_layout(rows, whole):
         assert index[k]["prompt"] == row.prompt and index[k]["seed"] == str(row.seed)
         assert all(json.loads(index[k][key]) == list(getattr(row, key)) for key in ("classes", "words"))
         assert float(index[k]["foreground"]) == pytest.approx(float((label > 0).float().mean()), abs=1e-4)
-        assert float(index[k]["margin"]) == pytest.approx(float(reliability[0].mean()), abs=1e-4)
+        assert float(index[k]["margin"]) == pytest.approx(float((reliability[0] / 255).mean()), abs=1e-4)
     assert 0 < means["foreground"] < 1 and 0 < means["margin"] < 1
     assert not read_rows(root / "cut" / "failed.csv")
 
