@@ -40,15 +40,16 @@ def benchmarks_table(summaries: Sequence[Path]) -> str:
         for title, suffix in (("synthetic, mIoU (%)", ""), ("real, mIoU (%)", "_real")):
             interval = " to ".join(map(percent, summary[f"miou{suffix}_interval"] or []))
             row[title] = percent(summary["miou" + suffix]) + (f" ({interval})" if interval else "")
-        mean = means.get(path.parent.name)
-        row["mean ± spread"] = f"{mean['miou']} ± {mean['miou_spread']} ({mean['seeds']})" if mean else "-"
+            if not suffix:
+                mean = means.get(path.parent.name)
+                row["mean ± spread"] = f"{mean['miou']} ± {mean['miou_spread']} ({mean['seeds']})" if mean else "-"
         row["ratio"] = "-" if summary["ratio"] is None else f"{summary['ratio']:.2f}"
         is_whole = not any(each.get("resumed") for each in manifests.values())  # else these are of the last attempt
         row["minutes"] = f"{sum(summary['seconds'].values()) / 60:.1f}" if is_whole else "-"
         rows.append(row)
     return (
-        f"{markdown(rows)}\n\nOne seed, with the 95 % interval over validation images; then mean and spread of the "
-        "synthetic score over seeds (how many).\n"
+        f"{markdown(rows)}\n\nOne seed, with the 95 % interval over images; mean and spread are of the synthetic score "
+        "over seeds.\n"
     )
 
 

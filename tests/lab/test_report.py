@@ -305,7 +305,7 @@ def test_one_row_a_benchmark_from_the_summaries_of_all_runs(tmp_path):
     filled = readme_with_tables("a\n<!-- table: results/tables/a.md -->\nold\n<!-- /table -->\nb\n", tmp_path)
     lines, cells = filled.splitlines(), cells_of(filled)
     both = ["cityscapes-things", "2", "720", "30.0 (28.0 to 33.0)"]
-    assert cells[4] == ["mini-a", *both, "60.0 (58.0 to 63.0)", "28.5 ± 1.2 (5)", "0.50", "6.0"]
+    assert cells[4] == ["mini-a", *both, "28.5 ± 1.2 (5)", "60.0 (58.0 to 63.0)", "0.50", "6.0"]
     assert cells[5] == ["mini-b", *both, "-", "-", "-", "-"]
     assert lines[0] == "a" and lines[-1] == "b" and "old" not in lines
     assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
