@@ -108,8 +108,10 @@ def _find(caption: str, forms: dict[tuple[str, ...], tuple[Word, bool]]) -> list
             )
             part_of_longer = caption[end : end + 1] == "-" or caption[max(start - 1, 0) : start] == "-"
             word, is_plural = forms.get(tuple(low[i : i + n]), (None, False))
-            # a word of one's own may hold other signs, such as a comma
-            is_written = word and (together or nfc(caption[start:end].lower()) == nfc(word.word.lower()))
+            # a word of one's own may hold other signs, such as a comma, and end in one: "7-up (can)"
+            whole = word is not None and nfc(caption[start : start + len(word.word)].lower()) == nfc(word.word.lower())
+            is_written = whole or word and (together or nfc(caption[start:end].lower()) == nfc(word.word.lower()))
+            end = max(end, start + len(word.word)) if whole else end
             if is_written and not part_of_longer:
                 if not means_another(word):
                     matches.append(Match(start, end, word, is_plural))

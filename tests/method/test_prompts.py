@@ -436,6 +436,13 @@ def test_no_word_that_the_hand_dropped_for_its_sense_is_kept_by_another_benchmar
     assert len(dropped) > 200 and not dropped & kept
 
 
+@pytest.mark.parametrize("word", ["tank (vehicle)", "7-up (can)", "Washington, D.C.", "C++", "बिल्ली"])
+def test_words_with_signs_of_their_own_are_found_whole(word):
+    caption = f"Look, a {word}!"
+    [match] = P.find_words(caption, table(mine=[word]))
+    assert caption[match.start : match.end] == word
+
+
 def test_captions_without_a_class_are_left_out_and_none_at_all_is_an_error():
     captions = ["nothing here", "two dogs", "", "a teapot"]
     prompts = P.augment(VOC, 5, captions=captions, plain_share=1)
