@@ -158,8 +158,8 @@ def fill_readme() -> None:
     """
     root = project_root()
     claims = root / "results" / "claims.csv"
-    if not (root / "results" / "README.md").is_file():
-        return  # a folder of `diffseg init` has pages whose numbers lie in the repository
+    if (root / "results" / "published.csv").is_file() and not (root / "results" / "README.md").is_file():
+        return  # a folder of `diffseg init`, with pages whose numbers lie in the repository
     if claims.is_file():
         rows = [claim_with_numbers(row, claims.parent) for row in read_rows(claims)]
         write_text(claims, pd.DataFrame(rows).to_csv(index=False))

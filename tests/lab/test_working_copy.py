@@ -99,6 +99,8 @@ def test_the_wheel_runs_in_a_fresh_environment_outside_the_clone(tmp_path):
 def test_pages_of_a_working_copy_keep_the_numbers_of_the_repository(tmp_path, monkeypatch):
     page = tmp_path / "notebooks" / "README.md"
     page.parent.mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "published.csv").touch()
     page.write_text("12<!-- mini-voc/summary.json; images -->")
     monkeypatch.setattr(publishing, "project_root", lambda: tmp_path)
     publishing.fill_readme()
