@@ -92,9 +92,8 @@ def class_scores(
         axis.plot(100 * ious, rows, linestyle="", marker=marker, color=colour, label=network, clip_on=False)
         mean, low, high = 100 * np.array(overall[network])
         axis.plot(mean, 0, linestyle="", marker=marker, color=colour, ms=3)
-        axis.plot(
-            [low, high], [0, 0], marker="|", markersize=7, color=colour
-        )  # of few images a class it may lie beside the mean
+        # no error bar: with few images a class the interval may lie beside the mean
+        axis.plot([low, high], [0, 0], marker="|", markersize=7, color=colour)
     axis.set_yticks(range(len(names) + 1), ["mIoU, 95 % interval", *names])
     axis.margins(y=0.02)
     axis.invert_yaxis()

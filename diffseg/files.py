@@ -16,6 +16,12 @@ MANIFEST = "manifest.json"  # the last file of a step, .../steps/<step>/<key>/: 
 METADATA = "metadata.jsonl"  # captions of the images beside and below it, as Hugging Face's ImageFolder has them
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return a hidden name beside `path`, with its suffix, that no other process has: their numbers are not unique over
+    containers."""
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an exception.
@@ -28,7 +34,7 @@ def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    temporary = temporary_beside(path)
     try:
         temporary.touch()  # the umask cannot be read without setting it for all threads
         mode = temporary.stat().st_mode

@@ -16,6 +16,9 @@ SUFFIXES = tuple(
     ".svg .tga .tif .tiff .webm .webp".split()
 )
 ORIENTATION = 0x0112  # EXIF's; 1 is upright
+TURNS = dict(
+    enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2)
+)
 
 
 def decode(path: str | os.PathLike) -> Image.Image:
@@ -62,14 +65,11 @@ def read_picture(picture: Image.Image | str | os.PathLike, upright: bool = True)
 def turned_upright(picture: Image.Image) -> Image.Image:
     """Return an image as its EXIF says that it is held; as it is where EXIF is damaged. (Pillow's exif_transpose writes
     the whole of EXIF anew, and fails by a damaged entry of any kind.)"""
-    way = Image.Transpose
-    turns = {2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE, 6: way.ROTATE_270,
-             7: way.TRANSVERSE, 8: way.ROTATE_90}  # fmt: skip
     try:
-        turn = turns.get(picture.getexif().get(ORIENTATION))
+        turn = TURNS.get(picture.getexif().get(ORIENTATION))
     except Exception:  # Pillow raises a handful of kinds
         return picture
-    return picture if turn is None else picture.transpose(turn)
+    return picture if turn is None else picture.transpose(Image.Transpose[turn])
 
 
 def picture_files(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from diffseg.experiments.label_or_network import reliability_figure
 from diffseg.experiments.ladder import UNTUNED, WITHOUT, ladder_figure
 from diffseg.experiments.mask_ablation import Variant, betas_figure, steps_figure
 from diffseg.experiments.noise import noise_figure
-from diffseg.experiments.robust import arms_figure
+from diffseg.experiments.robust import WITHOUT_NETWORK, arms_figure
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import atomic_path, read_rows, write_text
 from diffseg.lab.manifests import read_json
@@ -97,20 +97,19 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
     voc, many, streets = "mini-voc", "mini-imagenet-s", "mini-cityscapes"
     of_voc, of_streets = f"{voc}-unrefined", f"{streets}-unrefined"
     one, restricted, alone = "ensemble, first network", "restricted", "edge-aware, one network"
-    edges = "edges without a network"
     compared = {
         "mini VOC": {
             "augmented prompts": ((voc, OURS), (voc, WITHOUT)),
             "two averaged baselines": ((voc, "ensemble"), (voc, one)),
             "edge-aware co-training": ((voc, "edge-aware"), (voc, one)),
-            "edges without a network": ((voc, edges), (voc, one)),
+            WITHOUT_NETWORK: ((voc, WITHOUT_NETWORK), (voc, one)),
             "edge-aware, one network": ((voc, ROBUST), (voc, OURS)),
         },
         "mini VOC, masks without a refiner": {
             "two averaged baselines": ((of_voc, "ensemble"), (of_voc, one)),
             "restricted co-training": ((of_voc, restricted), (of_voc, one)),
             "edge-aware co-training": ((of_voc, "edge-aware"), (of_voc, one)),
-            "edges without a network": ((of_voc, edges), (of_voc, one)),
+            WITHOUT_NETWORK: ((of_voc, WITHOUT_NETWORK), (of_voc, one)),
             "edge-aware, one network": ((of_voc, alone), (of_voc, one)),
         },
         "mini ImageNet-S": {"edge-aware, one network": ((many, ROBUST), (many, OURS))},

@@ -66,6 +66,7 @@ RESTRICTED = BECO | {
 }
 # An answer that follows the image's edges may replace twice as many labels: our choice, on that split.
 EDGE_AWARE = RESTRICTED | {"peer_refiner": "pamr", "reliable_share": RELIABLE}
+WITHOUT_NETWORK = "edges without a network"
 ARMS = {
     "ensemble": {"training_mode": "ensemble"},
     "baseline, twice as long": {"training_mode": "baseline"},  # as dear as two networks
@@ -74,7 +75,7 @@ ARMS = {
     "edge-aware, one network": EDGE_AWARE | {"training_mode": "selftrain"},  # a tenth dearer than a baseline
     "edge-aware, one network, twice as long": EDGE_AWARE | {"training_mode": "selftrain"},  # as dear as edge-aware
     # a baseline on labels that PAMR alone makes in the doubted fifth: what of the gain needs no network
-    "edges without a network": {"training_mode": "baseline"},
+    WITHOUT_NETWORK: {"training_mode": "baseline"},
     "edge-aware, a tenth doubted": EDGE_AWARE | {"reliable_share": 0.9},
     "restricted": RESTRICTED,
     # the restricted co-training taken apart, one thing at a time
@@ -162,12 +163,10 @@ def scores_of(
         options = options_of(parameters | changes, changes["training_mode"])
         if arm.endswith("twice as long"):
             options = replace(options, iterations=2 * options.iterations)
+        labelled = along_edges(dataset, benchmark) if arm == WITHOUT_NETWORK else dataset
         for seed in range(seeds):
             how = key, parameters, options
-            labelled = dataset
-            if arm == "edges without a network":
-                labelled = along_edges(dataset, benchmark)
-            elif arm in ROUNDS:
+            if arm in ROUNDS:
                 first = trained(folder / run.name, "ensemble", *how, dataset, benchmark, seed)
                 labelled = ROUNDS[arm](dataset, first, benchmark)
             network = trained(folder / run.name, arm, *how, labelled, benchmark, seed)

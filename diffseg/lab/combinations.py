@@ -139,12 +139,13 @@ def training_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, s
     """Of the network (notebook 04), also with the number of processes."""
     get = parameters.get
     normalises = get("segmenter", "").startswith(("deeplabv3plus", "upernet"))
-    least = (2 if normalises else 1) * processes.count()
+    count = processes.count()
+    least = (2 if normalises else 1) * count
     if given(parameters, "segmenter", "training_batch") and get("training_batch") < least:
         why = ", as this segmenter normalises each image's average over the batch" if normalises else ""
-        each = f" for {processes.count()} processes" if processes.count() > 1 else ""
+        each = f" for {count} processes" if count > 1 else ""
         yield "training_batch", f"be at least {least}{each}{why}", f"Set `training_batch={least}`."
-    if (count := processes.count()) > 1:
+    if count > 1:
         # else an image would count by its process's part; an image is pasted into another of its process
         from diffseg.reliability import TAUGHT
 
@@ -175,9 +176,8 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         rule = "be 0 here, as TensorBoard is not installed"
         yield "tensorboard_every", rule, "Set `tensorboard_every=0`, or run pip install tensorboard."
     if given(parameters, "benchmark", "data_root") and not is_short_name("data_root", parameters["data_root"]):
-        if (parameters["benchmark"] == "folder") == bool(
-            parameters.get("class_list")
-        ):  # own classes have no official data
+        # own classes have no official data, and a folder has no classes of its own
+        if (parameters["benchmark"] == "folder") == bool(parameters.get("class_list")):
             open_data(parameters)
     trained = ["training_precision"] + (["lora_precision"] if parameters.get("target_images") else [])
     for name in trained:

@@ -9,14 +9,13 @@ import contextlib
 import datetime
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffseg.errors import DiffsegError
-from diffseg.files import MANIFEST
+from diffseg.files import MANIFEST, temporary_beside
 from diffseg.forking import prepare
 from diffseg.lab import processes
 from diffseg.lab.combinations import check_together
@@ -230,7 +229,7 @@ def link(place: Path, folder: Path) -> None:
     target = os.path.relpath(folder, place.parent)
     if not (place.is_symlink() and os.readlink(place) == target):
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary = temporary_beside(place)
         temporary.symlink_to(target, target_is_directory=True)
         os.replace(temporary, place)
 

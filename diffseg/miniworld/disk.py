@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from diffseg.benchmarks.classes import CITYSCAPES, MINI_IMAGENET_S, VOC
 from diffseg.benchmarks.labels import write_label
 from diffseg.errors import DiffsegError
+from diffseg.files import temporary_beside
 from diffseg.miniworld.cityscapes import write_cityscapes
 from diffseg.miniworld.imagenet_s import write_imagenet_s
 from diffseg.miniworld.scenes import Scene, sample_scene
@@ -45,7 +45,7 @@ def write_benchmarks(root: Path, sizes: dict = MINI_BENCHMARKS) -> None:
 
     sizes: "version", "seed", and for each benchmark to be written its pictures per split (see `MINI_BENCHMARKS`).
     """
-    temporary = root.with_name(f".{root.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_beside(root)
     try:
         for name, (folder, write) in WRITERS.items():
             if name in sizes:
