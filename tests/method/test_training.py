@@ -499,20 +499,13 @@ def test_measures_are_shares_of_the_valid_pixels():
 def test_the_moving_average_goes_on_after_a_stop(tmp_path):
     options = changed(iterations=4, checkpoint_every=2, ema=0.9)
 
-    class Stops(list):
-        left = 9
-
-        def __getitem__(self, index):
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-            return super().__getitem__(index)
-
     def averaged(data, **more):
         network = new_networks(1, "resunet-resnet10t", CLASSES, 0)
         train(network, data, 255, options, 0, **more)
         return network
 
+    cut = Cut(halves())
+    cut.left = 9
     with pytest.raises(KeyboardInterrupt):
-        averaged(Stops(halves()), checkpoint=tmp_path / "checkpoint.pt")
+        averaged(cut, checkpoint=tmp_path / "checkpoint.pt")
     assert same(averaged(halves(), checkpoint=tmp_path / "checkpoint.pt"), averaged(halves()))
