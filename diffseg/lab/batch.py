@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,7 @@ def run(
         if selected != ["03_synthesis"]:
             raise DiffsegError("--shard divides notebook 3 only; give --only 3, after --only 1-2 has been run.")
     needed = {step for name in selected for made in steps_of(notebooks[name]) for step in (made, *upstream(made))}
-    chosen = {k: v for title in selected for k, v in step_parameters(notebooks[title], values).items()}
-    defaults = {k: v for title in selected for k, v in declared(notebooks[title]).items()}
-    check_together(chosen, f"run {name}", defaults)
+    check_selected(selected, values, f"run {name}")
     from diffseg.lab.kernel import execute  # here: notebooks and `diffseg list` need not wait for papermill
 
     with working_in(folder, bool(shard)), processes.Group() as group:
@@ -85,8 +83,10 @@ def run(
                 for step in steps:  # two runs at the same time do not make a step twice
                     claims.enter_context(acquire(*step_lock(folders[step]), bool(shard), waiting))
                 problem = next(filter(None, (trouble(path, verify) for path in folders.values())), "")
-                if not problem and not (force and name in selected):
-                    was = [(folder / step).resolve() == path for step, path in folders.items()]
+                executed = folder / "notebooks" / f"{name}{processes.suffix(shard)}.ipynb"
+                was = [(folder / step).resolve() == path for step, path in folders.items()]
+                is_old = executed.is_file() and not all(was)  # the run's figures are those of other parameters or code
+                if not problem and not ((force or is_old) and name in selected):
                     maker = read_manifest(folders[steps[-1]])["run"]
                     print(f"{title}, " + ("up to date" if all(was) else f"shared with {maker}"), flush=True)
                     for step, path in folders.items():
@@ -96,7 +96,6 @@ def run(
                     raise DiffsegError(f"run {name} first, with --only {int(name[:2])}: {problem}.")
                 print(title + why(folder, recipes, steps, problem), flush=True)
                 start = time.monotonic()
-                executed = folder / "notebooks" / f"{name}{processes.suffix(shard)}.ipynb"
                 os.environ[processes.SHARD] = shard  # for the kernel
                 try:
                     with writing(folder), group.together(notebook, parameters, folder):
@@ -134,6 +133,13 @@ def step_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]
     """Return all parameters of a notebook, checked: those of `values` that it declares, defaults for the rest."""
     defaults = declared(notebook)
     return check({name: values.get(name, default) for name, default in defaults.items()}, defaults, notebook.name)
+
+
+def check_selected(selected: Iterable[str], values: Mapping[str, Any], source: str) -> None:
+    """Compare the parameters of the selected notebooks with one another, as `check_together` does."""
+    notebooks = [step_notebooks()[name] for name in selected]
+    chosen = {k: v for notebook in notebooks for k, v in step_parameters(notebook, values).items()}
+    check_together(chosen, source, {k: v for notebook in notebooks for k, v in declared(notebook).items()})
 
 
 def resolve(name: str, changes: Mapping[str, Any], out: str = "", source: str = "--set") -> tuple[dict[str, Any], Path]:

@@ -17,7 +17,7 @@ from diffseg.lab.runs import trouble, writing
 from diffseg.lab.steps import STEPS, linked_keys, results_folder, step_key
 from diffseg.lab.studies import print_studies, run_study, study_files
 from diffseg.lab.working_copy import init
-from diffseg.paths import project_root
+from diffseg.paths import from_home, project_root
 
 MAC = "diffseg was never run on macOS; if its GPU (MPS) lacks an operation, ACCELERATE_TORCH_DEVICE=cpu takes the CPU"
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             run(arguments.name, arguments.only, changes, arguments.out, arguments.force, arguments.shard,
                 arguments.verify)  # fmt: skip
         elif arguments.command == "clean":
-            clean(arguments.out, arguments.yes)
+            clean(str(from_home(arguments.out).absolute()) if arguments.out else "", arguments.yes)
         elif arguments.command == "publish":
             from diffseg.lab.old_pages import old_pages
             from diffseg.lab.publishing import publish  # here: others need not wait for pandas

@@ -12,11 +12,12 @@ import pandas as pd
 from diffseg.errors import DiffsegError
 from diffseg.files import MANIFEST, atomic_path, read_rows, write_text
 from diffseg.lab.batch import step_notebooks
+from diffseg.lab.manifests import read_manifest
 from diffseg.lab.old_pages import can_be_remade, old_pages
 from diffseg.lab.quoted import value, with_cells, with_numbers
 from diffseg.lab.report import ROBUST, markdown, percent
 from diffseg.lab.runs import mixture, trouble
-from diffseg.lab.steps import STEPS, run_folder
+from diffseg.lab.steps import STEPS, run_folder, steps_of
 from diffseg.lab.studies import study_files
 from diffseg.paths import project_root
 
@@ -98,8 +99,8 @@ def copy_results(run: Path) -> list[str]:
     """Copy a finished run's summary, table, figures and manifests to results/, and write the table of all such runs.
 
     Return the names of its executed notebooks. A run that holds only some outside the chain, 00 or 07, has nothing
-    else. Raises a DiffsegError when a step of the run is not finished or a notebook is missing, before anything is
-    written, and for a study, which writes its results itself.
+    else. Raises a DiffsegError when a step of the run is not finished, or a notebook is missing or was executed with
+    other parameters, before anything is written, and for a study, which writes its results itself.
     """
     from diffseg.lab.pages import read_executed  # here: nbconvert takes seconds to load
 
@@ -121,8 +122,15 @@ def copy_results(run: Path) -> list[str]:
         files[target / "manifests" / f"{step.name}.json"] = step / MANIFEST
     for name in ("summary.json", "table.txt", "figures.txt"):
         files[target / name] = run / "06_report" / name
-    for name in step_notebooks():
-        read_executed(run, name)
+    for name, notebook in step_notebooks().items():
+        given = read_executed(run, name).metadata.get("papermill", {}).get("parameters", {})
+        for step in steps_of(notebook):
+            made = read_manifest(run / step).get("recipe", {}).get("parameters", {})
+            if other := [parameter for parameter in made if given.get(parameter, made[parameter]) != made[parameter]]:
+                raise DiffsegError(
+                    f"{run} cannot be published: its notebook {name} was executed with another {other[0]} than its "
+                    f"present step; run diffseg run {run.name} --force"
+                )
     for path, source in files.items():
         with atomic_path(path) as temporary:
             shutil.copyfile(source, temporary)

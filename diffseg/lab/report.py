@@ -22,8 +22,9 @@ OURS, ROBUST = "synthetic images, attention masks", "synthetic images, attention
 def summarise(manifests: Mapping[str, Mapping]) -> dict:
     """Return the run's summary from the manifests of notebooks 1 to 5 (step name -> manifest).
 
-    Keys: miou and miou_real (0..1; the latter None without a real network), ratio, their 95 % intervals, images,
-    seconds per step, seed, benchmark, split, segmenter, hardware. Where the benchmark merges classes, groups holds each
+    Keys: miou and miou_real (0..1; the latter None without a real network), ratio, their 95 % intervals, images (those
+    with a mask), images_mixed (real ones that the synthetic network was trained on beside them, if any), seconds per
+    step, seed, benchmark, split, segmenter, hardware. Where the benchmark merges classes, groups holds each
     network's IoU of them (0..1).
     """
     scores = manifests["05_evaluation"]["metrics"]
@@ -35,7 +36,9 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
         for network in ("synthetic", "real")
         if network in scores
     }
-    training = manifests["04_robust_training"]
+    training, made = manifests["04_robust_training"], manifests["03_synthesis"]["metrics"]
+    images = made["images"] - made.get("failed", 0)
+    mixed = training["metrics"]["images"] - images if training["parameters"].get("mix_real") else 0
     return {
         "benchmark": synthetic["benchmark"],
         "inference": synthetic["inference"],
@@ -45,7 +48,8 @@ def summarise(manifests: Mapping[str, Mapping]) -> dict:
         "miou_real_interval": [real["miou_low"], real["miou_high"]] if real else None,
         "ratio": synthetic["miou"] / real["miou"] if real else None,
         **({"groups": groups} if groups["synthetic"] else {}),
-        "images": manifests["03_synthesis"]["metrics"]["images"],
+        "images": images,
+        **({"images_mixed": mixed} if mixed else {}),
         "images_real": training["metrics"]["images_real"],
         "validation_images": synthetic["images"],
         "split": manifests["05_evaluation"]["parameters"].get("evaluation_split") or "validation",
@@ -119,7 +123,8 @@ def table_text(summary: Mapping) -> str:
     rows = []
     for network, suffix in (("synthetic", ""), ("real", "_real")):
         if summary["miou" + suffix] is not None:
-            title = {"synthetic": OURS, "real": REAL}
+            mixed = f", and {summary['images_mixed']} {REAL}" if "images_mixed" in summary else ""
+            title = {"synthetic": OURS + mixed, "real": REAL}
             interval = " to ".join(map(percent, summary[f"miou{suffix}_interval"]))
             row = {"trained on": title[network], "images": summary["images" + suffix]}
             row |= {"mIoU (%)": percent(summary["miou" + suffix]), "95 % interval (images)": interval}
@@ -137,6 +142,8 @@ def table_text(summary: Mapping) -> str:
 def caption(summary: Mapping) -> str:
     """Return what every figure of the run must say: images, seed, hardware."""
     trained = f"{summary['images']} synthetic"
+    if "images_mixed" in summary:
+        trained += f" and {summary['images_mixed']} real"
     if summary["miou_real"] is not None:
         trained += f" or {summary['images_real']} real"
     return (

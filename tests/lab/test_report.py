@@ -77,7 +77,7 @@ def manifests(groups: bool = False, real: bool = True) -> dict:
     machine = {"gpus": [], "cores": 2, "cpu": "a CPU"}
     made = {step: {"metrics": {}, "parameters": {}, "seconds": 60.0} for step in STEPS if step != "06_report"}
     made["03_synthesis"] |= {"hardware": machine, "metrics": {"images": 720}, "parameters": {"generator": "mini"}}
-    made["04_robust_training"]["metrics"] = {"images_real": 700 if real else None}
+    made["04_robust_training"]["metrics"] = {"images": 720, "images_real": 700 if real else None}
     made["04_robust_training"]["parameters"] = {"segmenter": "unet", "seed": 3}
     made["05_evaluation"]["metrics"] = evaluation
     return made
@@ -112,6 +112,17 @@ def test_without_merged_classes_or_a_real_network_neither_is_mentioned():
     assert "real" not in caption(summary)
     for part in ("720 synthetic", "seed 3", "150 cityscapes-things validation", "2 cores of a CPU"):
         assert part in caption(summary)
+
+
+def test_real_images_in_a_mixed_set_and_images_without_a_mask_are_told():
+    made = manifests()
+    made["03_synthesis"]["metrics"]["failed"] = 7
+    made["04_robust_training"]["metrics"]["images"] = 713 + 700
+    made["04_robust_training"]["parameters"]["mix_real"] = True
+    summary = summarise(made)
+    assert (summary["images"], summary["images_mixed"]) == (713, 700)
+    assert "synthetic images, attention masks, and 700 real images, ground-truth masks  713" in table_text(summary)
+    assert "trained on 713 synthetic and 700 real or 700 real images" in caption(summary)
 
 
 def test_a_score_on_the_development_split_is_not_called_one_on_validation():
@@ -427,6 +438,7 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
             (run / step / name).write_text(json.dumps(summarise(manifests())))
         names = ["summary.json", "table.txt", "figures.txt"]
         made = {"step": step, "key": "k", "parameters": {}, "versions": {"diffseg": "0.0.1"}}
+        made["recipe"] = {"parameters": {"beta": 0.4}} if step == "03_synthesis" else {}
         write_manifest(run / step, names, made | manifests().get(step, {}))
     for path in notebooks:
         write_executed(path)
@@ -437,6 +449,14 @@ def test_publish_writes_a_page_for_each_notebook(tmp_path, monkeypatch, capsys):
     sentence = "the run tiny has no executed notebook of 04_robust_training; run `diffseg run tiny --force`"
     assert sentence in capsys.readouterr().err and not (tmp_path / "results" / "tiny").exists()
     write_executed(run / "notebooks" / "04_robust_training.ipynb")
+    executed = run / "notebooks" / "03_synthesis.ipynb"
+    content = json.loads(executed.read_text(encoding="utf-8"))
+    content["metadata"]["papermill"] = {"parameters": {"beta": 0.2, "workers": 1}}
+    write_text(executed, json.dumps(content))
+    assert main(["publish", str(run)]) == 1
+    sentence = "its notebook 03_synthesis was executed with another beta than its present step"
+    assert sentence in capsys.readouterr().err and not (tmp_path / "results" / "tiny").exists()
+    write_executed(executed)
     monkeypatch.chdir(run)
     assert main(["publish", "."]) == 0
     pages = sorted((tmp_path / "results" / "notebooks" / "tiny").iterdir())

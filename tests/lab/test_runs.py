@@ -458,8 +458,13 @@ def test_a_changed_parameter_makes_other_steps_and_leaves_the_old_ones(project, 
     kept = {name: found for name, found in everything(project.parents[2]).items() if "/steps/" in name}
     assert before.items() >= {n: f for n, f in before.items() if "/steps/" in n and kept[n] == f}.items()
     assert all(kept[name] == found for name, found in before.items() if "/steps/" in name)
+    made = (project / "made.txt").read_text()
     assert main(["run", "tiny"]) == 0  # back: all of it is still there
-    assert capsys.readouterr().out.count("shared with tiny") == 2 and linked_keys(project) == old
+    assert linked_keys(project) == old and (project / "made.txt").read_text() == made
+    # the run's own figures and notebooks are those of its present steps again
+    assert capsys.readouterr().out.count("done in") == 2
+    executed = json.loads((project / "notebooks" / "02_lora_tuning.ipynb").read_text())
+    assert executed["metadata"]["papermill"]["parameters"]["rate"] == 1.0e-4
 
 
 def test_another_beta_cuts_anew_and_draws_nothing(project, capsys):
@@ -646,7 +651,7 @@ def test_a_full_disk_and_an_unknown_home_end_in_a_sentence(project, monkeypatch,
 # cleaning
 
 
-def test_clean_lists_what_no_run_refers_to_and_removes_it_when_told(project, capsys, monkeypatch):
+def test_clean_lists_what_no_run_refers_to_and_removes_it_when_told(project, tmp_path, capsys, monkeypatch):
     assert main(["clean"]) == 0
     assert "belongs to a run" in capsys.readouterr().out
     old = linked_keys(project)
@@ -658,6 +663,8 @@ def test_clean_lists_what_no_run_refers_to_and_removes_it_when_told(project, cap
     said = capsys.readouterr()
     assert f"MB  steps/03_synthesis/{old['03_synthesis']}" in said.out and said.out.count("MB") == 1
     assert "give --yes" in said.err
+    monkeypatch.chdir(tmp_path / "notebooks")  # as with `diffseg run`, --out is relative to the working directory
+    assert main(["clean", "--out", "../results"]) == 1 and str(unused.name) in capsys.readouterr().out
     with locks.acquire(*locks.step_lock(unused)), pytest.raises(DiffsegError, match="another process is making"):
         cleaning.clean(agreed=True)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
