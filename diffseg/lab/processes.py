@@ -117,7 +117,7 @@ class Group:
         with socket.socket() as free:  # a new one for each step: the last step's main kernel has taken its own along
             free.bind(("", 0))
             port = str(free.getsockname()[1])
-        self.exchange([str(notebook), parameters, str(folder), port])
+        self.exchange([str(notebook), parameters, str(folder), port, os.environ.get(SHARD, "")])
         with self.environment(port):
             yield
 
@@ -141,13 +141,14 @@ def assist() -> None:
 
     with Group() as group:
         while task := group.exchange():
-            notebook, folder = Path(task[0]), Path(task[2])
-            part = folder / "notebooks" / f"{notebook.stem}.rank-{group.variables['RANK']}.ipynb"
+            notebook, folder, rank = Path(task[0]), Path(task[2]), group.variables["RANK"]
+            os.environ[SHARD] = task[4]  # the main process alone reads the arguments
+            part = folder / "notebooks" / f"{notebook.stem}{suffix(task[4])}.rank-{rank}.ipynb"
             try:
                 part.parent.mkdir(parents=True, exist_ok=True)
                 part.write_text(json.dumps(divided(notebook)), encoding="utf-8")
             except OSError as error:
-                raise DiffsegError(f"process{part.suffixes[0]} cannot write {part} ({error.strerror}).") from None
+                raise DiffsegError(f"process {rank} cannot write {part} ({error.strerror}).") from None
             with group.environment(task[3]), open(os.devnull, "w") as nowhere:
                 with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                     execute(part, part, task[1], folder)

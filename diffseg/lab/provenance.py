@@ -73,7 +73,7 @@ def hardware() -> dict[str, Any]:
         "cpu": model.group(1) if model else platform.processor() or platform.machine(),
         "cores": cores,
         "threads": os.environ.get("OMP_NUM_THREADS", ""),  # few of them when runs share the cores
-        "processes": processes.count(),  # that worked together
+        "processes": processes.share()[1],  # that worked together, over shards and ranks
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
     }

@@ -23,8 +23,9 @@ from diffseg.lab.declarations import check
 from diffseg.lab.locks import RUNNER, acquire, run_lock, step_lock
 from diffseg.lab.manifests import LISTING, damage, read_manifest, write_manifest
 from diffseg.lab.parameters import declared
-from diffseg.lab.provenance import as_json, provenance
+from diffseg.lab.provenance import as_json, git_state, provenance
 from diffseg.lab.steps import key_of, linked_keys, notebook_of, run_folder, step_folder, step_recipe, upstream
+from diffseg.paths import project_root
 
 share, meet = processes.share, processes.meet  # for notebooks: this process's part of divided work, and the wait
 
@@ -47,6 +48,8 @@ class Step:
     keys: dict[str, str]  # of the earlier steps of the run
     inputs: dict[str, dict] = field(default_factory=dict)  # step -> key and fingerprint of what was read
     started: float = field(default_factory=time.time)
+    # as it is now: hours later there may be another commit
+    git: dict | None = field(default_factory=lambda: git_state(project_root()))
 
     def input(self, step: str, name: str = ".") -> Path:
         """Return the path of an upstream step's output file, or of a folder of outputs ("." for all of them).
@@ -115,7 +118,7 @@ class Step:
             "key": self.key,
             "parameters": {name: value for name, value in self.parameters.items() if name not in ("run", "out")},
             "recipe": self.recipe,
-            **provenance(),
+            **provenance() | {"git": self.git},
             "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(),
             # of this attempt, when the step was resumed; the time of a step before it in the notebook does not count
             "seconds": round(time.time() - max(self.started, _finished[0]), 2),
@@ -180,7 +183,8 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
             for path, busy in (run_lock(run), step_lock(folder)):
                 _held[path] = _held.get(path) or acquire(path, busy)
         problem = trouble(folder)
-        resumed = folder.is_dir() and any(folder.iterdir())
+        # a shard's time is not the step's: others draw beside it
+        resumed = processes.shard() is not None or (folder.is_dir() and any(folder.iterdir()))
         folder.mkdir(parents=True, exist_ok=True)
         if problem:
             for name in (MANIFEST, LISTING):  # of a step with missing files: it is not finished any more

@@ -18,7 +18,15 @@ from typing import Any
 
 import diffseg
 from diffseg.errors import DiffsegError
-from diffseg.lab.batch import named_file, resolve, select, step_notebooks, step_parameters, working_in
+from diffseg.lab.batch import (
+    check_selected,
+    named_file,
+    resolve,
+    select,
+    step_notebooks,
+    step_parameters,
+    working_in,
+)
 from diffseg.lab.manifests import read_manifest
 from diffseg.lab.parameters import read_yaml
 from diffseg.lab.provenance import hardware
@@ -121,6 +129,9 @@ def run_study(name: str, jobs: int, write_results: Callable[[Study], None]) -> N
     study = load_study(name)
     if jobs < 1:
         raise DiffsegError(f"--jobs must be 1 or more, not {jobs}.")
+    for run in study.runs:  # before the first of them, which may take a day
+        selected = select(study.only, list(step_notebooks()))
+        check_selected(selected, run.values, f"the configuration {run.configuration} of {name}.yaml")
     with working_in(run_folder(name)):
         failed = make_runs(study, jobs)
         if any(finished_steps(study, run) for run in study.runs):
@@ -180,6 +191,7 @@ def start(study: Study, run: StudyRun, environment: dict[str, str], with_log: bo
     """Start `diffseg run` for a run, of this very package."""
     changes = [f"{name}={json.dumps(value)}" for name, value in run.changes.items()]
     command = [sys.executable, "-m", "diffseg", "run", study.base, "--only", study.only, "--set", *changes]
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.folder}.log", "w") if with_log else contextlib.nullcontext() as log:
         here = Path(diffseg.__file__).parents[1]
         return subprocess.Popen(command, cwd=here, env=environment, stdout=log, stderr=log and subprocess.STDOUT)
@@ -191,7 +203,7 @@ def finished_steps(study: Study, run: StudyRun) -> dict[str, Path] | None:
     folders = {}
     for step in study.steps:
         keys[step] = step_key(step, step_parameters(notebook_of(step), run.values), keys)
-        folders[step] = step_folder(step, keys[step])
+        folders[step] = step_folder(step, keys[step], run.values.get("out", ""))
         if read_manifest(folders[step]) is None:
             return None
     return folders

@@ -41,7 +41,7 @@ def write_results(study: Study) -> None:
         figures = {name: study_scores(scores, study.configurations)}
         if folders := prediction_folders(study):
             values = step_parameters(notebook_of("05_evaluation"), study.runs[0].values)
-            benchmark = get_benchmark(values["benchmark"], values["class_list"])
+            benchmark = get_benchmark(values["benchmark"], values["class_list"], values["data_names"])
             split = values["evaluation_split"] or benchmark.evaluation_split
             figures[f"{name}_predictions"] = study_predictions(folders, benchmark, values["data_root"], split)
         for stem, figure in figures.items():

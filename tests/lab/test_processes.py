@@ -43,6 +43,7 @@ def test_shards_and_ranks_together_are_one_division(monkeypatch, second_of_two):
     assert processes.share() == (1, 2)
     monkeypatch.setenv(processes.SHARD, "3/16")
     assert processes.share() == (5, 32) and processes.suffix("3/16") == ".3-of-16"
+    assert provenance.hardware()["processes"] == 32
     for wrong in ("0/3", "4/3", "3", "1/1000000000", "a/b"):
         with pytest.raises(DiffsegError, match=f"--shard is '{wrong}'"):
             processes.parse_shard(wrong)

@@ -122,6 +122,24 @@ def test_a_wrong_study_is_one_sentence_before_anything_runs(root, capsys, old, n
     assert not (root / "results").exists()
 
 
+def test_a_name_that_the_method_does_not_know_is_found_before_the_first_run(root, capsys):
+    notebook = root / "notebooks" / "04_robust_training.ipynb"
+    notebook.write_text(notebook.read_text().replace("mode", "training_mode"))
+    study = root / "notebooks" / "studies" / "robust.yaml"
+    study.write_text(STUDY.replace("{mode:", "{training_mode:").replace("cotrain}", "cotrian}"))
+    assert main(["study", "robust"]) == 1
+    error = capsys.readouterr().err
+    assert "(the configuration cotrain of robust.yaml); it must be one of baseline, ensemble" in error
+    assert not list(root.glob("results/steps/*"))
+
+
+def test_a_study_finds_its_runs_where_its_base_has_them_written(root, tmp_path):
+    (root / "notebooks" / "params" / "tiny.yaml").write_text(f"run: tiny\nout: {tmp_path / 'scratch'}\n")
+    make_runs_in_process(slice(0, 1))
+    found = study_record(load_study("robust"))
+    assert list(found["runs"]) == ["baseline-0"] and not (root / "results" / "steps").exists()
+
+
 def test_unknown_studies_jobs_and_a_run_of_the_same_name(root, capsys):
     assert main(["study", "robst"]) == 1
     assert "notebooks/studies named robst; did you mean robust?" in capsys.readouterr().err
