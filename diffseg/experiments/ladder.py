@@ -58,9 +58,9 @@ def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Data
     return Subset(real, [k * len(real) // count for k in range(count)])
 
 
-def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
-    """Train and score every rung and seed that is not there yet; return a row each, mIoU in %, and the key of the
-    images of each run that gave some."""
+def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str], dict]:
+    """Train and score every rung and seed that is not there yet; return a row each, mIoU in %, the key of the images of
+    each run that gave some, and the parameters of the trainings."""
     values, run = resolve(chosen.run, {})
     named = {"without": chosen.without, "untuned": chosen.untuned}
     if unnamed := [f"--{rung}" for rung in chosen.rungs if named.get(rung) == ""]:
@@ -75,7 +75,9 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
         images = images_key(source)
         dataset = training_set(rung, benchmark, source, root)
         options = options_of(parameters, parameters["training_mode"] if rung == "robust" else "baseline")
-        if rung != "real":
+        if rung == "real":
+            images = f"{parameters['data_root']} {root.name} {len(dataset)}"
+        else:
             used[source.name] = images
         for seed in range(chosen.seeds):
             network = trained(folder, rung, images, parameters, options, dataset, benchmark, seed)
@@ -83,7 +85,7 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
             row |= {"images": len(dataset), "mode": options.training_mode, "seed": seed}
             rows.append(row | {name: f"{value:.1f}" for name, value in scores(network, scored, benchmark).items()})
             print(*rows[-1].values(), sep=", ", flush=True)
-    return rows, used
+    return rows, used, parameters
 
 
 def still_true(
@@ -91,16 +93,21 @@ def still_true(
 ) -> list[dict]:
     """Return the rows of earlier calls that were not made again and whose images are still those of the run.
 
+    Of a run that was drawn anew in another number the real images' rows go, too: sets are of equal size.
+
     redrawn: runs whose images are others now; `made` are then on the new ones. named: rung -> the run that gives its
     images, where it is not the one in whose name its rows stand.
     """
-    again = {(row["benchmark"], row["split"], row["rung"]) for row in made}
+    again = {(row["benchmark"], row["split"], row["rung"], int(row["seed"])) for row in made}
+    sizes = {(row["benchmark"], int(row["images"])) for row in made}
     old = {(name, RUNGS[rung]) for name in redrawn for rung in ("oracle", "robust", "ours")}
     old |= {(row["benchmark"], RUNGS[rung]) for row in made for rung, name in named.items() if name in redrawn}
     return [
         row
         for row in kept
-        if (row["benchmark"], row["split"], row["rung"]) not in again and (row["benchmark"], row["rung"]) not in old
+        if (row["benchmark"], row["split"], row["rung"], int(row["seed"])) not in again
+        and (row["benchmark"], row["rung"]) not in old
+        and not (row["benchmark"] in redrawn and (row["benchmark"], int(row["images"])) not in sizes)
     ]
 
 
@@ -139,7 +146,9 @@ def gains(ours: Sequence[dict], others: Sequence[dict], measure: str, column: st
 
 
 def ladder_figure(rows: Sequence[dict]) -> Figure:
-    """Draw the mean of each rung, its 95 % interval over seeds and each seed, a panel a benchmark."""
+    """Draw the mean of each rung, its 95 % interval over seeds and each seed, a panel a benchmark: on the validation
+    split, or where there is nothing of it on the others."""
+    rows = [row for row in rows if row["split"] == "validation"] or rows
     names = list(dict.fromkeys(row["benchmark"] for row in rows))
     rungs = [rung for rung in RUNGS.values() if any(row["rung"] == rung for row in rows)]
     size = (min(WIDTH, 3.3 + 2 * len(names)), 0.7 + 0.25 * len(rungs))  # the rungs' names stand once, at the left
@@ -166,14 +175,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["real", "oracle", "robust", "ours"])
     chosen = parser.parse_args(arguments)
     table = chosen.out / "tables" / "ladder_seeds.csv"
-    rows, used = climb(chosen)
-    known = (read_json(table.with_name("ladder.json")) or {}).get("images", {})
+    rows, used, parameters = climb(chosen)
+    recorded = read_json(table.with_name("ladder.json")) or {}
+    known, trained_with, name = recorded.get("images", {}), recorded.get("parameters", {}), rows[0]["benchmark"]
     kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
+    if trained_with.get(name, parameters) != parameters:
+        kept = [row for row in kept if row["benchmark"] != name]
     redrawn = {name for name in used if known.get(name, used[name]) != used[name]}
     rows = still_true(kept, rows, redrawn, {"without": chosen.without, "untuned": chosen.untuned}) + rows
     write_rows(table, rows, list(dict.fromkeys(name for row in rows for name in row)))
     write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
-    about = {"images": known | used, "seeds": chosen.seeds, **provenance()}
+    about = {"images": known | used, "parameters": trained_with | {name: parameters}, **provenance()}
     write_text(table.with_name("ladder.json"), json.dumps(about, indent=1))
     figure = ladder_figure(rows)
     save_figure(figure, chosen.out / "figures" / "ladder.png")

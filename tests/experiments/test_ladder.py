@@ -98,18 +98,25 @@ def test_means_and_ratios_are_those_of_each_benchmark_and_split():
 
 
 def test_rows_on_images_that_were_drawn_anew_go():
-    def row(benchmark, rung):
-        return {"benchmark": benchmark, "split": "val", "rung": rung}
+    def row(benchmark, rung, seed=0, images=9):
+        return {"benchmark": benchmark, "split": "val", "rung": rung, "seed": seed, "images": images}
 
     kept = [row(b, rung) for b in ("a", "b") for rung in (ladder.REAL, ladder.ORACLE, ladder.OURS, ladder.WITHOUT)]
     made = [row("a", ladder.OURS)]
     same = ladder.still_true(kept, made, set(), {})
     assert same == [each for each in kept if each not in made]
     assert ladder.still_true(kept, made, {"a"}, {}) == [each for each in same if each != row("a", ladder.ORACLE)]
+    more = [row("a", ladder.OURS, "1"), row("a", ladder.REAL, images="20")]  # as a file gives them
+    assert ladder.still_true([*kept, *more], made, set(), {}) == [*same, *more]  # a call of fewer seeds removes none
+    assert ladder.still_true(more, made, {"a"}, {}) == []  # real images in another number than those drawn anew
 
 
 def test_each_rung_trains_on_its_own_runs_images(tmp_path, monkeypatch):
-    calls, sets, values = recording(monkeypatch, ladder), [], STEP4 | {"benchmark": "voc", "run": "ours"}
+    calls, sets, values = (
+        recording(monkeypatch, ladder),
+        [],
+        STEP4 | {"benchmark": "voc", "run": "ours", "data_root": "a/root"},
+    )
     monkeypatch.setattr(ladder, "resolve", lambda *_: (values, tmp_path / "ours"))
     monkeypatch.setattr(ladder, "step_parameters", lambda *_: values)
     monkeypatch.setattr(ladder, "training_set", lambda rung, _, run, root: sets.append((rung, run.name)) or [rung])
@@ -117,10 +124,11 @@ def test_each_rung_trains_on_its_own_runs_images(tmp_path, monkeypatch):
         finish_images(tmp_path / name)
     rungs = ["real", "oracle", "robust", "ours", "untuned", "without"]
     chosen = Namespace(run="x", rungs=rungs, without="bare", untuned="plain", split="", seeds=2, folder=tmp_path)
-    rows, used = ladder.climb(chosen)
+    rows, used, _ = ladder.climb(chosen)
     assert sets == [*((rung, "ours") for rung in rungs[:4]), ("untuned", "plain"), ("without", "bare")]
     assert [(call.name, call.seed) for call in calls] == [(rung, seed) for rung in rungs for seed in (0, 1)]
     assert all(call.images == f"key of {dict(sets)[call.name]}" for call in calls if call.name != "real")
+    assert all(call.images == "a/root root 1" for call in calls if call.name == "real")
     assert all(call.dataset == [call.name] for call in calls)
     modes = {call.name: call.options.training_mode for call in calls}
     assert modes == dict.fromkeys(rungs, "baseline") | {"robust": "cotrain"}
@@ -135,9 +143,9 @@ def test_each_rung_trains_on_its_own_runs_images(tmp_path, monkeypatch):
 def test_a_call_keeps_earlier_rows_until_their_runs_images_are_others(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "save_figure", lambda *_: None)
 
-    def call(rung, miou, split="validation", **keys):
+    def call(rung, miou, split="validation", iterations=400, **keys):
         row = dict(zip(ladder.COLUMNS, ("mini", split, rung, 9, "baseline", 0, miou), strict=True))
-        monkeypatch.setattr(ladder, "climb", lambda chosen: ([row], keys))
+        monkeypatch.setattr(ladder, "climb", lambda chosen: ([row], keys, {"iterations": iterations}))
         ladder.main(["mini", "--out", str(tmp_path), "--without", "bare", "--untuned", "plain"])
         kept = read_rows(tmp_path / "tables" / "ladder_seeds.csv")
         return {(each["rung"], each["split"]): each["miou"] for each in kept}
@@ -155,6 +163,7 @@ def test_a_call_keeps_earlier_rows_until_their_runs_images_are_others(tmp_path, 
     # of another set of images each: the bare run's row of the other split goes, and then the oracle's
     assert call(ladder.WITHOUT, "21", "dev", bare="b") == oracle | ours | plain | other
     assert call(ladder.OURS, "50", mini="b") == ours | plain | other
+    assert call(ladder.OURS, "50", iterations=800, mini="b") == ours  # of another training: no earlier row stays
 
 
 def test_merged_classes_have_their_mean_and_gain_where_all_trainings_have_them():
@@ -169,3 +178,11 @@ def test_merged_classes_have_their_mean_and_gain_where_all_trainings_have_them()
     assert other["Human"] == other["Human_ours_gains"] == ""
     *_, untuned = ladder.means([*both, row("c", ladder.UNTUNED, 2)])  # one of before, without merged classes
     assert (untuned["Human"], untuned["Human_ours_gains"], untuned["seeds"]) == ("", "12.0", 3)
+
+
+def test_the_figure_does_not_mix_splits():
+    columns = ("mini", "validation", ladder.REAL, 9, "baseline", 0, "80.0")
+    rows = [dict(zip(ladder.COLUMNS, columns, strict=True))]
+    rows += [rows[0] | {"split": "dev", "miou": "60.0"}]
+    shown = [[text.get_text() for text in ladder.ladder_figure(some).axes[0].texts] for some in (rows, rows[1:])]
+    assert shown == [["80.0"], ["60.0"]]

@@ -76,13 +76,13 @@ def test_every_noise_strength_and_seed_has_networks_of_its_own(tmp_path, monkeyp
     calls = recording(monkeypatch, noise)
     monkeypatch.setattr(noise, "label_miou", lambda *_: 80.0)
     chosen = Namespace(folder=tmp_path, split="dev", kinds=["dilation", "dropped"], arms=["restricted"], seeds=2)
-    rows = noise.trainings(chosen, STEP4 | {"benchmark": "voc", "run": "mini"})
+    rows = noise.trainings(chosen, STEP4 | {"benchmark": "voc", "run": "mini", "data_root": "a/root"})
     noises = [("none", 0.0), *((kind, strength) for kind in chosen.kinds for strength in STRENGTHS[kind])]
     modes = {"ensemble": "ensemble", "restricted": "cotrain"}
     expected = [(*each, arm, seed) for seed in (0, 1) for each in noises for arm in modes]
     assert [(row["kind"], row["strength"], row["arm"], row["seed"]) for row in rows] == expected
     for call, (kind, strength, arm, seed) in zip(calls, expected, strict=True):
-        assert (call.name, call.images, call.seed) == (arm, f"{kind} {strength}", seed)
+        assert (call.name, call.images, call.seed) == (arm, f"a/root root {kind} {strength}", seed)
         assert (call.dataset.strength, call.dataset.seed) == (strength, seed) and call.folder == tmp_path / "mini"
         assert call.dataset.kind == kind or strength == 0
         assert call.options.training_mode == modes[arm]

@@ -107,6 +107,9 @@ def test_rows_of_earlier_calls_stay_but_for_those_of_other_images_or_another_tra
     expected |= {("s", "BECO", 0): 42} | {("s", arm, 0): 50 for arm in pair}
     assert call(iterations=8) == call(iterations=8) == expected | {("r", "BECO", 1): 41}
     assert call(iterations=9) == expected
+    monkeypatch.setattr(robust, "ARMS", robust.ARMS | {"BECO": robust.BECO | {"warmup": 1.0}})
+    rows = call(iterations=9)  # an arm that means another training now has no rows of the old one
+    assert ("s", "BECO", 0) not in rows and rows["s", "ensemble, first network", 0] == 50
 
 
 def test_the_figure_has_the_arms_of_one_run_and_two_arms_of_every_run():
