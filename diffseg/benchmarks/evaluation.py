@@ -208,11 +208,12 @@ def predict_labels(
 ) -> torch.Tensor:
     """Return the label maps int64 N x H x W of uint8 images N x 3 x H x W; the options are those of `evaluate`.
 
-    A user's own images (protocol "folder") are first scaled to the side at which the network saw images in its
-    training, as `diffseg predict` does; official ones are not, since their protocols' sizes are known.
+    Images of any size, a user's own (protocol "folder") and ImageNet-S's, are first scaled to the side at which the
+    network saw images in its training, as `diffseg predict` does; VOC's and Cityscapes' are seen at their own.
     """
     size = images.shape[-2:]
-    if benchmark.protocol == FOLDER and (side := getattr(predict, "side", 0)):  # one by one: photographs are large
+    side = getattr(predict, "side", 0)
+    if side and benchmark.protocol in (FOLDER, "imagenet-s"):  # one by one: photographs are large
         inputs = torch.cat([resize(image[None].float() / 255, [side], antialias=True) for image in images])
     else:
         inputs = images.float() / 255
@@ -221,7 +222,7 @@ def predict_labels(
     for scale, mirrored in views:
         view = inputs.flip(-1) if mirrored else inputs
         if scale != 1.0:
-            small = [max(1, round(side * scale)) for side in inputs.shape[-2:]]
+            small = [max(1, round(length * scale)) for length in inputs.shape[-2:]]
             view = F.interpolate(view, size=small, mode="bilinear", antialias=True)
         output = predict(view)
         if not output.is_floating_point():

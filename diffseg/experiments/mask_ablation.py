@@ -157,7 +157,7 @@ def draw_variants(
         for one, maps in zip(drawn, kept[variant.steps, self_resolution(variant)], strict=True):
             ids = [benchmark.classes.index(name) for name in one.row.classes]
             mean = maps.mean(variant.resolutions, steps, variant.layers)
-            one.scores[variant] = class_scores(mean, ids, one.image.size[::-1])
+            one.scores[variant] = class_scores(mean, ids, one.image.size[::-1], options.inverted_above)
             one.attention[variant] = maps.attention
     return drawn
 

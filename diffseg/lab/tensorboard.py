@@ -21,7 +21,8 @@ class Watcher:
     """What `train` calls after each step with its number (from 1), the network and what it recorded of the step.
 
     Each step's values are written to `folder`; each `every` steps also mIoU (0..1) on the development split, with the
-    current weights (not their average, which `ema` keeps), and the predictions of its first images.
+    current weights (not their average, which `ema` keeps) and at one scale, that of `predict_labels`, and the
+    predictions of its first images.
     """
 
     folder: Path

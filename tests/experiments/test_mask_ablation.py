@@ -36,7 +36,7 @@ from diffseg.segmenters import Segmenter, save_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
 from diffseg.tokens import token_positions
 
-OPTIONS = SynthesisOptions(64, 64, 4, 4.0, (16,), "all", 0.2, "none")
+OPTIONS = SynthesisOptions(64, 64, 4, 4.0, (16,), "all", 0.2, "none", inverted_above=0.3)  # turns some maps round
 BASE = Variant((16,), "2-3", "none")
 LAYERS = [(), ("down_blocks.*",), ("up_blocks.*",)]
 VARIANTS = one_at_a_time(BASE, [(8,), (16,), (8, 16)], step_choices(4), ["none", "pamr", "self-attention"], LAYERS)

@@ -38,7 +38,7 @@ RUNS = ("voc", "imagenet-s", "cityscapes")
 PEAK = {"fp16": 312e12, "bf16": 312e12, "fp32": 19.5e12}  # operations a second of an NVIDIA A100, dense (data sheet)
 SUSTAINED = 0.4  # of the peak; our assumption
 # validation images, and the size that a network reads: VOC's at most, ImageNet-S's assumed, Cityscapes' halves
-VALIDATION = {"voc": (1449, 512, 512), "imagenet-s": (12419, 512, 512), "cityscapes": (500, 512, 1024)}
+VALIDATION = {"voc": (1449, 512, 512), "imagenet-s": (12419, 224, 320), "cityscapes": (500, 512, 1024)}
 TRAINING = 3  # a training step costs three forward passes: the gradients by inputs and by weights are one each
 TUNING = 2  # LoRA's frozen weights need no gradient; checkpointing repeats the forward pass
 KINDS = {  # of the files of a synthetic image: suffix, how they are enlarged, how they are written
