@@ -238,6 +238,8 @@ def test_cocos_json_is_drawn_and_overlaps_of_two_classes_are_ignored(tmp_path, c
     [
         (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 1 of .* has no segmentation"),
         (lambda c: c["annotations"][0].update(category_id=5), "uses the category 5, which it does not list"),
+        (lambda c: c["annotations"][0].update(category_id=5, id=2), "uses the category 5, which it does not list"),
+        (lambda c: c["annotations"][0].update(image_id="7"), "is no COCO JSON of instances .*of the image '7'"),
         (lambda c: c.pop("images"), "is no COCO JSON of instances"),
         (lambda c: c["images"][0].update(file_name="three.jpg"), "1 images or labels .* are missing"),
         (lambda c: c["images"][0].update(file_name="../val/one.jpg"), "outside of the data set"),
