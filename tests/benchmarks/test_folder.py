@@ -334,9 +334,12 @@ def test_the_parameters_are_checked_before_anything_is_drawn(exported):
         ({"evaluation_split": ""}, "val.txt is missing; the splits there are: default"),
         ({"train_real": True}, "train.txt is missing"),
         ({"data_root": str(exported / "no"), "train_real": True}, "there is no data root"),
+        ({"data_root": "mini", "train_real": True}, "data_root is mini, .*--only 1-4"),
     ]:
         with pytest.raises(DiffsegError, match=sentence):
             check_together(own | changes, "own.yaml")
+    nothing_is_read = {"data_root": "mini", "train_real": False, "mix_real": False}
+    check_together(own | nothing_is_read, "own.yaml")  # as with --only 1-4
     assert declarations.check({"data_names": {"a": "b"}}, {"data_names": {}}, "x") == {"data_names": {"a": "b"}}
     with pytest.raises(DiffsegError, match="data_names"):
         declarations.check({"data_names": {"a": 1}}, {"data_names": {}}, "x")
