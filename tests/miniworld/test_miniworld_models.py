@@ -398,4 +398,5 @@ def test_the_sheet_of_worst_answers_begins_with_the_worst(tmp_path):
     assert (tmp_path / "sheet.png").is_file()
     seen = list(worst.sam_answers(4))
     assert len(seen) == 4 and min(worst.mean_iou(truth, found) for _, truth, found in seen) > 0.5
-    assert all(truth.any() for _, truth, _ in worst.oracle_answers(8))
+    seen = list(worst.oracle_answers(24))
+    assert len(seen) == 23 and min(worst.mean_iou(truth, found) for _, truth, found in seen) > 0.5  # one shows no class
