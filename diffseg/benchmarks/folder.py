@@ -259,12 +259,15 @@ def _coco_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, C
             coco.createIndex()
         keys = ("id", "file_name", "height", "width")
         listed = [tuple(image[key] for key in keys) for image in coco.dataset["images"]]
-        if len({number for number, *_ in listed}) < len(listed) or not isinstance(coco.dataset["annotations"], list):
+        annotations = coco.dataset["annotations"]  # coco.anns has one of each id
+        if len({number for number, *_ in listed}) < len(listed) or not isinstance(annotations, list):
             raise ValueError("two images have one id, or there is no list of annotations")
         if not all(isinstance(length, int) for *_, height, width in listed for length in (height, width)):
             raise ValueError("an image has no size")
         names = {number: category["name"] for number, category in coco.cats.items()}
-        used = {annotation["category_id"] for annotation in coco.anns.values()}
+        used = {annotation["category_id"] for annotation in annotations}
+        if lost := {annotation["image_id"] for annotation in annotations} - {number for number, *_ in listed}:
+            raise ValueError(f"annotations are of the image {lost.pop()!r}, which is not listed")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffsegError(f"{path} is no COCO JSON of instances ({error!r}); export it again.") from None
     if not used <= names.keys():

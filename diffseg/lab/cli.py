@@ -1,7 +1,6 @@
 """The command `diffseg`: run a parameter file's notebooks or a study, list, publish, clean up, predict and export."""
 
 import argparse
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from diffseg.lab.parameters import parse_assignments
 from diffseg.lab.runs import trouble, writing
 from diffseg.lab.steps import STEPS, linked_keys, results_folder, step_key
 from diffseg.lab.studies import print_studies, run_study, study_files
-from diffseg.lab.working_copy import init
+from diffseg.lab.working_copy import entry, init
 from diffseg.paths import from_home, project_root
 
 MAC = "diffseg was never run on macOS; if its GPU (MPS) lacks an operation, ACCELERATE_TORCH_DEVICE=cpu takes the CPU"
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         if processes.rank():
             processes.assist()  # the main process reads the arguments
         elif arguments.command == "init":
-            print(f"cd {shlex.quote(str(init(arguments.folder)))} and run diffseg there, as in: diffseg run smoke")
+            print(f"{entry(init(arguments.folder))} and run diffseg there, as in: diffseg run smoke")
         elif arguments.command == "list":
             print_list()
         elif arguments.command == "run":

@@ -175,9 +175,10 @@ def lacks(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if parameters.get("tensorboard_every") and find_spec("tensorboard") is None:
         rule = "be 0 here, as TensorBoard is not installed"
         yield "tensorboard_every", rule, "Set `tensorboard_every=0`, or run pip install tensorboard."
-    if given(parameters, "benchmark", "data_root") and not is_short_name("data_root", parameters["data_root"]):
-        # own classes have no official data, and a folder has no classes of its own
-        if (parameters["benchmark"] == "folder") == bool(parameters.get("class_list")):
+    if given(parameters, "benchmark", "data_root"):
+        is_folder, is_short = parameters["benchmark"] == "folder", is_short_name("data_root", parameters["data_root"])
+        # own classes have no official data, and a folder has no classes of its own; mini need not be opened
+        if is_folder == bool(parameters.get("class_list")) and (is_folder or not is_short):
             open_data(parameters)
     trained = ["training_precision"] + (["lora_precision"] if parameters.get("target_images") else [])
     for name in trained:
@@ -198,5 +199,10 @@ def open_data(parameters: dict[str, Any]) -> None:
     bench = get_benchmark(get("benchmark"), get("class_list", []), get("data_names"))
     splits = [bench.training_split] if get("train_real") or get("mix_real") else []
     splits += [get("evaluation_split") or bench.evaluation_split] if "evaluation_split" in parameters else []
+    if splits and get("benchmark") == "folder" and is_short_name("data_root", get("data_root")):
+        raise DiffsegError(
+            f"data_root is {get('data_root')}, where no images of your own lie; set it to the folder of your "
+            "export, or train on synthetic images only and stop before the score (`--only 1-4`)."
+        )
     for split in splits:
         open_split(bench, data_folder(get("data_root")), split)

@@ -63,7 +63,7 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: 
             stdout_file=Live(sys.stdout),
             stderr_file=Live(sys.stderr),
             start_timeout=300,
-            cwd=folder,
+            resources={"metadata": {"path": str(folder)}},  # not cwd, which would move this process, too
         )
         return
     except papermill.PapermillExecutionError as error:

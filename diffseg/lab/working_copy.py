@@ -1,5 +1,7 @@
 """`diffseg init FOLDER`: notebooks and parameter files to work with, for a package installed without a clone."""
 
+import contextlib
+import shlex
 import shutil
 from pathlib import Path
 
@@ -26,3 +28,10 @@ def init(folder: str) -> Path:
         (target / "results").mkdir(exist_ok=True)
         shutil.copy(source / "results" / "published.csv", target / "results")
     return target
+
+
+def entry(folder: Path) -> str:
+    """Return what to type to work in a folder of `init`; a clone, or DIFFSEG_ROOT as it is set, would go before it."""
+    with contextlib.chdir(folder):
+        is_root = project_root().samefile(folder)
+    return f"cd {shlex.quote(str(folder))}" + ("" if is_root else ', export DIFFSEG_ROOT="$PWD"')

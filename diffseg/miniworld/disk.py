@@ -1,5 +1,6 @@
 """The mini benchmarks on disk, in the official layouts, so that the same readers serve mini and real data."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -35,28 +36,38 @@ def mini_data() -> Path:
     Raises a DiffsegError when it cannot be written.
     """
     root = project_root() / "results" / "data" / f"mini-{MINI_BENCHMARKS['version']}"
-    if not (root / "world.json").is_file():
+    if not is_whole(root):
         write_benchmarks(root)
     return root
+
+
+def is_whole(root: Path) -> bool:
+    return (root / "world.json").is_file()
 
 
 def write_benchmarks(root: Path, sizes: dict = MINI_BENCHMARKS) -> None:
     """Write all mini benchmarks beside `root` and rename the folder at the end, so that it is whole or absent.
 
+    A `root` without world.json, as an interrupted copy leaves it, is replaced.
+
     sizes: "version", "seed", and for each benchmark to be written its pictures per split (see `MINI_BENCHMARKS`).
     """
-    temporary = temporary_beside(root)
+    temporary, broken = temporary_beside(root), temporary_beside(root)
     try:
         for name, (folder, write) in WRITERS.items():
             if name in sizes:
                 write(temporary / folder, sizes[name], sizes["seed"])
         (temporary / "world.json").write_text(json.dumps(sizes, indent=1))
-        if not root.exists():  # another process may have been faster
+        if not is_whole(root):  # another process may have been faster
+            with contextlib.suppress(FileNotFoundError):
+                root.rename(broken)  # a copy that was interrupted; to remove it in place would take too long
             temporary.rename(root)
     except OSError as error:
-        raise DiffsegError(f"the mini world cannot be written to {root} ({error}); free space there") from error
+        if not is_whole(root):  # else another process was faster, after all
+            raise DiffsegError(f"the mini world cannot be written to {root} ({error}); free space there") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, broken):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def voc_scene(seed: int, split: str, index: int) -> Scene:

@@ -239,6 +239,8 @@ def test_cocos_json_is_drawn_and_overlaps_of_two_classes_are_ignored(tmp_path, c
     [
         (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 1 of .* has no segmentation"),
         (lambda c: c["annotations"][0].update(category_id=5), "uses the category 5, which it does not list"),
+        (lambda c: c["annotations"][0].update(category_id=5, id=2), "uses the category 5, which it does not list"),
+        (lambda c: c["annotations"][0].update(image_id="7"), "is no COCO JSON of instances .*of the image '7'"),
         (lambda c: c.pop("images"), "is no COCO JSON of instances"),
         (lambda c: c["images"][0].update(file_name="three.jpg"), "1 images or labels .* are missing"),
         (lambda c: c["images"][0].update(file_name="../val/one.jpg"), "outside of the data set"),
@@ -333,9 +335,12 @@ def test_the_parameters_are_checked_before_anything_is_drawn(exported):
         ({"evaluation_split": ""}, "val.txt is missing; the splits there are: default"),
         ({"train_real": True}, "train.txt is missing"),
         ({"data_root": str(exported / "no"), "train_real": True}, "there is no data root"),
+        ({"data_root": "mini", "train_real": True}, "data_root is mini, .*--only 1-4"),
     ]:
         with pytest.raises(DiffsegError, match=sentence):
             check_together(own | changes, "own.yaml")
+    nothing_is_read = {"data_root": "mini", "train_real": False, "mix_real": False}
+    check_together(own | nothing_is_read, "own.yaml")  # as with --only 1-4
     assert declarations.check({"data_names": {"a": "b"}}, {"data_names": {}}, "x") == {"data_names": {"a": "b"}}
     with pytest.raises(DiffsegError, match="data_names"):
         declarations.check({"data_names": {"a": 1}}, {"data_names": {}}, "x")

@@ -8,18 +8,24 @@ from safetensors.torch import load_file
 
 from diffseg.experiments import encoder
 from diffseg.experiments.encoder import NAMES, NamedScenes, Namer
-from diffseg.miniworld.disk import voc_scene
+from diffseg.miniworld.disk import MINI_BENCHMARKS, WRITERS, write_benchmarks
 from diffseg.paths import locate
 from diffseg.segmenters import load_encoder
 
 
-def test_scenes_name_what_they_show_and_are_no_benchmarks():
-    scenes = NamedScenes(0, "encoder")
-    counts = [int(scenes[k][1].sum()) for k in range(60)]
+def test_scenes_name_what_they_show_and_are_no_benchmarks(tmp_path, monkeypatch):
+    """No scene has a benchmark's seed; the images would differ even then, as a benchmark samples otherwise."""
+    seeds, generator = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or generator(seed))
+    scenes = [NamedScenes(0, name)[k] for name in ("encoder", "encoder-test") for k in range(60)]
+    counts = [int(shown.sum()) for _, shown in scenes[:60]]
     assert set(counts) == {1, 2} and 15 < counts.count(2) < 45
-    own = {scenes[k][0].permute(1, 2, 0).numpy().tobytes() for k in range(60)}
-    benchmarks = {voc_scene(0, split, k).image.tobytes() for split in ("train", "val", "dev") for k in range(60)}
-    assert len(own) == 60 and not own & benchmarks
+    own = set(seeds)
+    assert len(own) == len({image.numpy().tobytes() for image, _ in scenes}) == 120
+    seeds.clear()
+    splits = {name: dict.fromkeys(MINI_BENCHMARKS[name], 8) for name in WRITERS}
+    write_benchmarks(tmp_path / "world", MINI_BENCHMARKS | splits)
+    assert len(set(seeds)) == 3 * 3 * 8 and not own & set(seeds)
 
 
 def train(folder, steps):

@@ -4,12 +4,14 @@ import asyncio
 import json
 import multiprocessing
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 
 from diffseg.lab import forked, kernel
 
+REPOSITORY = Path(__file__).parents[2]
 STARTING = "errors files forking lab lab.forked lab.locks miniworld paths"
 ASKED = """
 import json, multiprocessing, os, sys
@@ -21,7 +23,7 @@ from matplotlib import pyplot as plt
 plt.plot([1, 2])
 answer = dict(loaded=loaded, libraries=libraries, folder=os.getcwd(), session=os.getsid(0) == os.getpid(), run=run,
               runner=os.environ["DIFFSEG_RUNNER"], mine=os.environ["MINE"], name=__name__, arguments=sys.argv[1:2],
-              workers=multiprocessing.get_start_method())
+              workers=multiprocessing.get_start_method(), root=os.environ["DIFFSEG_ROOT"])
 unfinished = open("unfinished.txt", "w")
 unfinished.write("is flushed")
 import atexit
@@ -36,6 +38,8 @@ plt.show()
 def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
     monkeypatch.setattr(kernel, "forks", lambda: is_forked)
     monkeypatch.setenv("MINE", "set after the server was started")
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("DIFFSEG_ROOT", ".")  # where the command was given; the notebook works in another folder
     forked.warm()
     cells = [nbformat.v4.new_code_cell("run = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(ASKED)]
     kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -59,6 +63,7 @@ def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
         "name": "__main__",
         "arguments": ["-f"],
         "workers": multiprocessing.get_start_method(),
+        "root": str(REPOSITORY),
     }
     assert [(tmp_path / name).read_text() for name in ("unfinished.txt", "end.txt")] == ["is flushed", "is called"]
     shown = nbformat.read(tmp_path / "b.ipynb", 4).cells[-1].outputs

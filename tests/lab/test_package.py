@@ -62,12 +62,16 @@ def test_the_packages_that_the_project_names_are_required_and_used(name):
     assert any(module in path.read_text(encoding="utf-8") for path in files if path.is_file())
 
 
-def test_environment_yml_has_no_second_list_of_versions():
+def test_environment_yml_has_no_second_list_of_versions_and_takes_the_makefiles_pythons():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
     [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     assert [re.split(r"[<>=]", entry)[0] for entry in conda] == ["python", "pip"]
-    assert conda[0] == f"python{PROJECT['project']['requires-python']}"
+    makefile = (ROOT / "Makefile").read_text()
+    [(first, end)] = re.findall(r"\(3, (\d+)\) <= sys.version_info\[:2\] < \(3, (\d+)\)", makefile)
+    assert PROJECT["project"]["requires-python"] == f">=3.{first}" and conda[0] == f"python>=3.{first},<3.{end}"
+    for text in (makefile, (ROOT / "README.md").read_text()):
+        assert f"Python 3.{first} to 3.{int(end) - 1}" in text
     assert pip == ["-c constraints.txt", "-e .[test]"]
 
 
@@ -108,7 +112,7 @@ def unquoted(text: str) -> list[str]:
     """
     text = re.sub(r"<!-- table:.*?<!-- /table -->|^```.*?^```|\$\$.*?\$\$", "", text, flags=re.DOTALL | re.MULTILINE)
     text = QUOTED.sub("", re.sub(r"^\|.*?$|`[^`\n]*`|\$[^$\n]+\$|\]\([^)]*\)", "", text, flags=re.MULTILINE))
-    text = re.sub(rf"[\d.]+<!-- by hand: [^>]+ -->|\b({NAMES})\s[\d.]+|doi \S+", "", text)
+    text = re.sub(rf"[\d.]+<!-- by hand: [^>]+ -->|\b({NAMES})\s[\d.]+(?: to [\d.]+)?|doi \S+", "", text)
     return re.findall(r"(?<![\w.])\d+\.\d+(?!\.?\w)|\b\d+(?= seconds)", text)
 
 

@@ -60,6 +60,15 @@ def test_every_parameter_file_passes(path, capable):
     check_together(CHAIN | check(read_yaml(path), CHAIN, path.name), path.name)
 
 
+def test_the_lines_for_labelled_images_are_named_one_by_one_and_fit_together(tmp_path, capable):
+    text = (REPOSITORY / "notebooks" / "params" / "own-words-sdxl.yaml").read_text(encoding="utf-8")
+    *names, last = re.findall(r"^# ([a-z]\w+):", text, flags=re.MULTILINE)
+    assert f"remove the # before {', '.join(names)} and {last}, and" in text.replace("\n#", "")
+    path = tmp_path / "own.yaml"
+    path.write_text(re.sub(r"^# (?=[a-z]\w+:)", "", text, flags=re.MULTILINE), encoding="utf-8")
+    check_together(CHAIN | check(read_yaml(path), CHAIN, path.name), path.name)
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_configuration_of_a_study_passes(path, capable):
     study = read_yaml(path)

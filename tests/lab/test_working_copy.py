@@ -27,10 +27,19 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_init_writes_the_notebooks_once(tmp_path, capsys):
     assert main(["init", str(tmp_path / "my work")]) == 0
-    assert f"cd '{tmp_path / 'my work'}' and run diffseg there" in capsys.readouterr().out
     assert files(tmp_path / "my work" / "notebooks") == files(REPOSITORY / "notebooks")
     assert (tmp_path / "my work" / "results" / "published.csv").is_file()
     assert main(["init", str(tmp_path / "my work")]) == 1 and "is there already" in capsys.readouterr().err
+
+
+def test_what_init_prints_makes_diffseg_take_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("DIFFSEG_ROOT", raising=False)
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["init", str(tmp_path / "a b")]) == 0
+    assert f"cd '{tmp_path / 'a b'}', export DIFFSEG_ROOT=\"$PWD\" and run diffseg there" in capsys.readouterr().out
+    monkeypatch.setattr("diffseg.paths.__file__", str(tmp_path / "site-packages" / "diffseg" / "paths.py"))
+    assert main(["init", str(tmp_path / "c")]) == 0
+    assert f"cd {tmp_path / 'c'} and run diffseg there" in capsys.readouterr().out
 
 
 def test_without_a_clone_the_root_is_the_nearest_working_copy(tmp_path, monkeypatch):
@@ -82,15 +91,15 @@ def test_the_wheel_runs_in_a_fresh_environment_outside_the_clone(tmp_path):
     where = command(python, "-c", "import diffseg; print(diffseg.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(packages) and diffseg.__file__ not in where
     script = str(python.with_name("diffseg"))
-    command(script, "init", "work", cwd=tmp_path)
+    assert "DIFFSEG_ROOT" not in command(script, "init", "work", cwd=tmp_path)
     assert files(tmp_path / "work" / "notebooks") == files(REPOSITORY / "notebooks")
-    printed = command(script, "run", "smoke", cwd=tmp_path / "work")
-    summary = json.loads((tmp_path / "work" / "results" / "runs" / "smoke" / "summary.json").read_text())
+    made = tmp_path / "elsewhere" / "runs" / "smoke"  # no working copy lies above it
+    printed = command(script, "run", "smoke", "--out", str(tmp_path / "elsewhere"), cwd=tmp_path / "work")
+    summary = json.loads((made / "summary.json").read_text())
     assert summary["images"] == 24 and "06_overview.png" in printed
-    manifest = json.loads((tmp_path / "work/results/runs/smoke/06_report/manifest.json").read_text())
+    manifest = json.loads((made / "06_report" / "manifest.json").read_text())
     assert manifest["git"] is None and manifest["versions"]["diffseg"] == diffseg.__version__
     assert "smoke" in command(script, "list", cwd=tmp_path / "work" / "notebooks")
-    made = tmp_path / "work" / "results" / "runs" / "smoke"
     network, image = made / "04_robust_training" / "synthetic", made / "03_synthesis" / "JPEGImages" / "000000.jpg"
     command(script, "predict", str(network), str(image), "--out", "predicted", cwd=tmp_path)
     assert (tmp_path / "predicted" / "masks" / "000000.png").is_file()

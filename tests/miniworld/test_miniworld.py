@@ -1,6 +1,7 @@
 """The mini world: seeded scenes with exact masks, official folders, and a vocabulary that covers its pictures."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -144,6 +145,16 @@ def test_the_mini_world_that_cannot_be_written_says_so_and_leaves_nothing(tmp_pa
     with pytest.raises(DiffsegError, match="cannot be written"):
         disk.write_benchmarks(tmp_path / "file" / "world", {"version": 1, "seed": 0, "voc": {"train": 1, "val": 1}})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_half_a_copy_of_the_mini_world_is_replaced_whichever_process_is_first(tmp_path):
+    sizes = {"version": 1, "seed": 0, "voc": {"train": 1, "val": 1}}
+    with ThreadPoolExecutor(4) as processes:
+        for world in [tmp_path / str(number) for number in range(5)]:
+            (world / "VOCdevkit").mkdir(parents=True)
+            list(processes.map(lambda _, root=world: disk.write_benchmarks(root, sizes), range(4)))
+            assert json.loads((world / "world.json").read_text()) == sizes and len(open_split(VOC, world, "val")) == 1
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.fixture(scope="module")

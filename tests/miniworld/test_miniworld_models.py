@@ -168,6 +168,16 @@ def test_copies_are_no_diversity():
     assert copies["distinct_layouts"] == 0 and copies["layout"] == 0 and copies["colours"] < 1e-3
 
 
+def test_diversity_is_the_same_to_the_last_bit_in_every_process():
+    """Python's hashes of texts, and with them the order of a set, differ between processes as these names do."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (8, 8, 3), dtype=np.uint8) for _ in range(40)]
+    objects = [torch.from_numpy(image[..., 0] > 128) for image in images]
+    rows = [[{"class": f"{name}{k % 10}", "objects": seen} for k, seen in enumerate(objects)] for name in "abcdefgh"]
+    first, *others = (measure.diversity(named, images) for named in rows)
+    assert all(other == first for other in others)
+
+
 def test_prompts_ask_for_every_word_and_mark_it():
     asked = single_prompts(945, 0)
     words = [word for picture in PICTURES if picture.voc_class for word in picture.words]
@@ -388,4 +398,5 @@ def test_the_sheet_of_worst_answers_begins_with_the_worst(tmp_path):
     assert (tmp_path / "sheet.png").is_file()
     seen = list(worst.sam_answers(4))
     assert len(seen) == 4 and min(worst.mean_iou(truth, found) for _, truth, found in seen) > 0.5
-    assert all(truth.any() for _, truth, _ in worst.oracle_answers(8))
+    seen = list(worst.oracle_answers(24))
+    assert len(seen) == 23 and min(worst.mean_iou(truth, found) for _, truth, found in seen) > 0.5  # one shows no class

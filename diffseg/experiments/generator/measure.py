@@ -129,7 +129,7 @@ def diversity(rows: list[dict], images: list[np.ndarray]) -> dict[str, float]:
     of pictures whose layout is farther than ALIKE from every other one. nan where no class has two pictures.
     """
     layouts, colours = [], []
-    for name in {row["class"] for row in rows}:
+    for name in sorted({row["class"] for row in rows}):
         members = [k for k, row in enumerate(rows) if row["class"] == name]
         if len(members) > 1:
             layouts.append(nearest_distances(torch.stack([rows[k]["objects"] for k in members])))
