@@ -37,7 +37,8 @@ study-label_efficiency: install
 	$(TRAIN).label_efficiency mini-voc --finer mini-imagenet-s --seeds 3 --counts 20 90 720
 
 study-robust: install
-	$(TRAIN).robust mini-voc --runs mini-voc-unrefined --arms edge-aware
+	$(TRAIN).robust mini-voc --runs mini-voc-unrefined \
+		--arms edge-aware "edge-aware, one network" "edges without a network"
 	$(TRAIN).robust mini-cityscapes --runs mini-cityscapes-unrefined --arms edge-aware
 
 study-ladder: install
