@@ -1,5 +1,6 @@
 """Loading generators of several families, from folders and single files; what is missing or damaged is one sentence."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import diffusers
 import numpy as np
 import pytest
+import sentencepiece
 import tiny_loading
 import torch
 from accelerate import PartialState
@@ -94,6 +96,20 @@ def test_timesteps_that_the_files_leave_to_their_schedulers_class_stay(sd1):
     file.write_text(json.dumps(config))
     for name, spacing in {"dpm++": "leading", "dpm++ trailing": "trailing"}.items():
         assert load_generator(str(sd1), scheduler=name).scheduler.config.timestep_spacing == spacing
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(folders, tmp_path):
+    """As PixArt's and the first T5s have it."""
+    folder = shutil.copytree(folders("pixart"), tmp_path / "pixart")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    model, marks = io.BytesIO(), dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat on grass"]), model_writer=model, vocab_size=12, minloglevel=2, **marks
+    )
+    (folder / "tokenizer" / "spiece.model").write_bytes(model.getvalue())
+    ids = [*sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode("grass on a cat"), 1]
+    for tokenizer in (load_generator(str(folder)).tokenizer, load_tokenizer(str(folder))):
+        assert tokenizer("grass on a cat").input_ids == ids
 
 
 def test_half_precision_and_offload_on_a_cpu_are_said_and_not_done(folders, capsys):
