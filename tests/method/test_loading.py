@@ -190,11 +190,19 @@ def test_single_files_that_cannot_be_loaded(folders, tmp_path, monkeypatch):
         load_generator(str(model))
     shutil.rmtree(tmp_path / "model")
     shutil.copytree(folders("sd1"), tmp_path / "model")
-    with pytest.raises(DiffsegError, match="cannot be loaded from .*model.safetensors .*; download or save it again"):
+    with pytest.raises(DiffsegError, match="model.safetensors does not hold all of a StableDiffusionPipeline; give"):
         load_generator(str(model))  # as with a file that is no generator
     (tmp_path / "model.ckpt").write_bytes(b"pickled")
     with pytest.raises(DiffsegError, match="model.ckpt is no .safetensors file"):
         load_generator(str(tmp_path / "model.ckpt"))
+
+
+def test_a_single_file_of_the_denoiser_alone(folders, tmp_path):
+    """As flux1-dev.safetensors is."""
+    folder, file = shutil.copytree(folders("flux"), tmp_path / "model"), tmp_path / "model.safetensors"
+    shutil.copy(folder / "transformer" / "diffusion_pytorch_model.safetensors", file)
+    with pytest.raises(DiffsegError, match="does not hold all of a FluxPipeline; give the folder or hub id of the"):
+        load_generator(str(file))
 
 
 def offline(*_, **__):
