@@ -35,8 +35,9 @@ from diffseg.weight_files import PICKLES, check_file
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
-# how the names of the two matrices end: A, "down", comes first and B, "up", second
-MATRIX = re.compile(r"[._]lora(?:_|\.|_linear_layer\.)(?P<half>A|B|down|up)\.weight$")
+# how the names of the two matrices end: A, "down", comes first and B, "up", second; a PEFT model's own state_dict()
+# has the adapter's name in them, "default"
+MATRIX = re.compile(r"[._]lora(?:_|\.|_linear_layer\.)(?P<half>A|B|down|up)(?:\.default)?\.weight$")
 Weights = dict[str, torch.Tensor]
 Layers = dict[str, dict[str, Weights]]  # component -> layer -> {"A": rank x inputs, "B": outputs x rank}
 
@@ -175,8 +176,8 @@ def layer_names(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def with_components(pipeline, weights: Weights) -> Weights:
-    """Name the component (the denoiser) where a file leaves it out, as PEFT does, and resolve kohya's underscores where
-    diffusers has no loader that does."""
+    """Name the component (the denoiser) where a file leaves it out, as PEFT does, leave the adapter's name out, and
+    resolve kohya's underscores where diffusers has no loader that does."""
     denoiser = denoiser_name(pipeline)
     layers = layer_names(getattr(pipeline, denoiser))
     names = {name: name for name in layers}
@@ -184,6 +185,7 @@ def with_components(pipeline, weights: Weights) -> Weights:
         names |= {f"lora_{who}_{name.replace('.', '_')}": name for name in layers for who in ("unet", "transformer")}
     renamed = {}
     for key, value in weights.items():
+        key = key.replace(".default.weight", ".weight")
         short = key.removeprefix("base_model.model.")
         matrix = MATRIX.search(short)
         layer = short[: matrix.start()] if matrix else short.removesuffix(".alpha")

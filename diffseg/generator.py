@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub import snapshot_download
 from PIL import Image
@@ -170,7 +170,7 @@ def _load_pipeline(name: str, dtype: torch.dtype, variant: str) -> DiffusionPipe
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a checkpoint in one file, as Stable Diffusion's and Flux's are distributed."""
+    """Load a whole pipeline from one file, as Stable Diffusion is distributed (Flux's holds its transformer alone)."""
     check_file(path)
     if path.suffix != ".safetensors":
         raise DiffsegError(f"{path.name} is no .safetensors file; only these are read, choose another copy.")
@@ -178,7 +178,12 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     kind = getattr(diffusers, DiffusionPipeline.load_config(config)["_class_name"])
     if not hasattr(kind, "from_single_file"):
         raise DiffsegError(f"diffusers cannot load {kind.__name__} from one file; give its folder or hub id.")
-    return kind.from_single_file(str(path), config=config, dtype=dtype)
+    try:
+        return kind.from_single_file(str(path), config=config, dtype=dtype)
+    except SingleFileComponentError as error:
+        raise DiffsegError(
+            f"{path.name} does not hold all of a {kind.__name__}; give the folder or hub id of the whole pipeline."
+        ) from error
 
 
 def _config_of(path: Path) -> str:

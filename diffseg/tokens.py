@@ -26,8 +26,10 @@ def token_positions(
     for start, stop in spans:
         word, first, last = prompt[start:stop], start + len(prefix), stop + len(prefix)
         overlaps = [(max(left, first), min(right, last)) for left, right in offsets]
-        # a blank inside a compound may have a token of its own, which says nothing
+        # a blank inside a compound or before a word may have a token of its own, which says nothing; T5 gives it the
+        # place of the letter behind it
         found = [k for k, (left, right) in enumerate(overlaps) if (prefix + prompt)[left:right].strip()]
+        found = [k for k in found if tokenizer.decode(ids[k]).strip()]
         if not found:
             raise DiffsegError(f"the span {start}:{stop} holds no word of {prompt!r}; correct the span")
         if found[-1] > longest - 2:  # the last position is the end mark's

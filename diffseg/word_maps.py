@@ -1,7 +1,8 @@
 """Word maps: what is kept of an image's attention, so that masks can be cut from it in another way later.
 
 A map says how much each position of the image reads of one word. Kept are the maps of every layer and of every step,
-or of the sum over some steps: a few kB a word. Which layers and steps are averaged is chosen when masks are cut.
+or of the sum over some steps. With Stable Diffusion 1.5 at 512 pixels, that is 54 kB a word for each step or sum. Which
+layers and steps are averaged is chosen when masks are cut.
 """
 
 import json

@@ -282,6 +282,7 @@ def test_keys_are_those_of_the_embeddings_that_the_denoiser_gets(name, prompt):
     for word, positions in zip(words, found, strict=True):
         for key, keys in key_ranges(pipeline).items():
             tokens = getattr(pipeline, key).convert_ids_to_tokens([int(ids[k]) for k in positions if k in keys])
+            assert not {"▁", "Ġ"} & set(tokens)  # a blank alone
             text = "".join(tokens).replace("</w>", "").replace("##", "").replace("Ġ", "").replace("▁", "")
             assert text.lower() == word.lower().replace(" ", "")
 

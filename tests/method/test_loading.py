@@ -1,5 +1,6 @@
 """Loading generators of several families, from folders and single files; what is missing or damaged is one sentence."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import diffusers
 import numpy as np
 import pytest
+import sentencepiece
 import tiny_loading
 import torch
 from accelerate import PartialState
@@ -96,6 +98,20 @@ def test_timesteps_that_the_files_leave_to_their_schedulers_class_stay(sd1):
         assert load_generator(str(sd1), scheduler=name).scheduler.config.timestep_spacing == spacing
 
 
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(folders, tmp_path):
+    """As PixArt's and the first T5s have it."""
+    folder = shutil.copytree(folders("pixart"), tmp_path / "pixart")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    model, marks = io.BytesIO(), dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat on grass"]), model_writer=model, vocab_size=12, minloglevel=2, **marks
+    )
+    (folder / "tokenizer" / "spiece.model").write_bytes(model.getvalue())
+    ids = [*sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode("grass on a cat"), 1]
+    for tokenizer in (load_generator(str(folder)).tokenizer, load_tokenizer(str(folder))):
+        assert tokenizer("grass on a cat").input_ids == ids
+
+
 def test_half_precision_and_offload_on_a_cpu_are_said_and_not_done(folders, capsys):
     for precision in ("fp16", "bf16"):
         pipeline = load_generator(str(folders("sd1")), precision=precision)
@@ -174,11 +190,19 @@ def test_single_files_that_cannot_be_loaded(folders, tmp_path, monkeypatch):
         load_generator(str(model))
     shutil.rmtree(tmp_path / "model")
     shutil.copytree(folders("sd1"), tmp_path / "model")
-    with pytest.raises(DiffsegError, match="cannot be loaded from .*model.safetensors .*; download or save it again"):
+    with pytest.raises(DiffsegError, match="model.safetensors does not hold all of a StableDiffusionPipeline; give"):
         load_generator(str(model))  # as with a file that is no generator
     (tmp_path / "model.ckpt").write_bytes(b"pickled")
     with pytest.raises(DiffsegError, match="model.ckpt is no .safetensors file"):
         load_generator(str(tmp_path / "model.ckpt"))
+
+
+def test_a_single_file_of_the_denoiser_alone(folders, tmp_path):
+    """As flux1-dev.safetensors is."""
+    folder, file = shutil.copytree(folders("flux"), tmp_path / "model"), tmp_path / "model.safetensors"
+    shutil.copy(folder / "transformer" / "diffusion_pytorch_model.safetensors", file)
+    with pytest.raises(DiffsegError, match="does not hold all of a FluxPipeline; give the folder or hub id of the"):
+        load_generator(str(file))
 
 
 def offline(*_, **__):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_loading import build, picture
 
@@ -93,6 +94,21 @@ def write_bare(folder, loras):
     return RANK
 
 
+def with_adapter_name(write):
+    """As a PEFT model's own state_dict() names the matrices."""
+
+    def write_named(folder, loras):
+        alpha = write(folder, loras)
+        [file] = folder.glob("*.safetensors")
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        weights = {key.replace(".weight", ".default.weight"): value for key, value in load_file(file).items()}
+        save_file(weights, file, metadata)
+        return alpha
+
+    return write_named
+
+
 def write_attention_processors(folder, loras):
     [layers] = loras.values()
     weights = {}
@@ -160,6 +176,8 @@ FORMATS = {
     "sd1 alpha keys": ("sd1", write_alpha_keys, ["unet"]),
     "sd1 peft folder": ("sd1", write_peft, ["unet"]),
     "sd1 without prefix": ("sd1", write_bare, ["unet"]),
+    "sd1 with the adapter's name": ("sd1", with_adapter_name(write_diffusers), BOTH),
+    "sd1 without prefix, with the adapter's name": ("sd1", with_adapter_name(write_bare), ["unet"]),
     "sd1 old attention processors": ("sd1", write_attention_processors, ["unet"]),
     "sd1 kohya": ("sd1", kohya, ["unet"]),
     "sd1 kohya, text encoder": ("sd1", kohya, BOTH),
@@ -177,6 +195,7 @@ FORMATS = {
     "pixart diffusers": ("pixart", write_diffusers, ["transformer"]),
     "pixart alpha keys": ("pixart", write_alpha_keys, ["transformer"]),
     "pixart peft folder": ("pixart", write_peft, ["transformer"]),
+    "pixart with the adapter's name": ("pixart", with_adapter_name(write_diffusers), ["transformer"]),
     "pixart kohya": ("pixart", kohya, ["transformer"]),
     "hunyuan diffusers": ("hunyuan", write_diffusers, ["transformer"]),
     "hunyuan peft folder": ("hunyuan", write_peft, ["transformer"]),

@@ -226,7 +226,7 @@ def test_the_set_is_vocs_layout(rows, whole):
 
 
 def test_word_maps_on_disk_give_the_masks_that_memory_gives(pipeline, rows, tmp_path):
-    """Half precision and JPEG move few pixels; an image's maps are a few kB."""
+    """Half precision and JPEG move few pixels; the mini generator's maps take at most 40 kB a word."""
     options = replace(OPTIONS, jpeg_quality=100)
     draw_set(pipeline, rows[:4], tmp_path, options, 4)
     refine = options.refine("cpu")
