@@ -21,6 +21,12 @@ from diffseg.seeds import derive_seed
 from diffseg.words import TWO_CLASSES, Word, nfc, plural, with_article
 
 _TOKEN = re.compile(r"(?:[^\W_][\u0300-\u036f]*)+")  # with the accents of the decomposed form
+# "a ", "a small black ", "a grazing ": an article with up to three words that may be adjectives, before a class's word
+_ARTICLE = re.compile(
+    r"(?<!\w)an?\s+((?:\w+ing\s+)?(?:(?!(?:an?|and|behind|by|couple|dozen|few|for|hundred|near|of|some|the"
+    r"|two|where|with|\w+ing)\s)[\w-]+\s+){0,2})$",
+    re.IGNORECASE,
+)
 _COLUMNS = ("index", "prompt", "classes", "words", "spans", "relations", "depths", "negative", "seed")
 
 
@@ -71,25 +77,27 @@ def _tokens(text: str) -> tuple[str, ...]:
     return tuple(nfc(token.lower()) for token in _TOKEN.findall(text))
 
 
-def means_another(word: Word) -> bool:
-    """Return whether a class's word stands in this one and does not show the class: "hot dog", or another class too:
-    "guard dog"."""
-    return word.relation == "other" or word.reason.startswith(TWO_CLASSES)
+def _inflected(words: Sequence[Word]) -> dict[tuple[str, ...], tuple[Word, bool]]:
+    """Return singular and plural forms, as lower-case tokens -> (row, is plural); the singular wins."""
+    forms = {_tokens(plural(word.word)): (word, True) for word in words}
+    return forms | {_tokens(word.word): (word, False) for word in words}
 
 
 def _forms(words: Sequence[Word]) -> dict[tuple[str, ...], tuple[Word, bool]]:
-    """Return singular and plural forms, as lower-case tokens -> (row, is plural); the singular wins."""
-    used = [word for word in words if word.keep or means_another(word)]
-    forms = {_tokens(plural(word.word)): (word, True) for word in used}
-    return forms | {_tokens(word.word): (word, False) for word in used}
+    """Return the forms that `find_words` looks for, "baby horse" and "adult horse" beside every "horse"."""
+    others = _inflected([word for word in words if word.relation == "other"])
+    shown = _inflected([word for word in words if word.keep or word.reason.startswith(TWO_CLASSES)])
+    aged = {(age, *form): row for form, row in (others | shown).items() for age in ("baby", "adult")}
+    return others | aged | shown  # the later wins: "baby sheep" is another thing only where no class is sheep
 
 
 def find_words(caption: str, words: Sequence[Word]) -> list[Match]:
     """Return the class words in a caption, left to right: kept words, singular or plural, whatever the case.
 
     The longest word wins ("police car", not "car"); compounds of the table's relation "other" ("hot dog") and
-    parts of hyphenated words ("dog-friendly") are no match. "é" is the same composed and decomposed; the places are
-    those in the caption as it is given.
+    parts of hyphenated words ("dog-friendly") are no match. A compound that is never drawn because it contains
+    another class's word ("guard dog") is a match of its own class, as are "baby horse" and "adult horse" of horse's.
+    "é" is the same composed and decomposed; the places are those in the caption as it is given.
     """
     return _find(caption, _forms(words))
 
@@ -113,7 +121,7 @@ def _find(caption: str, forms: dict[tuple[str, ...], tuple[Word, bool]]) -> list
             is_written = whole or word and (together or nfc(caption[start:end].lower()) == nfc(word.word.lower()))
             end = max(end, start + len(word.word)) if whole else end
             if is_written and not part_of_longer:
-                if not means_another(word):
+                if word.relation != "other":
                     matches.append(Match(start, end, word, is_plural))
                 i += n
                 break
@@ -266,12 +274,12 @@ def _captioned(captions, words, classes, chooser, balance, rng):
             if word.relation == "plain":  # the caption's own word stays
                 word = match.word
             else:
-                article = re.search(r"(?<!\w)an?\s+$", before, re.IGNORECASE)
+                article = _ARTICLE.search(before)
                 own = match.word.word.lower()
                 many = match.plural or (not article and plural(own) == own)  # "three sheep": several, most likely
                 new = plural(word.word) if many else word.word
                 if article and not many:
-                    phrase = with_article(new)
+                    phrase = with_article(article[1] + new)
                     phrase = phrase[0].upper() + phrase[1:] if article[0][0].isupper() else phrase
                     before, new = before[: article.start()] + phrase[: -len(new)], phrase[-len(new) :]
                 elif written[0].isupper() and match.start == 0:

@@ -24,7 +24,7 @@ from diffseg.lab.parameters import declared, is_parameters, read_cells, read_yam
 from diffseg.lab.steps import STEPS
 from diffseg.lab.steps import notebook_of as notebook_path
 from diffseg.paths import project_root
-from diffseg.prompts import augment, write_prompts
+from diffseg.prompts import augment, find_words, write_prompts
 from diffseg.words import load_words
 
 PAPER = ("voc", "imagenet-s", "cityscapes")
@@ -164,6 +164,13 @@ def test_every_constant_has_its_source_or_says_that_it_is_our_choice(name):
         assert re.search(SOURCE, " ".join(said[key])) or "AdamW" in said[key][0], f"{key} does not say whose it is"
     if name == "voc":  # the file of the published number follows its sources throughout
         assert marked == known and len(known) == sum(map(len, KNOWN.values()))
+
+
+@pytest.mark.parametrize("name", [*PAPER, "mini-voc", "mini-imagenet-s", "mini-cityscapes"])
+def test_no_template_or_place_names_a_class_word_that_no_span_would_label(name):
+    values = declared(notebook_path("01_prompt_augmentation")) | read_yaml(PARAMS / f"{name}.yaml")
+    words = load_words(values["benchmark"])
+    assert not [text for text in values["templates"] + values["places"] if find_words(text, words)]
 
 
 def test_every_constant_of_the_method_names_its_source_in_a_comment_or_a_text():
