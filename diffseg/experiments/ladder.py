@@ -27,7 +27,16 @@ from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
 from diffseg.charts import dots
 from diffseg.errors import DiffsegError
 from diffseg.experiments.mask_ablation import load_reference
-from diffseg.experiments.paired import Relabelled, images_key, options_of, paired_gain, parser_of, scores, trained
+from diffseg.experiments.paired import (
+    Relabelled,
+    images_key,
+    options_of,
+    paired_gain,
+    parser_of,
+    real_key,
+    scores,
+    trained,
+)
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import read_rows, write_rows, write_text
 from diffseg.lab.batch import resolve, step_parameters
@@ -72,11 +81,11 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str], dict]
     folder = chosen.folder / parameters["run"]
     for rung in chosen.rungs:
         source = run.with_name(named.get(rung, run.name))
-        images = images_key(source)
+        images = images_key(source)  # refuses an unfinished step 3, whose size the real images take, too
         dataset = training_set(rung, benchmark, source, root)
         options = options_of(parameters, parameters["training_mode"] if rung == "robust" else "baseline")
         if rung == "real":
-            images = f"{parameters['data_root']} {root.name} {len(dataset)}"
+            images = real_key(parameters, root, len(dataset))
         else:
             used[source.name] = images
         for seed in range(chosen.seeds):

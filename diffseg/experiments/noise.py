@@ -27,7 +27,7 @@ from diffseg.benchmarks.metrics import ConfusionMatrix, mean_iou
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.charts import mean_interval, mean_lines
 from diffseg.errors import DiffsegError
-from diffseg.experiments.paired import options_of, parser_of, score, trained, with_earlier, write_tables
+from diffseg.experiments.paired import options_of, parser_of, real_key, score, trained, with_earlier, write_tables
 from diffseg.experiments.robust import ARMS, parameters_under
 from diffseg.figures import WIDTH, save_figure
 from diffseg.lab.provenance import provenance
@@ -132,7 +132,7 @@ def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
             labels = label_miou(pictures, noisy, benchmark)
             for arm in arms:
                 options = options_of(parameters | ARMS[arm], ARMS[arm]["training_mode"])
-                how = folder, arm, f"{parameters['data_root']} {root.name} {kind} {strength}", parameters, options
+                how = folder, arm, real_key(parameters, root, kind, strength), parameters, options
                 network = trained(*how, noisy, benchmark, seed)
                 row = {"kind": kind, "strength": strength, "arm": arm, "seed": seed, "label_miou": round(labels, 2)}
                 rows.append(row | {"miou": round(score(network, scored, benchmark), 2)})

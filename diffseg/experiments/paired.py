@@ -70,6 +70,11 @@ def images_key(run: Path) -> str:
     return manifest["key"]
 
 
+def real_key(parameters: Mapping, root: Path, *what: object) -> str:
+    """Return what names real images in a training's recipe, as `images_key` does a run's: root is their data's."""
+    return " ".join(map(str, (parameters["data_root"], root.name, *what)))
+
+
 def named_fields(options: type, parameters: Mapping, prefix: str = "") -> dict:
     """Return the fields of a dataclass of options that a step's parameters give, lists as tuples; in the parameters
     their names begin with `prefix`."""

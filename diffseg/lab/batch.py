@@ -137,7 +137,8 @@ def step_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]
 
 def check_selected(selected: Iterable[str], values: Mapping[str, Any], source: str) -> None:
     """Compare the parameters of the selected notebooks with one another, as `check_together` does."""
-    notebooks = [step_notebooks()[name] for name in selected]
+    there = step_notebooks()
+    notebooks = [there[name] for name in selected]
     chosen = {k: v for notebook in notebooks for k, v in step_parameters(notebook, values).items()}
     check_together(chosen, source, {k: v for notebook in notebooks for k, v in declared(notebook).items()})
 

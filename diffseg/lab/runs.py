@@ -23,7 +23,7 @@ from diffseg.lab.declarations import check
 from diffseg.lab.locks import RUNNER, acquire, run_lock, step_lock
 from diffseg.lab.manifests import LISTING, damage, read_manifest, write_manifest
 from diffseg.lab.parameters import declared
-from diffseg.lab.provenance import as_json, git_state, provenance
+from diffseg.lab.provenance import as_json, git_state, hardware, versions
 from diffseg.lab.steps import key_of, linked_keys, notebook_of, run_folder, step_folder, step_recipe, upstream
 from diffseg.paths import project_root
 
@@ -118,7 +118,9 @@ class Step:
             "key": self.key,
             "parameters": {name: value for name, value in self.parameters.items() if name not in ("run", "out")},
             "recipe": self.recipe,
-            **provenance() | {"git": self.git},
+            "versions": versions(),
+            "git": self.git,
+            "hardware": hardware(),
             "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(),
             # of this attempt, when the step was resumed; the time of a step before it in the notebook does not count
             "seconds": round(time.time() - max(self.started, _finished[0]), 2),

@@ -129,8 +129,8 @@ def run_study(name: str, jobs: int, write_results: Callable[[Study], None]) -> N
     study = load_study(name)
     if jobs < 1:
         raise DiffsegError(f"--jobs must be 1 or more, not {jobs}.")
-    for run in study.runs:  # before the first of them, which may take a day
-        selected = select(study.only, list(step_notebooks()))
+    selected = select(study.only, list(step_notebooks()))
+    for run in study.runs[:: len(study.seeds)]:  # before the first of them, which may take a day
         check_selected(selected, run.values, f"the configuration {run.configuration} of {name}.yaml")
     with working_in(run_folder(name)):
         failed = make_runs(study, jobs)
