@@ -27,6 +27,7 @@ from diffseg.experiments.paired import (
     options_of,
     paired_gain,
     parser_of,
+    real_key,
     score,
     trained,
     with_earlier,
@@ -67,7 +68,7 @@ def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
         run = run_folder(name)
         sets[arm] = images_key(run), pictures_set(run / "03_synthesis", classes), classes
     key, synthetic, _ = sets[AFTER]
-    rows = []
+    labels, rows = real_key(parameters, root), []
 
     def row(arm: str, count: int, seed: int, *recipe) -> None:
         images, start, how, dataset = recipe
@@ -86,11 +87,12 @@ def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
         row(AFTER, 0, seed, key, {}, options, synthetic)
         for count in chosen.counts:
             some = Subset(real, order[:count].tolist())
-            row(ALONE, count, seed, None, {}, options, some)
+            row(ALONE, count, seed, labels, {}, options, some)
             for arm, rate in RATES.items():
-                row(arm, count, seed, None, starts[arm], replace(half, learning_rate=rate or half.learning_rate), some)
+                second = replace(half, learning_rate=rate or half.learning_rate)
+                row(arm, count, seed, labels, starts[arm], second, some)
             both = ConcatDataset([synthetic, *[some] * max(1, len(synthetic) // count)])
-            row(MIXED, count, seed, key, {}, options, both)
+            row(MIXED, count, seed, f"{key} {labels}", {}, options, both)
     return rows
 
 
