@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     recorded = read_json(table.with_name("ladder.json")) or {}
     known, trained_with, name = recorded.get("images", {}), recorded.get("parameters", {}), rows[0]["benchmark"]
     kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
-    if trained_with.get(name, parameters) != parameters:
+    if trained_with.get(name) != parameters:
         kept = [row for row in kept if row["benchmark"] != name]
     redrawn = {name for name in used if known.get(name, used[name]) != used[name]}
     rows = still_true(kept, rows, redrawn, {"without": chosen.without, "untuned": chosen.untuned}) + rows

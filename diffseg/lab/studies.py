@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,14 @@ def load_study(name: str) -> Study:
     """
     path = named_file("studies", name, "study")
     entries = read_yaml(path)
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    question = " ".join(line.lstrip("# ") for line in lines).strip()
 
     def require(condition: bool, sentence: str) -> None:
         if not condition:
             raise DiffsegError(f"{path.name} {sentence}")
 
-    require(first.startswith("# "), "must begin with a comment that says what it asks.")
+    require(bool(question), "must begin with a comment that says what it asks.")
     for entry in entries:
         require(entry in ENTRIES, f"has an unknown entry {entry}; a study has {', '.join(ENTRIES)}.")
     base, only, seeds, configurations = (entries.get(entry) for entry in ENTRIES)
@@ -110,7 +112,7 @@ def load_study(name: str) -> Study:
             runs.append(StudyRun(str(configuration), seed, changed, values, folder))
     return Study(
         name=name,
-        question=first.lstrip("# ").strip(),
+        question=question,
         base=base,
         only=",".join(str(int(title[:2])) for title in selected),
         seeds=seeds,

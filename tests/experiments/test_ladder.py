@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from argparse import Namespace
 
 import numpy as np
@@ -164,6 +165,9 @@ def test_a_call_keeps_earlier_rows_until_their_runs_images_are_others(tmp_path, 
     assert call(ladder.WITHOUT, "21", "dev", bare="b") == oracle | ours | plain | other
     assert call(ladder.OURS, "50", mini="b") == ours | plain | other
     assert call(ladder.OURS, "50", iterations=800, mini="b") == ours  # of another training: no earlier row stays
+    record = tmp_path / "tables" / "ladder.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"parameters": {}}))
+    assert call(ladder.ORACLE, "60", mini="b") == oracle  # nor one whose training is not recorded
 
 
 def test_merged_classes_have_their_mean_and_gain_where_all_trainings_have_them():

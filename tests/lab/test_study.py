@@ -122,6 +122,11 @@ def test_a_wrong_study_is_one_sentence_before_anything_runs(root, capsys, old, n
     assert not (root / "results").exists()
 
 
+def test_a_studys_question_is_all_of_its_first_comment(root):
+    (root / "notebooks" / "studies" / "robust.yaml").write_text(f"# Long questions\n{STUDY}# no part of it\n")
+    assert load_study("robust").question == "Long questions does it help?"
+
+
 def test_a_name_that_the_method_does_not_know_is_found_before_the_first_run(root, capsys):
     notebook = root / "notebooks" / "04_robust_training.ipynb"
     notebook.write_text(notebook.read_text().replace("mode", "training_mode"))
