@@ -18,8 +18,8 @@ METADATA = "metadata.jsonl"  # captions of the images beside and below it, as Hu
 
 def temporary_beside(path: Path) -> Path:
     """Return a hidden name beside `path`, with its suffix, that no other process has: their numbers are not unique over
-    containers."""
-    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    containers. It is short, as `path` may have the longest name that is allowed."""
+    return path.with_name(f".{uuid.uuid4().hex[:16]}.tmp{path.suffix}")
 
 
 @contextlib.contextmanager

@@ -121,7 +121,7 @@ def add_lora(pipeline, options: TuningOptions, seed: int) -> dict[str, torch.nn.
     """Freeze the pipeline, put a fresh LoRA into its UNet, and return its parameters (float32) by name."""
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         module.requires_grad_(False)
-    remove_lora(pipeline)
+    remove_adapter(pipeline, ADAPTER)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora", "init"))
         config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(options.targets))
@@ -130,11 +130,6 @@ def add_lora(pipeline, options: TuningOptions, seed: int) -> dict[str, torch.nn.
     for parameter in parameters.values():
         parameter.data = parameter.data.float()  # small steps vanish in half precision
     return parameters
-
-
-def remove_lora(pipeline) -> None:
-    """Take out the LoRA that `tune` or `load_lora` has put into the pipeline, if there is one."""
-    remove_adapter(pipeline, ADAPTER)
 
 
 class Tuner:

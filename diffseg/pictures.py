@@ -27,7 +27,7 @@ def decode(path: str | os.PathLike) -> Image.Image:
     Raises a DiffsegError for a file that is missing, broken, too large for Pillow, or no image that it reads.
     """
     try:
-        with Image.open(path) as picture:
+        with open(path, "rb") as file, Image.open(file) as picture:  # a mapped TIFF that is turned has sheared rows
             picture.load()
             return picture
     except FileNotFoundError:

@@ -174,6 +174,7 @@ def _read_entries(class_list: Sequence[str]) -> list[tuple[str, str]]:
     for word, _ in pairs:
         why = (
             "is empty" if not word
+            else "has no letter or digit" if not any(map(str.isalnum, word))
             else "holds a semicolon, which separates the classes in prompts.csv" if ";" in word
             else "stands for what no class covers" if word.lower() == "background"
             else "is there twice" if counts[word.lower()] > 1

@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,16 +140,17 @@ class ImageLabels:
 
 def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, ImageLabels]:
     lists = root / "ImageSets" / "Segmentation"
-    names = [line.strip() for line in read_text(_of_split(lists, "", split, ".txt")).splitlines() if line.strip()]
+    listed = read_text(_of_split(lists, "", split, ".txt")).splitlines()
+    names = [nfc(line.strip()) for line in listed if line.strip()]
     images = root / "JPEGImages"
     found: dict[str, Path] = {}
     for path in picture_files(images):
-        name = path.relative_to(images).with_suffix("").as_posix()
+        name = nfc(path.relative_to(images).with_suffix("").as_posix())
         if name in found:
             raise DiffsegError(f"{found[name]} and {path} would both have the label {name}.png; move one away.")
         found[name] = path
     folder = root / "SegmentationClassPNG" if (root / "SegmentationClassPNG").is_dir() else root / "SegmentationClass"
-    items = [(name, found.get(name, images / f"{name}.jpg"), folder / f"{name}.png") for name in names]
+    items = [(name, found.get(name, images / f"{name}.jpg"), _spelt(folder / f"{name}.png")) for name in names]
     colours: tuple[tuple[int, int, int], ...] = ()
     bare: dict[str, Path] = {}
     if (source := root / "labelmap.txt").is_file():
@@ -180,6 +182,12 @@ def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, Im
             "write a class as its number, 1 for the first."
         )
     return items, labels
+
+
+def _spelt(path: Path) -> Path:
+    """Return a file's path with the name that the disk has: an "é" is one character there, or two (macOS)."""
+    forms = [path, *(path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD"))]
+    return next((each for each in forms if each.is_file()), path)
 
 
 def _values(path: Path) -> np.ndarray:
@@ -265,18 +273,22 @@ def _coco_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, C
         if not all(isinstance(length, int) for *_, height, width in listed for length in (height, width)):
             raise ValueError("an image has no size")
         names = {number: category["name"] for number, category in coco.cats.items()}
+        if not all(isinstance(name, str) for name in (*names.values(), *(file for _, file, *_ in listed))):
+            raise ValueError("the name of an image or category is no text")
         used = {annotation["category_id"] for annotation in annotations}
         if lost := {annotation["image_id"] for annotation in annotations} - {number for number, *_ in listed}:
             raise ValueError(f"annotations are of the image {lost.pop()!r}, which is not listed")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffsegError(f"{path} is no COCO JSON of instances ({error!r}); export it again.") from None
     if not used <= names.keys():
-        raise DiffsegError(f"{path} uses the category {min(used - names.keys())}, which it does not list; add it.")
+        raise DiffsegError(
+            f"{path} uses the category {min(used - names.keys(), key=str)}, which it does not list; add it."
+        )
     ids = dict(zip(names, class_ids(list(names.values()), benchmark, path).tolist(), strict=True))
     folders = [root / "images" / split, root / "images", root / split]
     items, images = [], {}
     for number, file, height, width in listed:
-        places = [folder / file for folder in folders]
+        places = [_spelt(folder / file) for folder in folders]
         name = PurePosixPath(file).with_suffix("").as_posix()
         items.append((name, next((place for place in places if place.is_file()), places[0]), path))
         images[name] = number, height, width

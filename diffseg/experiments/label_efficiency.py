@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from diffseg.benchmarks.classes import get_benchmark
 from diffseg.benchmarks.readers import data_folder, open_split, pictures_set
@@ -38,6 +38,7 @@ from diffseg.lab.batch import resolve, step_parameters
 from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
 from diffseg.seeds import derive_seed
+from diffseg.training_options import TrainingOptions
 
 COUNTS = (20, 45, 90, 180, 720)
 ALONE, AFTER, FINER, MIXED = (
@@ -70,8 +71,7 @@ def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
     key, synthetic, _ = sets[AFTER]
     labels, rows = real_key(parameters, root), []
 
-    def row(arm: str, count: int, seed: int, *recipe) -> None:
-        images, start, how, dataset = recipe
+    def row(arm: str, count: int, seed: int, images: str, start: dict, how: TrainingOptions, dataset: Dataset) -> None:
         name = f"{ARMS.index(arm)}-{count}"
         network = trained(folder, name, images, parameters | start, how, dataset, benchmark, seed)
         rows.append({"arm": arm, "labelled": count, "seed": seed, "miou": round(score(network, scored, benchmark), 2)})

@@ -1,4 +1,4 @@
-"""Where are the points lost between real and synthetic images? One network and one recipe on four training sets.
+"""Where are the points lost between real and synthetic images? One network and one recipe on several training sets.
 
 python -m diffseg.experiments.ladder mini-voc [--rungs without --without mini-voc-without]
     results/tables/ladder.csv (means over seeds), ladder_seeds.csv (a row a training), ladder.json,

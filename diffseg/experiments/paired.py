@@ -123,7 +123,8 @@ def trained(
 
 def scores(network: nn.Module, scored: Dataset, benchmark: Benchmark) -> dict[str, float]:
     """Return a network's mIoU ("miou") and the IoU of the benchmark's merged classes on a split, in %."""
-    found = evaluate(network, scored, benchmark, batch_size=32, device=PartialState().device, bootstrap=2)
+    device = next(network.parameters()).device
+    found = evaluate(network, scored, benchmark, batch_size=32, device=device, bootstrap=2)
     return {name: 100 * value for name, value in {"miou": found.miou, **found.groups}.items()}
 
 

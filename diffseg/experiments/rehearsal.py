@@ -116,7 +116,7 @@ def changed(values: dict, generator: str, folder: Path, pictures: int, steps: in
 
 
 def rehearse(name: str, generator: str, folder: Path, pictures: int, steps: int) -> dict:
-    """Run a parameter file in `folder`; return what was changed, seconds by step, memory, and the report's table."""
+    """Run a parameter file in `folder`; return what was changed, seconds by step, memory, and how that was read."""
     values, _ = resolve(name, {})
     if not (folder / generator / "model_index.json").is_file():
         save_generator(generator, folder / generator)

@@ -84,7 +84,7 @@ def run(
                     claims.enter_context(acquire(*step_lock(folders[step]), bool(shard), waiting))
                 problem = next(filter(None, (trouble(path, verify) for path in folders.values())), "")
                 executed = folder / "notebooks" / f"{name}{processes.suffix(shard)}.ipynb"
-                was = [(folder / step).resolve() == path for step, path in folders.items()]
+                was = [(folder / step).resolve() == path.resolve() for step, path in folders.items()]
                 is_old = executed.is_file() and not all(was)  # the run's figures are those of other parameters or code
                 if not problem and not ((force or is_old) and name in selected):
                     maker = read_manifest(folders[steps[-1]])["run"]

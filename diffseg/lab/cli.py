@@ -38,8 +38,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     runner.add_argument("--only", metavar="NUMBERS", help="numbers of notebooks: 3, 3-5 or 1,3")
     runner.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="parameters")
     runner.add_argument("--out", metavar="DIR", default="", help="folder of steps and runs (default: results)")
-    runner.add_argument("--force", action="store_true", help="execute notebooks of finished steps again; they find "
-                        "their results, figures and executed notebooks are made anew")  # fmt: skip
+    runner.add_argument("--force", action="store_true", help="execute notebooks of finished steps again: figures and "
+                        "executed notebooks are made anew, in 2 its images, too, in 5 predictions")  # fmt: skip
     runner.add_argument("--shard", metavar="K/N", default="", help="with --only 3: the K-th of N parts (job arrays)")
     runner.add_argument("--verify", action="store_true", help="hash every file of finished steps")
     starter = commands.add_parser("init", help="write the notebooks and parameter files to a folder, to work there")

@@ -4,7 +4,6 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from types import MappingProxyType
 from typing import Any
 
 from diffseg.errors import DiffsegError
@@ -13,7 +12,7 @@ from diffseg.lab.declarations import OneOf, Parameters, refusal
 from diffseg.paths import is_short_name, locate
 
 
-def check_together(parameters: dict[str, Any], source: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
+def check_together(parameters: dict[str, Any], source: str, defaults: Mapping[str, Any] = {}) -> None:
     """Compare parameters with one another and with the names that the method knows; raise DiffsegError for the first
     that does not fit.
 
@@ -33,14 +32,10 @@ def check_together(parameters: dict[str, Any], source: str, defaults: Mapping[st
                     raise refusal(
                         name, element, source, f"be one of {', '.join(names)}", f"Choose one, such as {close}."
                     )
-    for name, rule, remedy in (*conflicts(parameters), *lacks(parameters)):
+    rules = drawing_conflicts, data_conflicts, tuning_conflicts, training_conflicts, lacks
+    # (name, what it must be, remedy) of each parameter that does not fit the others or this machine
+    for name, rule, remedy in [found for each in rules for found in each(parameters)]:
         raise refusal(name, parameters[name], source, rule, remedy)
-
-
-def conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, what it must be, remedy) of each parameter that does not fit the others."""
-    for rules in (drawing_conflicts, data_conflicts, tuning_conflicts, training_conflicts):
-        yield from rules(parameters)
 
 
 def given(parameters: Mapping[str, Any], *names: str) -> bool:
@@ -66,9 +61,8 @@ def drawing_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, st
     if both and get("kept_steps") not in ("each", get("attention_steps")):
         yield "kept_steps", f"be each, or {get('attention_steps')} as attention_steps", "Set `kept_steps=each`."
     if get("refiner") == "self-attention" and get("self_attention") == 0:
-        sizes = get("attention_resolutions") or [16]
         rule = "be the size of a map, as the refiner self-attention reads it"
-        yield "self_attention", rule, f"Set `self_attention={max(sizes)}`."
+        yield "self_attention", rule, f"Set `self_attention={max(get('attention_resolutions'))}`."
     if get("refiner") == "self-attention" and both:
         if get("kept_steps") != (read := get("attention_steps")):
             rule = f"be {read} as attention_steps, as self-attention is kept as the mean of these steps"
@@ -111,7 +105,7 @@ def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]
     if get("data_names") and "benchmark" in parameters and not is_folder:
         yield "data_names", "be empty, as the benchmark is not folder", "Set `data_names={}`, or `benchmark=folder`."
     if given(parameters, "evaluation_split", "benchmark") and get("evaluation_split") and not is_folder:
-        splits = get_benchmark(get("benchmark"), get("class_list", [])).splits
+        splits = get_benchmark(get("benchmark")).splits
         if get("evaluation_split") not in splits:
             rule = f"be empty, or one of {get('benchmark')}'s splits {', '.join(splits)}"
             yield "evaluation_split", rule, "Set `evaluation_split=dev` to choose parameters."
@@ -122,6 +116,10 @@ def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]
         if get("classes_per_prompt") > classes:
             rule = f"be at most {classes}, the number of classes"
             yield "classes_per_prompt", rule, f"Set `classes_per_prompt={classes}` or less."
+    if given(parameters, "evaluation_split", "benchmark") and get("class_list") and not is_folder:
+        rule = "be folder, as one's own classes are scored on labelled images of one's own"
+        remedy = "Set `benchmark=folder` and data_root to them, or stop before the score (`--only 1-4`)."
+        yield "benchmark", rule, remedy
 
 
 def tuning_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -304,7 +304,8 @@ def check(values: dict[str, Any], defaults: dict[str, Any], source: str) -> dict
             problem = error.errors()[0]
             rule = re.sub(r"^(Value error, |\w+ should )| after validation.*", "", problem["msg"])
             remedy = assign(name, defaults[name])
-            if isinstance(defaults[name], str) and not isinstance(value, str | None):
+            is_text = isinstance(defaults[name], str) or (problem["type"] == "string_type" and problem["loc"])
+            if is_text and not isinstance(problem["input"], str | None):
                 remedy = "Put it in quotes."
             elif type(value) is type(defaults[name]) and value == defaults[name]:
                 remedy = "Correct the parameters cell."  # somebody works in the cell itself

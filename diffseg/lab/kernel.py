@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import papermill
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from nbclient.exceptions import DeadKernelError
 
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.lab.forked import Forked, environment, forks
@@ -24,7 +24,10 @@ class Kernel(AsyncKernelManager):
         return KernelSpec(**specification | {"argv": [*specification["argv"], quiet], "env": environment()})
 
     def __init__(self, **options: Any):
-        super().__init__(**options)
+        # TCP ports are chosen some time before they are bound, and ranks that begin together would choose the same ones
+        sockets = TemporaryDirectory(prefix="diffseg-", dir="/tmp")  # the path of a socket must be short
+        super().__init__(transport="ipc", ip=f"{sockets.name}/kernel", **options)
+        self.sockets = sockets
         if forks():
             self.provisioner = Forked(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
 
@@ -69,11 +72,10 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: 
     except papermill.PapermillExecutionError as error:
         if error.ename == "Incomplete":
             raise Incomplete(error.evalue) from None
-        is_full = error.ename == "OSError" and "No space left" in error.evalue
         reason = error.evalue if error.ename == "DiffsegError" else f"{error.ename}: {error.evalue}"
-        if is_full:
+        if error.ename == "OSError" and "No space left" in error.evalue:
             reason = f"the disk of {folder} is full; free some space, and the same command continues"
-    except DeadKernelError:
+    except RuntimeError:  # nbclient's, also of a kernel that does not start
         reason = "its kernel died, most likely for want of memory; the same command continues where it stopped"
     sentence = " ".join(reason.split())[:500].rstrip(". ")
     raise DiffsegError(f"{notebook.stem} failed: {sentence} (executed notebook: {executed}).")

@@ -8,7 +8,7 @@ from pathlib import Path
 import diffseg
 from diffseg.errors import DiffsegError
 from diffseg.lab.runs import writing
-from diffseg.paths import project_root
+from diffseg.paths import from_home, project_root
 
 
 def init(folder: str) -> Path:
@@ -19,7 +19,7 @@ def init(folder: str) -> Path:
     """
     source = Path(diffseg.__file__).parent / "working_copy"  # setup.py puts it into the wheel
     source = source if source.is_dir() else project_root()
-    target = Path(folder).expanduser().absolute()
+    target = from_home(folder).absolute()
     for name in ("notebooks", "results/published.csv"):
         if (target / name).exists():
             raise DiffsegError(f"{target / name} is there already; give another folder, or move it away.")

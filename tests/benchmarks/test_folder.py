@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,19 @@ def test_without_names_the_values_are_those_of_the_class_list_and_two_names_may_
     assert np.array_equal(open_split(get_benchmark("folder", OWN), tmp_path, "default")[0][2], LABEL)
 
 
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+def test_a_letter_with_an_accent_is_one_however_it_is_spelt(tmp_path, disk):
+    name = unicodedata.normalize(disk, "é")
+    picture(LABEL, ".jpg", tmp_path / "JPEGImages", name)
+    save(LABEL, tmp_path / "SegmentationClass", name)
+    split = tmp_path / "ImageSets" / "Segmentation" / "val.txt"
+    split.parent.mkdir(parents=True)
+    for listed in ("NFC", "NFD"):
+        split.write_text(unicodedata.normalize(listed, "é"))
+        (found, _, label), *_ = open_split(get_benchmark("folder", OWN), tmp_path, "val")
+        assert found == "é" and np.array_equal(label, LABEL)
+
+
 def test_mini_voc_as_a_folder_of_ones_own_is_mini_voc(tmp_path):
     write_benchmarks(data := tmp_path / "data", {"version": 0, "seed": 0, "voc": {"train": 3, "val": 4}})
     voc = get_benchmark("voc")
@@ -244,6 +258,8 @@ def test_cocos_json_is_drawn_and_overlaps_of_two_classes_are_ignored(tmp_path, c
         (lambda c: c.pop("images"), "is no COCO JSON of instances"),
         (lambda c: c["images"][0].update(file_name="three.jpg"), "1 images or labels .* are missing"),
         (lambda c: c["images"][0].update(file_name="../val/one.jpg"), "outside of the data set"),
+        (lambda c: c["images"][0].update(file_name=7), "is no COCO JSON of instances .*no text"),
+        (lambda c: c["categories"][0].update(name=None), "is no COCO JSON of instances .*no text"),
         (lambda c: c["images"][0].update(height=21), "annotation 4 of .* cannot be drawn"),
         (lambda c: c["images"][0].update(height=None), "is no COCO JSON of instances .*no size"),
         (lambda c: c["images"][0].update(id=4), "is no COCO JSON of instances .*one id"),

@@ -13,7 +13,7 @@ from diffseg.generator import load_tokenizer
 from diffseg.inference import predict
 from diffseg.lab.batch import run
 from diffseg.lab.combinations import check_together
-from diffseg.lab.parameters import declared, read_yaml
+from diffseg.lab.parameters import read_yaml
 from diffseg.paths import project_root
 from diffseg.prompts import augment
 from diffseg.segmenters import Segmenter, load_segmenter, save_segmenter
@@ -137,10 +137,6 @@ def test_a_folder_without_a_network_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "class_list" not in declared(project_root() / "notebooks" / "03_synthesis.ipynb"),
-    reason="notebook 03 does not take a class list yet",
-)
 def test_a_class_list_becomes_a_network_without_labelled_data(tmp_path):
     """The real steps 1 to 4 with tiny numbers, then the inference example."""
     tiny = {"images": 16, "sampling_steps": 3, "attention_steps": "all", "iterations": 4, "training_batch": 4}

@@ -28,7 +28,6 @@ from diffseg.experiments.mask_ablation import (
     step_choices,
     time_variants,
 )
-from diffseg.miniworld.oracle import WEIGHTS
 from diffseg.prompts import augment
 from diffseg.refiners import get_refiner
 from diffseg.sampling_steps import parse_steps
@@ -207,7 +206,6 @@ def test_a_reference_of_other_classes_is_one_sentence(tmp_path):
         load_reference(str(tmp_path / "absent"), VOC)
 
 
-@pytest.mark.skipif(not (WEIGHTS / "oracle").is_dir(), reason="the oracle's weights are not there")
 def test_the_mini_reference_is_the_oracle_by_class():
     reference = load_reference("mini", VOC)
     with torch.inference_mode():

@@ -138,7 +138,7 @@ def test_the_notebook_of_the_mini_world_runs(tmp_path):
     execute(notebook, tmp_path / "executed.ipynb", {"out": str(tmp_path), "sampling_steps": 2}, run_folder)
     figures = {path.stem for path in (run_folder / "figures").glob("*.png")}
     assert {"00_scenes", "00_contact_sheet", "00_drawn", "00_training", "00_words"} <= figures
-    assert read_manifest(run_folder / "00_mini_world")["metrics"]["validation"] == 600
+    assert read_manifest(run_folder / "00_mini_world")["metrics"]["development"] == 600
 
 
 @pytest.mark.slow

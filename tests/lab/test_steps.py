@@ -88,6 +88,18 @@ def test_parameters(changes, first):
         assert found == (FROM[first] if first else set())
 
 
+def test_a_score_on_own_images_makes_nothing_before_it_anew(tmp_path):
+    own = {"class_list": ["fox, none"], "train_real": False}
+    folder = own | {"benchmark": "folder", "data_root": str(tmp_path), "data_names": {"red fox": "fox"}}
+    assert moved(keys(**own), keys(**folder)) == FROM["05_evaluation"]
+    before = keys(**folder)
+    (tmp_path / "1.png").write_bytes(b"a labelled image")
+    assert moved(before, keys(**folder)) == FROM["05_evaluation"]
+    for real in ("train_real", "mix_real"):  # which reads the labelled images
+        assert moved(before, keys(**folder | {real: True})) == FROM["04_robust_training"]
+        assert moved(keys(**folder | {real: True}), keys(**folder | {real: True, "data_names": {}}))
+
+
 @pytest.mark.parametrize(
     ("module", "old", "new", "first"),
     [

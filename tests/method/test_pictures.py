@@ -73,6 +73,15 @@ def test_the_cameras_orientation_is_obeyed(tmp_path, name):
     assert read_picture(tmp_path / name).size == (37, 50)
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA"])
+def test_a_turned_tiff_has_its_rows(tmp_path, mode):  # Pillow maps such a file into memory, in the shape of the turned
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(mode).save(tmp_path / "a.tif", exif=exif)
+    turned = read_picture(photo(mode)).transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(read_picture(tmp_path / "a.tif"), turned)
+
+
 def test_damaged_exif_stops_nothing(tmp_path):
     entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(
         "<HHI4s", 0x011A, 2, 3, b"72"

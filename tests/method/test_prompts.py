@@ -194,6 +194,7 @@ def test_a_list_without_wordnet_keeps_plain_words():
         (["fox, none", ""], "'' .* is empty"),
         (["fox, none", "Fox, none"], "twice"),
         (["a;b, none"], "semicolon"),
+        (["fox, none", "★, none"], "'★' .* no letter or digit"),
         (["Background, none"], "no class covers"),
     ],
 )
