@@ -6,11 +6,10 @@ import filecmp
 import hashlib
 import os
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from diffseg.errors import DiffsegError
 
 MANIFEST = "manifest.json"  # the last file of a step, .../steps/<step>/<key>/: what lies there is finished
 METADATA = "metadata.jsonl"  # captions of the images beside and below it, as Hugging Face's ImageFolder has them
@@ -27,7 +26,7 @@ def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an exception.
 
     A reader therefore never sees half a file, and a failed write leaves nothing behind. A file that has the same bytes
-    already stays as it is; one of a finished step is never replaced by other bytes (DiffsegError). The temporary name
+    already stays as it is; so does, with a warning, one of a finished step that would get others. The temporary name
     keeps the suffix, because image libraries choose the format by it. The file's mode follows the umask, whichever mode
     the library that writes gives it (safetensors: 0600). durable: on the disk when the block is left, so that a power
     failure does not lose it. Raises an OSError before the block begins where nothing can be written.
@@ -45,9 +44,9 @@ def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path
             if filecmp.cmp(temporary, path, shallow=False):
                 return
             if step := finished_step(path):
-                raise DiffsegError(
-                    f"{path} belongs to a finished step and would get other bytes; to make it anew, remove {step}."
-                )
+                kept = f"{step} is finished and keeps its files, of which this call would write others"
+                warnings.warn(f"{kept}; remove the folder to make the step anew.", stacklevel=3)
+                return
         if durable:
             sync(temporary)
         os.replace(temporary, path)

@@ -41,7 +41,6 @@ from diffseg.masks import class_scores, label_and_margin
 from diffseg.miniworld.oracle import ClassOracle, load_oracle
 from diffseg.paths import project_root
 from diffseg.prompts import Prompt
-from diffseg.refiners import get_refiner
 from diffseg.sampling_steps import parse_steps
 from diffseg.segmenters import load_segmenter
 from diffseg.synthesis import SynthesisOptions, draw_with_masks
@@ -112,10 +111,6 @@ def one_at_a_time(
     varied += [dataclasses.replace(base, refiner=r) for r in refiners]
     varied += [dataclasses.replace(base, layers=tuple(patterns)) for patterns in layers]
     return list(dict.fromkeys([base, *varied]))
-
-
-def refiner_of(variant: Variant, options: SynthesisOptions, device) -> Callable:
-    return get_refiner(variant.refiner, options.sam_checkpoint, options.sam_model, device)
 
 
 def options_of(variant: Variant, beta: float, options: SynthesisOptions) -> SynthesisOptions:
@@ -227,7 +222,7 @@ def ablate(
     Counts: pictures, not_seen (pictures left out of everything, as the network sees too little of a class that the
     prompt names), ignored (share of the pixels of the others).
     """
-    refiners = {variant: refiner_of(variant, options, pipeline._execution_device) for variant in variants}
+    refiners = {one: options_of(one, options.beta, options).refine(pipeline._execution_device) for one in variants}
     kinds = ("miou", "miou_strict")
     keys = [(variant, beta) for variant in variants for beta in betas]
     classes, ignore = benchmark.num_classes, benchmark.ignore

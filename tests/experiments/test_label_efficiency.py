@@ -66,7 +66,8 @@ def test_each_seed_has_its_own_labelled_images_and_its_own_start(tmp_path, monke
     monkeypatch.setattr(study, "run_folder", lambda name: tmp_path / name)
     for name in ("coarse", "fine"):
         finish_images(tmp_path / name)
-    parameters, whole, half = STEP4 | {"benchmark": "voc", "run": "coarse"}, OPTIONS.iterations, OPTIONS.iterations // 2
+    parameters = STEP4 | {"benchmark": "voc", "run": "coarse", "data_root": "a/root"}
+    whole, half = OPTIONS.iterations, OPTIONS.iterations // 2
     chosen = Namespace(parameters="coarse", finer="fine", counts=[3, 5], split="dev", seeds=2, folder=tmp_path)
     rows = study.trainings(chosen, parameters)
     assert all(row["miou"] == 10 + row["seed"] for row in rows) and len(rows) == 2 * (1 + 2 * 4)
@@ -86,14 +87,14 @@ def test_each_seed_has_its_own_labelled_images_and_its_own_start(tmp_path, monke
         for count in (3, 5):
             alone, mixed = (asked[f"{numbers[arm]}-{count}", seed] for arm in (study.ALONE, study.MIXED))
             images = labelled[seed, count] = [alone.dataset[k] for k in range(len(alone.dataset))]
-            assert len(set(images)) == count and (alone.options.iterations, alone.images) == (whole, None)
+            assert len(set(images)) == count and (alone.options.iterations, alone.images) == (whole, "a/root root")
             for arm, rate in ((study.AFTER, study.RATES[study.AFTER]), (study.FINER, OPTIONS.learning_rate)):
                 call = asked[f"{numbers[arm]}-{count}", seed]
-                assert call.parameters["initial_network"] == starts[arm] and call.images is None
+                assert call.parameters["initial_network"] == starts[arm] and call.images == "a/root root"
                 assert (call.options.iterations, call.options.learning_rate) == (half, rate)
                 assert [call.dataset[k] for k in range(count)] == images
             shown = [mixed.dataset[k] for k in range(len(mixed.dataset))]
-            assert mixed.images == "key of coarse"
+            assert mixed.images == "key of coarse a/root root"
             assert shown == [f"coarse {k}" for k in range(6)] + images * (6 // count)
         assert labelled[seed, 5][:3] == labelled[seed, 3]  # nested
     assert set(labelled[0, 5]) != set(labelled[1, 5])

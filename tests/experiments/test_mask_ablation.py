@@ -11,7 +11,6 @@ from diffseg.attention import AttentionRecorder
 from diffseg.benchmarks.classes import VOC, get_benchmark
 from diffseg.drawing import draw_rows
 from diffseg.errors import DiffsegError
-from diffseg.experiments import mask_ablation
 from diffseg.experiments.mask_ablation import (
     VARIED,
     Variant,
@@ -234,4 +233,4 @@ def test_the_options_of_a_variant_are_the_products_own():
     assert (options.attention_resolutions, options.attention_steps) == ((8, 16), "0-1")
     assert options.attention_layers == ("up_blocks.*",)
     assert (options.refiner, options.beta, options.sampling_steps) == ("pamr", 0.4, 4)
-    assert mask_ablation.refiner_of(BASE, OPTIONS, "cpu") is get_refiner("none")
+    assert options_of(BASE, 0.2, OPTIONS).refine("cpu") is get_refiner("none")
