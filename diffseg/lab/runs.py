@@ -129,12 +129,8 @@ class Step:
             "metrics": as_json(metrics or {}),
         }
         with writing(self.folder):
-            try:
-                manifest = write_manifest(self.folder, names, content)
-            except DiffsegError:
-                if finished := read_manifest(self.folder):  # another share ended in the same moment
-                    return finished
-                raise
+            write_manifest(self.folder, names, content)
+            manifest = read_manifest(self.folder)  # the first one's, where another share ended in the same moment
             for path in [path for pattern in drop for path in self.folder.glob(pattern)]:
                 path.unlink()
         _finished[0] = time.time()

@@ -65,7 +65,9 @@ def test_a_seed_is_that_of_the_decoder_and_of_the_training(tmp_path, monkeypatch
 def test_scores_are_in_percent():
     label, seen = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[[0, 0, 1, 0]]])
     images = [("one", torch.zeros(3, 1, 4, dtype=torch.uint8), label)]
-    found = paired.scores(lambda batch: seen, images, replace(VOC, groups={"both": (0, 1)}))
+    network = torch.nn.Conv2d(3, 1, 1)  # it is scored where its weights are
+    network.forward = lambda batch: seen
+    found = paired.scores(network, images, replace(VOC, groups={"both": (0, 1)}))
     assert found == {"miou": pytest.approx(100 * (2 / 3 + 1 / 2) / 2), "both": 100}
 
 
