@@ -1,13 +1,14 @@
 """A training of seconds: pictures of two halves, options, how it is compared; and trainings that are only recorded."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from diffseg.lab.manifests import write_manifest
+from diffseg.files import MANIFEST, write_text
 from diffseg.reliability import rank_within_class
 from diffseg.segmenters import new_networks
 from diffseg.training import train
@@ -82,9 +83,8 @@ def recording(monkeypatch: pytest.MonkeyPatch, study: ModuleType) -> list[Simple
 
 def finish_images(run: Path) -> None:
     """Write the manifest of a run's images, without any: their key is "key of" its name."""
-    (run / "03_synthesis").mkdir(parents=True)
-    content = {"step": "03_synthesis", "key": f"key of {run.name}", "parameters": {}}
-    write_manifest(run / "03_synthesis", [], content)
+    manifest = {"step": "03_synthesis", "key": "", "parameters": {}, "outputs": {"sha256": f"key of {run.name}"}}
+    write_text(run / "03_synthesis" / MANIFEST, json.dumps(manifest))
 
 
 def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:

@@ -63,11 +63,14 @@ class Relabelled(Dataset):
 
 
 def images_key(run: Path) -> str:
-    """Return the key of the step 3 that made a run's images; an unfinished one raises a DiffsegError."""
+    """Return what names a run's images and masks, a digest of their files: code that draws the same moves no key.
+
+    An unfinished step 3 raises a DiffsegError.
+    """
     manifest = read_manifest(run / "03_synthesis") if run.is_dir() else None
     if manifest is None:
         raise DiffsegError(f"{run} has no finished step 3; run `diffseg run ... --only 1-3 --set run={run.name}`.")
-    return manifest["key"]
+    return manifest["outputs"]["sha256"]
 
 
 def real_key(parameters: Mapping, root: Path, *what: object) -> str:
@@ -111,7 +114,7 @@ def trained(
 ) -> Segmenter | Ensemble:
     """Return a training's network on this machine's device; one that is in `folder` already is not trained again.
 
-    name: of the training, any seed's. images: key of the step that made the synthetic ones. parameters: of step 4.
+    name: of the training, any seed's. images: key of the synthetic or real ones. parameters: of step 4.
     """
     device, place = PartialState().device, network_folder(folder, name, images, parameters, options, seed)
     start = parameters["encoder_weights"] or None, parameters.get("initial_network", "")
