@@ -10,6 +10,15 @@ from diffseg.seeds import derive_seed
 from diffseg.training_options import TrainingOptions
 
 
+class Scale(v2.ScaleJitter):
+    """ScaleJitter whose masks stay on their image: torchvision's nearest neighbour puts them half a pixel off."""
+
+    def transform(self, inpt: torch.Tensor, params: dict) -> torch.Tensor:
+        if not isinstance(inpt, tv_tensors.Mask):
+            return super().transform(inpt, params)
+        return tv_tensors.Mask(v2.functional.resize_image(inpt, params["size"], v2.InterpolationMode.NEAREST_EXACT))
+
+
 class Augmented(Dataset):
     """The images of a training in the order in which it sees them: item k is the k-th image of all iterations.
 
@@ -33,7 +42,7 @@ class Augmented(Dataset):
         strength = options.colour_jitter
         self.transform = v2.Compose(
             [
-                v2.ScaleJitter((options.crop, options.crop), options.scale_jitter, antialias=True),
+                Scale((options.crop, options.crop), options.scale_jitter, antialias=True),
                 v2.RandomCrop(options.crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: ignore}),
                 v2.RandomHorizontalFlip(),
                 v2.ColorJitter(strength, strength, strength, strength / 4),

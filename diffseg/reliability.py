@@ -70,13 +70,13 @@ def certain_pixels(label: torch.Tensor, margin: torch.Tensor, powers: Sequence[f
 
     URN raises the class map to several powers, thresholds each, and calls a pixel uncertain where its normalised
     variance u over the results leaves 1 - u <= 0.05. The label and its 8-bit margin (H x W) hold what that needs
-    for one class: with a_bg = 1 - beta - a (`diffseg.masks`) the class score is a = (1 - beta + margin) / 2 on the
-    object and (1 - beta - margin) / 2 off it, and the threshold lies at (1 - beta) / 2. In two things this is simpler
-    than URN: no CRF runs on each result (six a class and image), and of several classes only the winner counts.
-    Ignored pixels may come out either way; no loss counts them.
+    for one class: with a_bg = max(1 - beta - a, 0) (`diffseg.masks`) the class score is a = (1 - beta + margin) / 2 on
+    the object, or the margin where that is more, and (1 - beta - margin) / 2 off it; the threshold is (1 - beta) / 2.
+    In two things this is simpler than URN: no CRF runs on each result (six a class and image), and of several classes
+    only the winner counts. Ignored pixels may come out either way; no loss counts them.
     """
     signed = torch.where(label > 0, 1, -1) * margin.float() / 255
-    score = ((1 - beta + signed) / 2).clamp(0, 1)
+    score = torch.maximum(signed, (1 - beta + signed) / 2).clamp(0, 1)
     scaled = torch.stack([score**power >= (1 - beta) / 2 for power in powers]).float()
     uncertainty = 4 * scaled.var(dim=0, correction=0)  # of a yes-or-no result at most 1/4
     return 1 - uncertainty > 0.05

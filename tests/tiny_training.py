@@ -33,6 +33,7 @@ STEP4 = dataclasses.asdict(OPTIONS) | {  # what a study of paired seeds reads of
     "encoder_weights": "",
     "initial_network": "",
     "data_root": "",
+    "training_split": "",
     "class_list": [],
 }
 

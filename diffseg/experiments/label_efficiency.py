@@ -59,7 +59,7 @@ def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
     ones. In a mixed set each labelled image is repeated, so that half of what the network sees is real.
     """
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
-    real = open_split(benchmark, root, benchmark.training_split)
+    real = open_split(benchmark, root, parameters["training_split"] or benchmark.training_split)
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     options, folder = options_of(parameters, "baseline"), chosen.folder / parameters["run"]
     half = replace(options, iterations=options.iterations // 2)

@@ -54,7 +54,7 @@ COLUMNS = "benchmark", "split", "rung", "images", "mode", "seed", "miou"  # of a
 RUNGS = {"real": REAL, "oracle": ORACLE, "robust": ROBUST, "ours": OURS, "untuned": UNTUNED, "without": WITHOUT}
 
 
-def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Dataset:
+def training_set(rung: str, benchmark: Benchmark, run: Path, real: Dataset) -> Dataset:
     """Return a rung's images with their labels; `run` is the run that made the synthetic ones."""
     synthetic = pictures_set(run / "03_synthesis", benchmark)
     if rung == "oracle":
@@ -62,7 +62,6 @@ def training_set(rung: str, benchmark: Benchmark, run: Path, root: Path) -> Data
         return Relabelled(synthetic, lambda name, image, *_: oracle(image[None].float() / 255)[0].argmax(dim=0))
     if rung != "real":
         return synthetic
-    real = open_split(benchmark, root, benchmark.training_split)
     count = min(len(synthetic), len(real))  # spread over the list, as in step 4
     return Subset(real, [k * len(real) // count for k in range(count)])
 
@@ -77,12 +76,13 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str], dict]
     parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
     used: dict[str, str] = {}
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
+    real = open_split(benchmark, root, parameters["training_split"] or benchmark.training_split)
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     folder = chosen.folder / parameters["run"]
     for rung in chosen.rungs:
         source = run.with_name(named.get(rung, run.name))
         images = images_key(source)  # refuses an unfinished step 3, whose size the real images take, too
-        dataset = training_set(rung, benchmark, source, root)
+        dataset = training_set(rung, benchmark, source, real)
         options = options_of(parameters, parameters["training_mode"] if rung == "robust" else "baseline")
         if rung == "real":
             images = real_key(parameters, root, len(dataset))

@@ -122,7 +122,7 @@ def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
         )
     folder = chosen.folder / parameters["run"]
     root = data_folder(parameters["data_root"])
-    pictures = open_split(benchmark, root, benchmark.training_split)
+    pictures = open_split(benchmark, root, parameters["training_split"] or benchmark.training_split)
     scored = open_split(benchmark, root, chosen.split or benchmark.evaluation_split)
     noises = [("none", 0.0), *((kind, strength) for kind in chosen.kinds for strength in STRENGTHS[kind])]
     arms = [arm for arm in COMPARED if arm in {"ensemble", *chosen.arms}]  # gains are over the ensemble

@@ -19,7 +19,7 @@ from diffseg.charts import mean_interval
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_text, write_text
 from diffseg.lab.manifests import read_json, read_manifest
-from diffseg.lab.steps import named_files
+from diffseg.lab.steps import file_digest, imported, module_path, named_files
 from diffseg.paths import project_root
 from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import train_once
@@ -75,7 +75,8 @@ def images_key(run: Path) -> str:
 
 def real_key(parameters: Mapping, root: Path, *what: object) -> str:
     """Return what names real images in a training's recipe, as `images_key` does a run's: root is their data's."""
-    return " ".join(map(str, (parameters["data_root"], root.name, *what)))
+    named = parameters["data_root"], root.name, parameters["training_split"], *what
+    return " ".join(str(each) for each in named if each != "")
 
 
 def named_fields(options: type, parameters: Mapping, prefix: str = "") -> dict:
@@ -95,10 +96,11 @@ def options_of(parameters: dict, mode: str) -> TrainingOptions:
 def network_folder(
     folder: Path, name: str, images: str | None, parameters: dict, options: TrainingOptions, seed: int
 ) -> Path:
-    """Return the place of a training's network: one of another recipe lies elsewhere."""
+    """Return the place of a training's network: one of another recipe or other code lies elsewhere."""
     start = {each: parameters[each] for each in ("segmenter", "encoder_weights")}
     named = named_files(start | {"initial_network": parameters.get("initial_network", "")})  # wherever it lies
-    recipe = json.dumps([images, start, named, asdict(options)])
+    code = {module: file_digest(module_path(module)) for module in sorted(imported(["from diffseg import training"]))}
+    recipe = json.dumps([images, start, named, asdict(options), code])
     return folder / sha256_text(recipe)[:12] / f"{name}-{seed}"
 
 

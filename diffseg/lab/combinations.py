@@ -83,7 +83,7 @@ def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]
     from diffseg.words import load_words
 
     get, is_folder = parameters.get, parameters.get("benchmark") == "folder"
-    if get("class_list") or get("evaluation_split"):
+    if get("class_list") or get("evaluation_split") or get("training_split"):
         from diffseg.benchmarks.classes import get_benchmark  # loads torch, which the usual run need not wait for
 
     if given(parameters, "class_list", "benchmark"):
@@ -104,11 +104,12 @@ def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]
         yield "benchmark", rule, "Set `benchmark=cityscapes-things`."
     if get("data_names") and "benchmark" in parameters and not is_folder:
         yield "data_names", "be empty, as the benchmark is not folder", "Set `data_names={}`, or `benchmark=folder`."
-    if given(parameters, "evaluation_split", "benchmark") and get("evaluation_split") and not is_folder:
-        splits = get_benchmark(get("benchmark")).splits
-        if get("evaluation_split") not in splits:
-            rule = f"be empty, or one of {get('benchmark')}'s splits {', '.join(splits)}"
-            yield "evaluation_split", rule, "Set `evaluation_split=dev` to choose parameters."
+    for name in ("training_split", "evaluation_split"):
+        if get(name) and "benchmark" in parameters and not is_folder:
+            splits = get_benchmark(get("benchmark")).splits
+            if get(name) not in splits:
+                rule = f"be empty, or one of {get('benchmark')}'s splits {', '.join(splits)}"
+                yield name, rule, "Leave it empty for the benchmark's own."
     # a caption has the classes that it names
     if given(parameters, "classes_per_prompt", "benchmark") and not get("caption_file"):
         own = get("class_list")
@@ -195,7 +196,7 @@ def open_data(parameters: dict[str, Any]) -> None:
 
     get = parameters.get
     bench = get_benchmark(get("benchmark"), get("class_list", []), get("data_names"))
-    splits = [bench.training_split] if get("train_real") or get("mix_real") else []
+    splits = [get("training_split") or bench.training_split] if get("train_real") or get("mix_real") else []
     splits += [get("evaluation_split") or bench.evaluation_split] if "evaluation_split" in parameters else []
     if splits and get("benchmark") == "folder" and is_short_name("data_root", get("data_root")):
         raise DiffsegError(

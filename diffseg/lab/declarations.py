@@ -178,6 +178,7 @@ class Parameters(BaseModel):
     failed_share: Share
     # 04
     train_real: Truth
+    training_split: Text
     mix_real: Truth
     segmenter: Annotated[Text, OneOf("diffseg.segmenters", "SEGMENTERS")]
     encoder_weights: Annotated[Text, Flag.FILE]

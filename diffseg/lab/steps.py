@@ -106,7 +106,9 @@ def step_recipe(step: str, parameters: Mapping[str, Any], keys: Mapping[str, str
     cells = method_cells(step)
     used = {name: parameters[name] for name in names_in(cells) & parameters.keys() - INERT}
     if not (used.get("train_real", True) or used.get("mix_real", True)):  # no labelled image is read
-        used = {name: value for name, value in used.items() if name not in ("data_root", "data_names")}
+        used = {
+            name: value for name, value in used.items() if name not in ("data_root", "data_names", "training_split")
+        }
     if used.get("class_list") and "data_root" not in used:  # then a benchmark's name says where labelled images lie
         del used["benchmark"]
     files = {name: fingerprint(found.items()) for name, found in named_files(used).items()}

@@ -355,6 +355,7 @@ def test_the_parameters_are_checked_before_anything_is_drawn(exported):
     ]:
         with pytest.raises(DiffsegError, match=sentence):
             check_together(own | changes, "own.yaml")
+    check_together(own | {"train_real": True, "training_split": "default", "evaluation_split": "default"}, "own.yaml")
     nothing_is_read = {"data_root": "mini", "train_real": False, "mix_real": False}
     check_together(own | nothing_is_read, "own.yaml")  # as with --only 1-4
     assert declarations.check({"data_names": {"a": "b"}}, {"data_names": {}}, "x") == {"data_names": {"a": "b"}}

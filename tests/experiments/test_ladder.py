@@ -13,7 +13,7 @@ from tiny_training import STEP4, finish_images, recording
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.benchmarks.labels import write_picture_label
-from diffseg.benchmarks.readers import data_folder
+from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.errors import DiffsegError
 from diffseg.experiments import ladder
 from diffseg.experiments.mask_ablation import load_reference
@@ -42,9 +42,8 @@ def run(tmp_path):
 
 
 def test_the_rungs_differ_in_images_or_masks_alone(run):
-    real, oracle, ours = (
-        ladder.training_set(rung, VOC, run, data_folder("mini")) for rung in ("real", "oracle", "ours")
-    )
+    images = open_split(VOC, data_folder("mini"), VOC.training_split)
+    real, oracle, ours = (ladder.training_set(rung, VOC, run, images) for rung in ("real", "oracle", "ours"))
     assert len(real) == len(oracle) == len(ours) == COUNT
     class_ids = {name: k for k, name in enumerate(VOC.classes)}
     for k in range(COUNT):

@@ -308,6 +308,7 @@ TOGETHER = [
     ({"class_list": ["fox"]}, "`train_real` is true .* Set `train_real=false`"),
     ({"class_list": ["fox"], "train_real": False, "mix_real": True}, "`mix_real` is true"),
     ({"evaluation_split": "validation"}, "`evaluation_split` is \"validation\" .* splits train, val"),
+    ({"training_split": "train-semi"}, "`training_split` is \"train-semi\" .* splits train, val"),
     ({"classes_per_prompt": 21}, "`classes_per_prompt` is 21 .* at most 20, the number of classes"),
     ({"benchmark": "cityscapes-things", "classes_per_prompt": 9}, "`classes_per_prompt` .* at most 8"),
     ({"class_list": ["fox"], "train_real": False, "classes_per_prompt": 2}, "`classes_per_prompt` .* at most 1"),
@@ -469,6 +470,8 @@ def test_a_data_set_that_is_not_there_is_found_before_anything_runs(tmp_path):
     values = {"benchmark": "voc", "class_list": [], "data_root": str(tmp_path), "train_real": True}
     with pytest.raises(DiffsegError, match="JPEGImages is missing: get"):
         check_together(values, "voc.yaml")
+    with pytest.raises(DiffsegError, match="SegmentationClassAug"):
+        check_together(values | {"training_split": "trainaug"}, "voc.yaml")
     check_together(values | {"train_real": False}, "voc.yaml")  # nothing is going to be read
     check_together(values | {"data_root": "mini"}, "voc.yaml")  # made when it is first read
     own = values | {"class_list": ["fox"], "train_real": False}

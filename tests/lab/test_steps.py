@@ -97,7 +97,9 @@ def test_a_score_on_own_images_makes_nothing_before_it_anew(tmp_path):
     assert moved(before, keys(**folder)) == FROM["05_evaluation"]
     for real in ("train_real", "mix_real"):  # which reads the labelled images
         assert moved(before, keys(**folder | {real: True})) == FROM["04_robust_training"]
-        assert moved(keys(**folder | {real: True}), keys(**folder | {real: True, "data_names": {}}))
+        for changes in ({"data_names": {}}, {"training_split": "val"}):
+            assert moved(keys(**folder | {real: True}), keys(**folder | {real: True} | changes))
+    assert keys(**folder | {"training_split": "val"}) == keys(**folder)  # no real image is trained on
 
 
 @pytest.mark.parametrize(

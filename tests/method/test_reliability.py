@@ -76,15 +76,17 @@ def test_margin_thresholds_trust_a_share_of_each_class_in_the_set():
     assert margin_thresholds([(torch.zeros(1, 4), torch.full((1, 4), 255).byte())], 0.5) == {0: 255}
 
 
-def test_certainty_follows_from_the_scores_that_made_the_margin():
+@pytest.mark.parametrize("beta", [0.2, 0.4])
+def test_certainty_follows_from_the_scores_that_made_the_margin(beta):
     """By hand, from scores a of one class: label and margin as masks.py makes them, then URN's rule on a itself."""
-    beta, powers = 0.2, (0.15, 0.2, 0.25, 4, 5, 6)
-    scores = torch.tensor([[0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.79]])  # below 1 - beta, where a_bg is not yet bounded
-    label = (scores > (1 - beta - scores)).long()
-    margin = ((2 * scores - (1 - beta)).abs() * 255).round().to(torch.uint8)
+    powers = 0.15, 0.2, 0.25, 4, 5, 6
+    scores = torch.tensor([[0.0, 0.01, 0.1, 0.25, 0.5, 0.65, 0.8, 0.95]])
+    a_bg = (1 - beta - scores).clamp(min=0)
+    label = (scores > a_bg).long()
+    margin = ((scores - a_bg).abs() * 255).round().to(torch.uint8)
     expected = []
     for a in scores[0].tolist():
-        share = sum(a**power > 0.4 for power in powers) / 6
+        share = sum(a**power > (1 - beta) / 2 for power in powers) / 6
         expected.append(1 - 4 * share * (1 - share) > 0.05)
     assert certain_pixels(label, margin, powers, beta)[0].tolist() == expected
     assert expected[0] and not expected[3] and not expected[4]

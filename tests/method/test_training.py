@@ -260,6 +260,20 @@ def test_picture_label_and_trust_are_transformed_together():
         assert not (trusted[1:] & edge).any() and not (trusted[:-1] & edge).any()
 
 
+def test_labels_lie_on_what_is_seen_at_every_scale():
+    """A white disk and its label have the same middle in every view, to a tenth of a pixel on average."""
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disk = (rows - 30) ** 2 + (columns - 33) ** 2 < 144
+    image = (255 * disk).byte().expand(3, 64, 64).contiguous()
+    options = changed(crop=64, colour_jitter=0.0, scale_jitter=(0.8, 1.2), blur=0.0, iterations=25, training_batch=4)
+    off = []
+    for _, view, label, _ in (view for view in Augmented([("disk", image, disk.long())], 255, options)):
+        seen, named = view[0], (label == 1).float()
+        off.append([(seen * axis).sum() / seen.sum() - (named * axis).sum() / named.sum() for axis in (rows, columns)])
+        assert ((seen > 0.5) == (named > 0)).float().mean() > 0.985
+    assert torch.tensor(off).mean(dim=0).abs().max() < 0.1
+
+
 def test_views_depend_on_their_place_only():
     first, second = Augmented(halves(), 255, changed(blur=1.0)), Augmented(halves(), 255, changed(blur=1.0))
     torch.manual_seed(5)
