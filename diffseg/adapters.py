@@ -31,7 +31,7 @@ from safetensors import safe_open
 from diffseg.errors import DiffsegError
 from diffseg.families import denoiser_name
 from diffseg.paths import locate
-from diffseg.weight_files import PICKLES, check_file
+from diffseg.weight_files import PICKLES, check_file, get_online
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -126,8 +126,8 @@ def find_lora(place: str) -> Path:
         folder = snapshot_download(repository, allow_patterns=[file or "*.safetensors", "adapter_config.json"])
     except Exception as error:
         raise DiffsegError(
-            f"the LoRA {place} is neither a file or folder here nor to be had from the hub ({brief(error)}); go online "
-            "once, or give a .safetensors file."
+            f"the LoRA {place} is neither a file or folder here nor to be had from the hub ({brief(error)}); "
+            f"{get_online(error)}, or give a .safetensors file."
         ) from error
     return find_lora(str(Path(folder) / (file or "")))
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from diffseg.errors import DiffsegError
 from diffseg.families import call_arguments, denoiser_of, family_of, image_size, latent_noise
 from diffseg.paths import is_short_name, locate
-from diffseg.weight_files import check_file, check_hub_id, check_pipeline_folder, check_tokenizer
+from diffseg.weight_files import check_file, check_hub_id, check_pipeline_folder, check_tokenizer, get_online
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # what waits on the CPU while it is not needed: nothing, whole models, groups of layers, or every layer
@@ -218,7 +218,7 @@ def _unloadable(name: str, place: str, error: Exception) -> DiffsegError:
     elif Path(place).exists():
         remedy = "download or save it again"
     else:
-        remedy = "go online once, or give a local folder in diffusers' layout or a .safetensors file"
+        remedy = f"{get_online(error)}, or give a local folder in diffusers' layout or a .safetensors file"
     return DiffsegError(f"the generator {name!r} cannot be loaded from {place} ({reason}); {remedy}")
 
 

@@ -8,12 +8,20 @@ import json
 import re
 from pathlib import Path
 
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 
 from diffseg.errors import DiffsegError
 
 LFS = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # formats that can run code when they are read
+
+
+def get_online(error: Exception) -> str:
+    """Return what to do about an error of the hub: some repositories want a licence accepted."""
+    if isinstance(error, GatedRepoError):
+        return "accept its licence on its page of the hub and log in with `hf auth login`"
+    return "go online once"
 
 
 def check_file(path: Path) -> None:

@@ -129,7 +129,13 @@ def _voc_items(benchmark: Benchmark, base: Path, split: str) -> list[tuple[str, 
         source += " and the Semantic Boundaries Dataset's labels as palette PNGs (SegmentationClassAug)"
     _require(base, ("JPEGImages", labels, f"ImageSets/Segmentation/{split}.txt"), source)
     names = _listed(base / f"ImageSets/Segmentation/{split}.txt")
-    return [(name, base / "JPEGImages" / f"{name}.jpg", base / labels / f"{name}.png") for name in names]
+    items = [(name, base / "JPEGImages" / f"{name}.jpg", base / labels / f"{name}.png") for name in names]
+    if lost := [path for _, *paths in items for path in paths if not path.is_file()]:
+        raise DiffsegError(
+            f"{len(lost)} of the files that {base}/ImageSets/Segmentation/{split}.txt names are missing, the first is "
+            f"{lost[0]}; unpack {source} again, and whole."
+        )
+    return items
 
 
 def _imagenet_s_items(benchmark: Benchmark, base: Path, split: str) -> list[tuple[str, Path, Path]]:

@@ -175,7 +175,7 @@ class Parameters(BaseModel):
     sam_model: Annotated[Text, OneOf("segment_anything", "sam_model_registry")]
     synthesis_batch: Annotated[Whole, Field(ge=1, le=10_000)]
     jpeg_quality: Annotated[Whole, Field(ge=1, le=100)]
-    failed_share: Share
+    failed_share: Annotated[Share, Flag.INERT]  # whether an error is raised, not what was made
     # 04
     train_real: Truth
     training_split: Text

@@ -73,6 +73,8 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any], folder: 
         if error.ename == "Incomplete":
             raise Incomplete(error.evalue) from None
         reason = error.evalue if error.ename == "DiffsegError" else f"{error.ename}: {error.evalue}"
+        if "Original Traceback" in reason:  # of a process that loads images: its last line is the error
+            reason = reason.strip().splitlines()[-1].removeprefix("diffseg.errors.DiffsegError: ")
         if error.ename == "OSError" and "No space left" in error.evalue:
             reason = f"the disk of {folder} is full; free some space, and the same command continues"
     except RuntimeError:  # nbclient's, also of a kernel that does not start

@@ -290,6 +290,11 @@ def test_trainaug_reads_lists_of_names_and_of_paths_and_says_what_it_needs(tmp_p
     (base / "ImageSets" / "Segmentation" / "trainaug.txt").write_text("".join(lines))
     dataset = open_split(VOC, tmp_path, "trainaug")
     assert dataset.items == names and len(dataset[0]) == 3
+    (base / "JPEGImages" / "2007_000042.jpg").unlink()  # found out before anything is drawn, not when it is read
+    with pytest.raises(
+        DiffsegError, match="^1 of the files .*trainaug.txt names are missing, .*2007_000042.jpg; unpack"
+    ):
+        open_split(VOC, tmp_path, "trainaug")
 
 
 @pytest.mark.parametrize("size", [50, 300, 919])

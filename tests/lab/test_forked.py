@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from diffseg.errors import DiffsegError
 from diffseg.lab import forked, kernel
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,6 +34,15 @@ plt.show()
 """
 
 
+def write_notebook(path, source):
+    cells = [
+        nbformat.v4.new_code_cell("run = ''", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(source),
+    ]
+    kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec}), path)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
 @pytest.mark.parametrize("is_forked", [True, False])
 def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
@@ -41,10 +51,7 @@ def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("DIFFSEG_ROOT", ".")  # where the command was given; the notebook works in another folder
     forked.warm()
-    cells = [nbformat.v4.new_code_cell("run = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(ASKED)]
-    kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec})
-    nbformat.write(notebook, tmp_path / "a.ipynb")
+    write_notebook(tmp_path / "a.ipynb", ASKED)
 
     async def execute():  # as in a cell of Jupyter, where an event loop runs and kernels are started by another thread
         kernel.execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {"run": "this"}, tmp_path)
@@ -68,3 +75,22 @@ def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
     assert [(tmp_path / name).read_text() for name in ("unfinished.txt", "end.txt")] == ["is flushed", "is called"]
     shown = nbformat.read(tmp_path / "b.ipynb", 4).cells[-1].outputs
     assert [output.output_type for output in shown if "image/png" in output.get("data", {})] == ["display_data"]
+
+
+@pytest.mark.parametrize("error", ["DiffsegError", "OSError"])
+def test_an_error_in_a_process_that_loads_images_is_its_own_sentence(tmp_path, error):
+    source = f"""
+from torch.utils.data import DataLoader
+from diffseg.errors import DiffsegError
+class Broken:
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        raise {error}("a.jpg is damaged; get it again.")
+next(iter(DataLoader(Broken(), num_workers=1, multiprocessing_context="fork")))
+"""
+    write_notebook(tmp_path / "a.ipynb", source)
+    with pytest.raises(DiffsegError) as raised:
+        kernel.execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {}, tmp_path)
+    kind = "" if error == "DiffsegError" else f"{error}: "
+    assert str(raised.value).startswith(f"a failed: {kind}a.jpg is damaged; get it again (executed notebook: ")

@@ -75,6 +75,7 @@ def edit_cell(notebook: Path, cell_id: str, old: str, new: str) -> None:
         ({"lora_checkpoint_every": 7}, ""),
         ({"evaluation_batch": 3}, ""),
         ({"grid_pictures": 0}, ""),
+        ({"failed_share": 0.5}, ""),  # finished masks are not cut anew
         ({"run": "other", "out": "/tmp/x"}, ""),
     ],
 )

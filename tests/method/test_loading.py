@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import diffusers
+import httpx
 import numpy as np
 import pytest
 import sentencepiece
@@ -15,9 +16,11 @@ import tiny_loading
 import torch
 from accelerate import PartialState
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import clip_tokenizer
 
+from diffseg.adapters import find_lora
 from diffseg.errors import DiffsegError
 from diffseg.generator import load_generator, load_tokenizer, offload_pipeline, takes_dpm
 from diffseg.paths import locate
@@ -298,3 +301,16 @@ def test_without_a_clone_relative_paths_count_from_the_working_directory(folders
     assert locate("generator", "sd1") == folders("sd1")
     assert isinstance(load_generator("sd1"), StableDiffusionPipeline)
     assert load_generator("mini").unet.config.in_channels == 8
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_generator, find_lora])
+def test_a_licence_to_accept_is_named(load, monkeypatch):
+    def refuse(*_, **__):
+        raise GatedRepoError("401 Client Error", response=httpx.Response(401, request=httpx.Request("GET", "http://x")))
+
+    monkeypatch.setattr("diffseg.generator.snapshot_download", refuse)
+    monkeypatch.setattr("diffseg.adapters.snapshot_download", refuse)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", refuse)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", refuse)
+    with pytest.raises(DiffsegError, match="accept its licence on its page of the hub and log in with `hf auth login`"):
+        load("somebody/gated")
