@@ -1,19 +1,26 @@
 """Every committed notebook and parameter file keeps the house rules; none of them is executed here."""
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
 import pytest
+import torch
 
+from diffseg.drawing import DrawingOptions
 from diffseg.lab.declarations import check
 from diffseg.lab.parameters import declared, is_parameters, read_cells, read_yaml
-from diffseg.lab.steps import STEPS
+from diffseg.lab.steps import STEPS, notebook_of
+from diffseg.lora import TuningOptions
+from diffseg.synthesis import SynthesisOptions
+from diffseg.training_options import TrainingOptions
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("0*.ipynb"))  # that for Colab is no step: test_first_try.py
@@ -182,3 +189,58 @@ def test_what_a_notebook_reads_of_another_step_is_an_output_of_that_step():
     ]
     assert len(read) > 2
     assert [(step, name) for step, name in read if f'"{name}"' not in finished[step]] == []
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "prefix"),
+    [("02_lora_tuning", TuningOptions, "lora_"), ("03_drawing", DrawingOptions, ""),
+     ("03_synthesis", SynthesisOptions, ""), ("04_robust_training", TrainingOptions, "")],
+)  # fmt: skip
+def test_a_notebook_hands_every_parameter_on_by_its_own_name(step, options, prefix):
+    """A line that is lost or crossed would leave a parameter without effect."""
+    code = [cell["source"] for cell in read_cells(notebook_of(step)) if cell["cell_type"] == "code"]
+    calls = [n for source in code for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    [given] = [
+        c.keywords
+        for c in calls
+        if isinstance(c.func, ast.Name) and c.func.id == options.__name__ and len(c.keywords) > 6
+    ]
+    named = {k.arg: ast.unparse(k.value).removeprefix("tuple(").removesuffix(")") for k in given if k.arg}
+    other = {"precision": "training_precision"} if options is TrainingOptions else {}
+    inherited = {f.name for f in dataclasses.fields(DrawingOptions)} if options is SynthesisOptions else set()
+    names = {field.name for field in dataclasses.fields(options)} - inherited
+    assert named == {name: other.get(name, prefix + name) for name in names}
+
+
+def cell_of(step: str, cell_id: str) -> str:
+    [source] = [cell["source"] for cell in read_cells(notebook_of(step)) if cell["id"] == cell_id]
+    return source
+
+
+def test_networks_train_on_the_training_split_and_are_scored_on_the_evaluation_split(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "diffseg.benchmarks.readers.open_split", lambda bench, root, split: asked.append(split) or [0] * 9
+    )
+    monkeypatch.setattr("diffseg.benchmarks.readers.data_folder", Path)
+    monkeypatch.setattr("diffseg.benchmarks.readers.pictures_set", lambda *_: [0] * 4)
+    for step, given in (
+        ("04_robust_training", {}),
+        ("05_evaluation", {}),
+        ("05_evaluation", {"evaluation_split": "dev"}),
+    ):
+        names = declared(notebook_of(step)) | {"step": SimpleNamespace(input=lambda *_: None)} | given
+        exec(cell_of(step, "data"), names)
+    assert asked == ["train", "val", "dev"]
+
+
+def test_step_3_draws_with_the_lora_of_step_2_at_its_strength(tmp_path, monkeypatch):
+    (tmp_path / "tuning.json").write_text('{"tuned": true}')
+    loaded = []
+    monkeypatch.setattr("diffseg.generator.load_generator", lambda *_: SimpleNamespace(unet=torch.nn.Linear(1, 1)))
+    monkeypatch.setattr("diffseg.lora.load_lora", lambda pipeline, *given: loaded.append(given))
+    drawing = SimpleNamespace(finished=False, input=lambda step, name=".": tmp_path / name)
+    exec(
+        cell_of("03_synthesis", "load"), declared(notebook_of("03_synthesis")) | {"lora_scale": 0.7, "drawing": drawing}
+    )
+    assert loaded == [(tmp_path, 0.7)]

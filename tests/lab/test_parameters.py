@@ -81,9 +81,14 @@ def test_every_configuration_of_a_study_passes(path, capable):
 
 
 def test_flags_are_of_parameters_that_hold_what_they_say():
-    assert {"caption_file", "generator", "initial_network", "reference_network", "sam_checkpoint"} < FILES
-    assert {"target_images", "encoder_weights"} < FILES and "data_root" not in FILES
-    assert {"run", "out", "workers", "checkpoint_every", "evaluation_batch"} < INERT and not FILES & INERT
+    assert FILES == set(
+        "caption_file encoder_weights generator generator_lora initial_network reference_network sam_checkpoint "
+        "target_images".split()
+    )
+    assert INERT == set(
+        "checkpoint_every evaluation_batch failed_share grid_pictures lora_checkpoint_every out run tensorboard_every "
+        "workers".split()
+    )
     assert all(Parameters.model_fields[name].annotation is str for name in FILES)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -344,3 +345,14 @@ def test_maps_and_reach_of_wide_images_go_by_the_shorter_side():
     assert torch.equal(WordMaps({"layer": maps}, [[0]]).mean((8,), [0]), maps[0])
     image, scores = torch.rand(1, 3, 16, 64), torch.rand(1, 2, 16, 64)
     assert torch.equal(pamr(image, scores), pamr(image, scores, dilations=(1,)))
+
+
+def test_a_sam_checkpoint_runs_no_code(tmp_path):
+    class Writes:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "run",)
+
+    torch.save(Writes(), tmp_path / "sam.pth")
+    with pytest.raises(DiffsegError, match="does not fit the model"):
+        get_refiner("sam", str(tmp_path / "sam.pth"), "vit_b")
+    assert not (tmp_path / "run").exists()

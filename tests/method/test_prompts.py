@@ -665,3 +665,13 @@ def test_captions_are_balanced_over_classes_or_follow_their_number():
         return Counter(prompt.classes[0] for prompt in P.augment(words, 100, captions=captions, balance=balance))
 
     assert counted(True) == {"dog": 50, "cow": 50} and counted(False) == {"dog": 90, "cow": 10}
+
+
+def test_another_seed_is_another_list_of_texts_and_other_words_in_it():
+    def words_of(seed: int, share: float) -> list:
+        return [prompt.words for prompt in P.augment(W.load_words("voc"), 40, plain_share=share, seed=seed)]
+
+    assert words_of(1, 1) != words_of(2, 1)  # of the classes' order
+    dogs = [W.Word("dog", "", f"dog{k}", "hyponym" if k else "plain", min(k, 1)) for k in range(9)]
+    one, other = ([p.words for p in P.augment(dogs, 40, plain_share=0, seed=seed)] for seed in (1, 2))
+    assert one != other  # of the words' order

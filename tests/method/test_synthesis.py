@@ -427,3 +427,19 @@ def test_images_and_maps_do_not_depend_on_workers(pipeline, rows, whole, tmp_pat
     (tmp_path / "full" / "WordMaps").write_text("a file where a folder belongs")
     with pytest.raises(OSError):
         draw_set(pipeline, rows, tmp_path / "full", OPTIONS, 4, workers=2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_the_guidance_reaches_the_generator(mini_pipeline, rows, scale):
+    found = draw_rows(mini_pipeline, rows[:1], replace(OPTIONS, guidance_scale=scale))
+    assert_equal_images(found, draw(mini_pipeline, [rows[0].prompt], [rows[0].seed], None, 64, 64, 3, scale))
+
+
+def test_a_mask_is_cut_from_the_steps_asked_for(mini_pipeline, rows):
+    [picture] = draw_rows(mini_pipeline, rows[:1], OPTIONS)
+    maps, refine = torch.rand(3, 1, 16, 16), OPTIONS.refine("cpu")
+    made, alone = (
+        cut(picture, kept, rows[0], VOC, replace(OPTIONS, attention_steps="1"), refine)
+        for kept in (WordMaps({"layer": maps}, [[0], [1], [2]]), WordMaps({"layer": maps[1:2]}, [[1]]))
+    )
+    assert torch.equal(made.scores, alone.scores)

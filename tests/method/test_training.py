@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_training import CLASSES, OPTIONS, changed, halves, same, trained
 
-from diffseg import training
+from diffseg import cotraining, training
 from diffseg.augmentation import Augmented
 from diffseg.errors import DiffsegError
 from diffseg.paths import locate, project_root
@@ -17,6 +17,7 @@ from diffseg.reliability import TAUGHT, trusted_pixels
 from diffseg.segmenters import (
     SEGMENTERS,
     STAGES,
+    WEIGHTS,
     Ensemble,
     FromTransformers,
     ResidualBlock,
@@ -523,3 +524,94 @@ def test_the_moving_average_goes_on_after_a_stop(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         averaged(cut, checkpoint=tmp_path / "checkpoint.pt")
     assert same(averaged(halves(), checkpoint=tmp_path / "checkpoint.pt"), averaged(halves()))
+
+
+def test_an_answer_is_restricted_and_then_refined_along_the_edges():
+    random = torch.Generator().manual_seed(0)
+    logits = [torch.randn(1, 4, 16, 16, generator=random) for _ in range(2)]
+    images, label = torch.rand(1, 3, 16, 16, generator=random), torch.zeros(1, 16, 16, dtype=torch.int64)
+    trusted, named = torch.zeros(1, 16, 16, dtype=torch.bool), torch.tensor([[True, True, True, False]])
+    trusted[:, :4] = True
+    options = changed(training_mode="cotrain", peer_classes="image", peer_refiner="pamr")
+    found = answers_of(logits, images, label, trusted, named, options, background=0)
+    for own, answer in zip(logits, found, strict=True):
+        narrow = cotraining.restricted(own.softmax(dim=1), named, 0)
+        torch.testing.assert_close(answer, cotraining.edge_aware(narrow, images, label, trusted))
+        assert not torch.allclose(answer, narrow, atol=1e-3)
+
+
+def test_every_step_and_seed_pastes_by_its_own_lot(monkeypatch):
+    lots = []
+
+    def watched(networks, images, label, trusted, options, background, ignore, generator):
+        lots.append((generator.initial_seed(), torch.initial_seed()))
+        return images, label, trusted, torch.zeros_like(trusted)
+
+    monkeypatch.setattr(training, "mix", watched)
+    for seed in (0, 1):
+        trained(halves(margin=True), changed(training_mode="selftrain", iterations=3, warmup=0.0), seed)
+    assert all(len(set(each)) == 6 for each in zip(*lots, strict=True))
+
+
+def test_the_share_that_receives_and_ignored_pixels_that_are_never_pasted():
+    network, rng = Says(1), torch.Generator().manual_seed(0)
+    images, label = torch.rand(400, 3, 2, 2), torch.zeros(400, 2, 2, dtype=torch.int64)
+    *_, trusted, _ = mix([network], images, label, label.bool(), changed(mixing=0.25), 0, 255, rng)
+    assert 0.17 < trusted[:, 0, 0].float().mean() < 0.33
+    label = torch.stack([torch.full((2, 2), 255), torch.zeros(2, 2, dtype=torch.int64)])  # the first is padding
+    *_, trusted, _ = mix([network], images[:2], label, label < 0, changed(mixing=1.0), 0, 255, rng)
+    assert trusted[0].all() and not trusted[1].any()
+
+
+def test_to_ask_the_networks_what_is_pasted_leaves_their_running_means():
+    network = new_networks(1, "resunet-resnet10t", CLASSES, 0).train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    images, label = torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
+    mix([network], images, label, label.bool(), changed(mixing=1.0), 0, 255, torch.Generator())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_a_checkpoint_is_of_its_seed_set_and_classes_and_of_any_interval(tmp_path):
+    path, options = tmp_path / "checkpoint.pt", changed(iterations=1)
+    _, history = trained(halves(), options, checkpoint=path)
+    other = new_networks(1, "upernet-swin-mini", ("background", "other"), 0)
+    for begin in (
+        lambda: trained(halves(), options, seed=1, checkpoint=path),
+        lambda: trained(halves(4), options, checkpoint=path),
+        lambda: training.train(other, halves(), 255, options, 0, checkpoint=path),
+    ):
+        with pytest.raises(DiffsegError, match="other options; delete it"):
+            begin()
+    often = changed(iterations=1, checkpoint_every=7, workers=1)  # neither moves the key
+    assert trained(halves(), often, checkpoint=path)[1] == history
+
+
+def test_a_network_whose_history_could_not_be_written_is_not_there(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "write_rows", full)
+    with pytest.raises(OSError):
+        train_once(
+            tmp_path / "n",
+            lambda: new_networks(1, "upernet-swin-mini", CLASSES, 0),
+            halves(),
+            255,
+            changed(iterations=1),
+            0,
+        )
+    assert not (tmp_path / "n" / WEIGHTS).exists()
+
+
+def test_a_training_has_the_threads_that_its_options_say(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "train", lambda *_: seen.append(torch.get_num_threads()) or {"loss": [1.0]})
+    train_once(
+        tmp_path / "n",
+        lambda: new_networks(1, "upernet-swin-mini", CLASSES, 0),
+        halves(),
+        255,
+        changed(threads=torch.get_num_threads() + 1),
+        0,
+    )
+    assert seen == [torch.get_num_threads() + 1]
