@@ -19,7 +19,7 @@ from diffseg.charts import mean_interval
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_text, write_text
 from diffseg.lab.manifests import read_json, read_manifest
-from diffseg.lab.steps import file_digest, imported, module_path, named_files
+from diffseg.lab.steps import code_of, named_files
 from diffseg.paths import project_root
 from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import train_once
@@ -99,8 +99,7 @@ def network_folder(
     """Return the place of a training's network: one of another recipe or other code lies elsewhere."""
     start = {each: parameters[each] for each in ("segmenter", "encoder_weights")}
     named = named_files(start | {"initial_network": parameters.get("initial_network", "")})  # wherever it lies
-    code = {module: file_digest(module_path(module)) for module in sorted(imported(["from diffseg import training"]))}
-    recipe = json.dumps([images, start, named, asdict(options), code])
+    recipe = json.dumps([images, start, named, asdict(options), code_of(["from diffseg import training"])])
     return folder / sha256_text(recipe)[:12] / f"{name}-{seed}"
 
 

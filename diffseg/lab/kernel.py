@@ -27,7 +27,7 @@ class Kernel(AsyncKernelManager):
         # TCP ports are chosen some time before they are bound, and ranks that begin together would choose the same ones
         sockets = TemporaryDirectory(prefix="diffseg-", dir="/tmp")  # the path of a socket must be short
         # a minute to end: of jupyter's 5 s a loaded machine may need more, and a kernel that is killed flushes no file
-        super().__init__(transport="ipc", ip=f"{sockets.name}/kernel", **{"shutdown_wait_time": 60.0} | options)
+        super().__init__(transport="ipc", ip=f"{sockets.name}/kernel", shutdown_wait_time=60.0, **options)
         self.sockets = sockets
         if forks():
             self.provisioner = Forked(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)

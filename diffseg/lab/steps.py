@@ -116,7 +116,7 @@ def step_recipe(step: str, parameters: Mapping[str, Any], keys: Mapping[str, str
         "parameters": {n: v for n, v in used.items() if not (n in files and n in FILES)},  # bytes count, not the place
         "files": files,
         "cells": sha256_text("\n".join(map(without_comments, cells))),
-        "code": {module: file_digest(module_path(module)) for module in sorted(imported(cells))},
+        "code": code_of(cells),
         "upstream": {name: keys[name] for name in STEPS.get(step, [])},
     }
 
@@ -150,6 +150,11 @@ def without_comments(source: str) -> str:
             if body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
                 node.body = body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def code_of(cells: Iterable[str]) -> dict[str, str]:
+    """Return module -> sha256 of the code of the package's modules that cells use (`imported`)."""
+    return {module: file_digest(module_path(module)) for module in sorted(imported(cells))}
 
 
 def imported(cells: Iterable[str]) -> set[str]:
