@@ -28,6 +28,7 @@ from diffseg.experiments.paired import (
     paired_gain,
     parser_of,
     real_key,
+    recipe_of,
     score,
     trained,
     with_earlier,
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables, runs = chosen.out / "tables", (chosen.parameters, chosen.finer)
     parameters = step_parameters(notebook_of("04_robust_training"), resolve(chosen.parameters, {})[0])
     about = {"images": {name: images_key(run_folder(name)) for name in runs}, "split": chosen.split or "validation"}
-    about["parameters"] = parameters
+    about["parameters"] = recipe_of(parameters)
     frame = pd.DataFrame(trainings(chosen, parameters))
     frame = with_earlier(frame, tables / "label_efficiency_seeds.csv", ["arm", "labelled", "seed"], about)
     write_tables(tables, "label_efficiency", means(frame), frame, about | provenance())

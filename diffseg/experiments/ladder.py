@@ -34,6 +34,7 @@ from diffseg.experiments.paired import (
     paired_gain,
     parser_of,
     real_key,
+    recipe_of,
     scores,
     trained,
 )
@@ -188,13 +189,13 @@ def main(arguments: list[str] | None = None) -> None:
     recorded = read_json(table.with_name("ladder.json")) or {}
     known, trained_with, name = recorded.get("images", {}), recorded.get("parameters", {}), rows[0]["benchmark"]
     kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
-    if trained_with.get(name) != parameters:
+    if trained_with.get(name) != recipe_of(parameters):
         kept = [row for row in kept if row["benchmark"] != name]
     redrawn = {name for name in used if known.get(name, used[name]) != used[name]}
     rows = still_true(kept, rows, redrawn, {"without": chosen.without, "untuned": chosen.untuned}) + rows
     write_rows(table, rows, list(dict.fromkeys(name for row in rows for name in row)))
     write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
-    about = {"images": known | used, "parameters": trained_with | {name: parameters}, **provenance()}
+    about = {"images": known | used, "parameters": trained_with | {name: recipe_of(parameters)}, **provenance()}
     write_text(table.with_name("ladder.json"), json.dumps(about, indent=1))
     figure = ladder_figure(rows)
     save_figure(figure, chosen.out / "figures" / "ladder.png")

@@ -33,7 +33,7 @@ from diffseg.drawing import batches_of
 from diffseg.errors import DiffsegError
 from diffseg.experiments.mask_ablation import SMALLEST_OBJECT, as_pixels, reference_label
 from diffseg.experiments.oracle import free_scene, picture_label
-from diffseg.experiments.paired import named_fields, options_of, score, trained, with_earlier
+from diffseg.experiments.paired import named_fields, options_of, recipe_of, score, trained, with_earlier
 from diffseg.figures import picture_rows, save_figure
 from diffseg.files import atomic_path, sha256_text, write_text
 from diffseg.generator import draw, load_generator
@@ -211,7 +211,8 @@ def measure(chosen: argparse.Namespace) -> Iterator[tuple[dict, dict, list[tuple
     shared = {"run": chosen.run, "images": chosen.images, "prompts": prompts["key"], "judge": judged}
     tuning = step_parameters(notebook_of("02_lora_tuning"), base)  # what no variant changes is made once
     both = tuning | step_parameters(notebook_of("03_synthesis"), base)
-    shared["parameters"] = {name: value for name, value in both.items() if name not in INERT}
+    made_by = "from diffseg import lora, synthesis"
+    shared["parameters"] = recipe_of({name: value for name, value in both.items() if name not in INERT}, made_by)
     captions = build_captions(tuning["lora_captions"], tuning["lora_words"])
     pictures = find_pictures(locate("target_images", tuning["target_images"]))
     made_of = named_files({name: tuning[name] for name in ("generator", "target_images")})

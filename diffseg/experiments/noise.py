@@ -27,7 +27,16 @@ from diffseg.benchmarks.metrics import ConfusionMatrix, mean_iou
 from diffseg.benchmarks.readers import data_folder, open_split
 from diffseg.charts import mean_interval, mean_lines
 from diffseg.errors import DiffsegError
-from diffseg.experiments.paired import options_of, parser_of, real_key, score, trained, with_earlier, write_tables
+from diffseg.experiments.paired import (
+    options_of,
+    parser_of,
+    real_key,
+    recipe_of,
+    score,
+    trained,
+    with_earlier,
+    write_tables,
+)
 from diffseg.experiments.robust import ARMS, parameters_under
 from diffseg.figures import WIDTH, save_figure
 from diffseg.lab.provenance import provenance
@@ -180,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=COMPARED, default=list(COMPARED))
     chosen = parser.parse_args(arguments)
     parameters, tables = parameters_under(chosen.parameters, chosen.set), chosen.out / "tables"
-    about = {"split": chosen.split or "validation", "parameters": parameters}
+    about = {"split": chosen.split or "validation", "parameters": recipe_of(parameters)}
     rows = pd.DataFrame(trainings(chosen, parameters))
     rows = with_earlier(rows, tables / "noise_seeds.csv", ["kind", "strength", "arm", "seed"], about)
     write_tables(tables, "noise", means(rows), rows, about | provenance())

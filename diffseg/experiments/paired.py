@@ -25,6 +25,8 @@ from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import train_once
 from diffseg.training_options import NETWORKS, TrainingOptions
 
+TRAINING = "from diffseg import training"
+
 
 def parser_of(description: str, folder: str, seeds: int = 5) -> argparse.ArgumentParser:
     """Return the options that the comparisons share. folder: below results/runs, where the networks are kept."""
@@ -93,13 +95,19 @@ def options_of(parameters: dict, mode: str) -> TrainingOptions:
     return TrainingOptions(**named_fields(TrainingOptions, parameters) | changed)
 
 
+def recipe_of(parameters: Mapping, code: str = TRAINING) -> dict:
+    """Return what earlier rows of a table must have been made with: parameters, and a digest of the package's code
+    that an import statement reaches."""
+    return {**parameters, "code": sha256_text(json.dumps(code_of([code])))[:12]}
+
+
 def network_folder(
     folder: Path, name: str, images: str | None, parameters: dict, options: TrainingOptions, seed: int
 ) -> Path:
     """Return the place of a training's network: one of another recipe or other code lies elsewhere."""
     start = {each: parameters[each] for each in ("segmenter", "encoder_weights")}
     named = named_files(start | {"initial_network": parameters.get("initial_network", "")})  # wherever it lies
-    recipe = json.dumps([images, start, named, asdict(options), code_of(["from diffseg import training"])])
+    recipe = json.dumps([images, start, named, asdict(options), code_of([TRAINING])])
     return folder / sha256_text(recipe)[:12] / f"{name}-{seed}"
 
 

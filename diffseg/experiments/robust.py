@@ -32,6 +32,7 @@ from diffseg.experiments.paired import (
     options_of,
     paired_gain,
     parser_of,
+    recipe_of,
     score,
     trained,
     write_tables,
@@ -255,9 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arms = [arm for arm in ARMS if arm in {"ensemble", *chosen.arms}]  # the ensemble is what others are compared with
     for name in chosen.runs:
         title, run = ", ".join([name, *chosen.set]), run_folder(name)
-        if about.get(title, {}).get("parameters", parameters) != parameters:
+        if about.get(title, {}).get("parameters") != recipe_of(parameters):
             changed.append(title)
-        about[title] = {"images": images_key(run), "parameters": parameters} | provenance()
+        about[title] = {"images": images_key(run), "parameters": recipe_of(parameters)} | provenance()
         rows += scores_of(parameters, run, title, arms, chosen.seeds, chosen.split, chosen.folder)
     frame = pd.DataFrame(rows)
     if (found := tables / "robust_arms_seeds.csv").is_file():

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_training import STEP4, finish_images
+from tiny_training import OPTIONS, STEP4, finish_images
 
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
 from diffseg.experiments import paired
-from diffseg.experiments.paired import images_key, network_folder, options_of
+from diffseg.experiments.paired import images_key, network_folder, options_of, recipe_of
 from diffseg.files import write_text
+from diffseg.lab.steps import code_of
 
 
 def test_a_network_of_another_recipe_other_images_or_another_seed_lies_elsewhere(tmp_path):
@@ -37,6 +38,16 @@ def test_a_network_of_another_recipe_other_images_or_another_seed_lies_elsewhere
     ]
     assert len(set(others)) == len(others)
     assert place() == others[0] and place(initial_network=str(tmp_path / "copy")) == begun  # wherever it lies
+
+
+def test_other_parameters_or_other_code_of_the_training_are_another_recipe(tmp_path, monkeypatch):
+    recipe, place = recipe_of({"iterations": 8}), network_folder(tmp_path, "ours", "key", STEP4, OPTIONS, 0)
+    assert recipe == recipe_of({"iterations": 8}) != recipe_of({"iterations": 9})
+    digests = code_of([paired.TRAINING])
+    assert "diffseg.augmentation" in digests
+    monkeypatch.setattr(paired, "code_of", lambda _: digests | {"diffseg.augmentation": "another"})
+    assert recipe_of({"iterations": 8}) != recipe
+    assert network_folder(tmp_path, "ours", "key", STEP4, OPTIONS, 0) != place
 
 
 class Loaded(torch.nn.Module):

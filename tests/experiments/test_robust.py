@@ -1,5 +1,6 @@
 """The arms of robust training: what is compared with what, and the interval of a paired difference."""
 
+import json
 import math
 
 import pandas as pd
@@ -90,6 +91,8 @@ def test_rows_of_earlier_calls_stay_but_for_those_of_other_images_or_another_tra
     made = [row("r", arm, seed, 60.0 + seed, "new") for arm in pair for seed in (0, 1)]
     table = tmp_path / "tables" / "robust_arms_seeds.csv"
     write_text(table, pd.DataFrame(earlier).to_csv(index=False))
+    record = {"r": {"parameters": robust.recipe_of({"iterations": 8})}}
+    write_text(table.with_name("robust_arms.json"), json.dumps(record))
     for name, value in {
         "scores_of": lambda *_: made,
         "images_key": lambda run: "new",
