@@ -19,7 +19,7 @@ from diffseg.miniworld.scenes import load_art
 from diffseg.seeds import derive_seed
 
 HEIGHT, WIDTH = 64, 128  # Cityscapes' 1024 x 2048, sixteen times smaller
-FINE = 2  # drawn at twice the size and halved, for smooth edges
+FINE = 3  # drawn at this multiple of the size, for smooth edges; odd, so that a label is that of its pixel's centre
 CITIES = {
     "train": ("ampelburg", "brezelheim", "dachstadt", "eschenau"),
     "val": ("gleisdorf", "hafenried"),

@@ -76,7 +76,7 @@ def test_labels_lie_where_the_picture_shows_the_thing(monkeypatch):
     labels = np.stack([label for _, label in scenes])
     things = np.isin(labels, [OFFICIAL[name].id for name in cityscapes.THINGS])
     red = redness > 60
-    assert (red & things).sum() / (red | things).sum() > 0.85  # but for the border and half-covered edge pixels
+    assert (red & things).sum() / (red | things).sum() > 0.97  # but for the border; a quarter of a pixel off: 0.955
     bicycle, rider = (labels == OFFICIAL[name].id for name in ("bicycle", "rider"))
     for k in np.flatnonzero(rider.any((1, 2))):
         columns = rider[k].any(0)
