@@ -66,7 +66,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, study: ModuleType) -> list[Simple
     def record(*given):
         calls.append(SimpleNamespace(**dict(zip(names, given, strict=True))))
         seed = calls[-1].seed
-        return SimpleNamespace(seed=seed, networks=[SimpleNamespace(seed=seed + k) for k in (100, 200)])
+        return SimpleNamespace(seed=seed, side=0, networks=[SimpleNamespace(seed=seed + k) for k in (100, 200)])
 
     for name, value in {
         "trained": record,
@@ -84,8 +84,9 @@ def recording(monkeypatch: pytest.MonkeyPatch, study: ModuleType) -> list[Simple
 
 def finish_images(run: Path) -> None:
     """Write the manifest of a run's images, without any: their key is "key of" its name."""
-    manifest = {"step": "03_synthesis", "key": "", "parameters": {}, "outputs": {"sha256": f"key of {run.name}"}}
-    write_text(run / "03_synthesis" / MANIFEST, json.dumps(manifest))
+    for step, digest in (("03_drawing", "key of"), ("03_synthesis", run.name)):
+        manifest = {"step": step, "key": "", "parameters": {}, "outputs": {"sha256": digest}}
+        write_text(run / step / MANIFEST, json.dumps(manifest))
 
 
 def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:

@@ -93,7 +93,7 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str], dict]
             network = trained(folder, rung, images, parameters, options, dataset, benchmark, seed)
             row = {"benchmark": parameters["run"], "split": chosen.split or "validation", "rung": RUNGS[rung]}
             row |= {"images": len(dataset), "mode": options.training_mode, "seed": seed}
-            rows.append(row | {name: f"{value:.1f}" for name, value in scores(network, scored, benchmark).items()})
+            rows.append(row | {name: f"{value:.2f}" for name, value in scores(network, scored, benchmark).items()})
             print(*rows[-1].values(), sep=", ", flush=True)
     return rows, used, parameters
 

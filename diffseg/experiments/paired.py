@@ -1,6 +1,7 @@
 """Trainings that are compared seed by seed: each is made once, and their mean difference has an interval."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -56,6 +57,7 @@ class Relabelled(Dataset):
         self.images = images
         with torch.inference_mode():
             self.labels = [relabel(*images[k]) for k in range(len(images))]
+        self.key = hashlib.sha256(b"".join(each.numpy().tobytes() for each in self.labels)).hexdigest()[:20]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,10 +71,10 @@ def images_key(run: Path) -> str:
 
     An unfinished step 3 raises a DiffsegError.
     """
-    manifest = read_manifest(run / "03_synthesis") if run.is_dir() else None
-    if manifest is None:
+    steps = [read_manifest(run / step) if run.is_dir() else None for step in ("03_drawing", "03_synthesis")]
+    if None in steps:
         raise DiffsegError(f"{run} has no finished step 3; run `diffseg run ... --only 1-3 --set run={run.name}`.")
-    return manifest["outputs"]["sha256"]
+    return " ".join(each["outputs"]["sha256"][:20] for each in steps)
 
 
 def real_key(parameters: Mapping, root: Path, *what: object) -> str:
@@ -125,6 +127,8 @@ def trained(
 
     name: of the training, any seed's. images: key of the synthetic or real ones. parameters: of step 4.
     """
+    if isinstance(dataset, Relabelled):  # its labels follow from more than the run's files
+        images = f"{images} {dataset.key}"
     device, place = PartialState().device, network_folder(folder, name, images, parameters, options, seed)
     start = parameters["encoder_weights"] or None, parameters.get("initial_network", "")
     count = NETWORKS[options.training_mode]

@@ -9,7 +9,7 @@ baseline costs nothing of its own: it is the first network of the ensemble of th
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,6 +45,7 @@ from diffseg.lab.provenance import provenance
 from diffseg.lab.steps import notebook_of, run_folder
 from diffseg.reliability import reliable_pixels
 from diffseg.segmenters import Ensemble
+from diffseg.training_options import TrainingOptions
 
 BECO = {
     "training_mode": "cotrain",
@@ -174,6 +175,7 @@ def scores_of(
             network = trained(folder / run.name, arm, *how, labelled, benchmark, seed)
             members = {f"{arm}, first network": network.networks[0]} if isinstance(network, Ensemble) else {}
             for name, each in ({arm: network} | members).items():
+                each.side = network.side  # a member by itself knows no size
                 miou = round(score(each, scored, benchmark), 2)
                 rows.append({"run": title, "split": split, "arm": name, "seed": seed, "miou": miou, "images": key})
                 print(title, split, name, seed, miou, sep=", ", flush=True)
@@ -185,7 +187,9 @@ def parameters_under(name: str, assignments: Sequence[str]) -> dict:
     that would change nothing, raises a DiffsegError."""
     changes = parse_assignments(assignments)
     parameters = step_parameters(notebook_of("04_robust_training"), resolve(name, changes)[0])
-    if idle := sorted(changes.keys() - (parameters.keys() - RESTRICTED.keys())):
+    used = {field.name for field in fields(TrainingOptions)} | {"training_precision", "data_root", "training_split"}
+    used |= {"segmenter", "encoder_weights", "initial_network"}
+    if idle := sorted(changes.keys() - (used - RESTRICTED.keys())):
         raise DiffsegError(
             f"--set {', '.join(idle)} changes nothing here: the arms or the run's steps 1 to 3 decide it."
         )

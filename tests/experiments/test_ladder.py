@@ -134,8 +134,8 @@ def test_each_rung_trains_on_its_own_runs_images(tmp_path, monkeypatch):
     assert modes == dict.fromkeys(rungs, "baseline") | {"robust": "cotrain"}
     assert used == {name: f"key of {name}" for name in ("ours", "plain", "bare")}
     assert [(row["rung"], row["seed"], row["miou"]) for row in rows[-2:]] == [
-        (ladder.WITHOUT, 0, "10.0"),
-        (ladder.WITHOUT, 1, "11.0"),
+        (ladder.WITHOUT, 0, "10.00"),
+        (ladder.WITHOUT, 1, "11.00"),
     ]
     assert {(row["split"], row["benchmark"]) for row in rows} == {("validation", "ours")}
 

@@ -9,7 +9,7 @@ from tiny_training import OPTIONS, STEP4, finish_images
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
 from diffseg.experiments import paired
-from diffseg.experiments.paired import images_key, network_folder, options_of, recipe_of
+from diffseg.experiments.paired import Relabelled, images_key, network_folder, options_of, recipe_of
 from diffseg.files import write_text
 from diffseg.lab.steps import code_of
 
@@ -71,6 +71,17 @@ def test_a_seed_is_that_of_the_decoder_and_of_the_training(tmp_path, monkeypatch
         assert untrained.func is paired.new_networks
         assert untrained.args == (2, "unet-resnet18", VOC.classes, seed, "imagenet", str(tmp_path))
         assert (dataset, ignore, given, training_seed) == (["images"], 255, options, seed)
+
+
+def test_other_labels_of_the_same_images_are_another_training(tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(paired, "train_once", lambda place, *_: places.append(place))
+    monkeypatch.setattr(paired, "load_segmenter", Loaded)
+    images = [("name", torch.zeros(3, 4, 4), torch.zeros(4, 4))]
+    for value in (1, 2, 1):
+        labelled = Relabelled(images, lambda name, image, label, value=value: label + value)
+        paired.trained(tmp_path, "ours", "key", STEP4, OPTIONS, labelled, VOC, 0)
+    assert places[0] == places[2] != places[1]
 
 
 def test_scores_are_in_percent():

@@ -195,6 +195,6 @@ def test_of_two_votes_the_one_that_is_believed_more_wins():
 
 
 def test_what_changes_nothing_is_refused():
-    with pytest.raises(DiffsegError, match="--set refiner, reliable_share changes nothing here"):
-        parameters_under("mini-voc", ["refiner=none", "reliable_share=0.8", "iterations=8"])
+    with pytest.raises(DiffsegError, match="--set refiner, reliable_share, seed changes nothing here"):
+        parameters_under("mini-voc", ["refiner=none", "reliable_share=0.8", "seed=7", "iterations=8"])
     assert parameters_under("mini-voc", ["iterations=8"])["iterations"] == 8
