@@ -41,7 +41,7 @@ def reliable_pixels(rank: torch.Tensor, share: float) -> torch.Tensor:
     """
     if not 0 < share <= 1:
         raise DiffsegError(f"reliable_share is {share}; give a number above 0 and up to 1")
-    return rank < 256 * share
+    return rank < 256.0 * share  # of an integer 256 uint8 would make 0
 
 
 def margin_thresholds(pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]], share: float) -> dict[int, int]:

@@ -20,6 +20,7 @@ from diffseg.errors import DiffsegError
 from diffseg.files import atomic_path, write_text
 from diffseg.paths import is_short_name, locate
 from diffseg.seeds import derive_seed
+from diffseg.weight_files import get_online
 
 # Name -> (architecture, encoder, options) of segmentation-models-pytorch, but for "resunet", which is `ResUNet`.
 SMP_SEGMENTERS = {
@@ -319,9 +320,11 @@ def load_segmenter(place: str | os.PathLike) -> Segmenter | Ensemble:
         networks = [Segmenter(name, classes, config=config) for _ in range(count)]
         segmenter = networks[0] if count == 1 else Ensemble(networks)
         segmenter.load_state_dict(load_file(folder / WEIGHTS))
-        segmenter.side = int(saved.get("side", 0))  # networks of diffseg 0.3.0 and older have neither
-        if segmenter.side < 0:
-            raise ValueError(f"its side is {segmenter.side}")
+        side = int(saved.get("side", 0))  # networks of diffseg 0.3.0 and older have neither
+        if side < 0:
+            raise ValueError(f"its side is {side}")
+        for each in (segmenter, *networks):
+            each.side = side
         if "palette" in saved:
             colours = zip(classes, saved["palette"], strict=True)
             segmenter.palette = tuple(ImageColor.getrgb(colour) for _, colour in colours)
@@ -346,5 +349,5 @@ def network_folder(place: str | os.PathLike) -> Path:
     except Exception as error:  # offline, unknown, forbidden: a kind of exception each, whose name says it
         raise DiffsegError(
             f"{place} is no folder here, and the hub did not give such a network ({type(error).__name__}); check the "
-            "name, or go online once."
+            f"name, or {get_online(error)}."
         ) from error

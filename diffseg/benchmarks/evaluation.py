@@ -181,6 +181,7 @@ def best_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
     A class at a time: all of them at the size of a photograph of 24 megapixels would take two gigabytes for VOC.
     """
+    logits = finite(logits)
     best = torch.full((len(logits), *size), -torch.inf, device=logits.device)
     label = torch.zeros(best.shape, dtype=torch.int64, device=logits.device)
     for k in range(logits.shape[1]):
@@ -188,6 +189,11 @@ def best_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         label[scaled > best] = k
         best = torch.maximum(best, scaled)
     return label
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits with the smallest number in place of minus infinity, of which interpolation would make nan."""
+    return logits.clamp(min=torch.finfo(logits.dtype).min)
 
 
 def describe_inference(scales: Sequence[float], flip: bool, refine: Callable | None) -> str:
@@ -238,7 +244,7 @@ def predict_labels(
             )
         if len(views) == 1 and refine is None:
             return best_class(output.float(), size)
-        logits = F.interpolate(output.float(), size=size, mode="bilinear")
+        logits = F.interpolate(finite(output.float()), size=size, mode="bilinear")
         logits = logits.flip(-1) if mirrored else logits
         total = total + logits.softmax(dim=1) / len(views)
     if refine is not None:

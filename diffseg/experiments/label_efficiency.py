@@ -31,13 +31,14 @@ from diffseg.experiments.paired import (
     recipe_of,
     score,
     trained,
+    training_parameters,
     with_earlier,
     write_tables,
 )
 from diffseg.figures import WIDTH, save_figure
-from diffseg.lab.batch import resolve, step_parameters
+from diffseg.lab.batch import resolve
 from diffseg.lab.provenance import provenance
-from diffseg.lab.steps import notebook_of, run_folder
+from diffseg.lab.steps import run_folder
 from diffseg.seeds import derive_seed
 from diffseg.training_options import TrainingOptions
 
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of labelled images")
     chosen = parser.parse_args(arguments)
     tables, runs = chosen.out / "tables", (chosen.parameters, chosen.finer)
-    parameters = step_parameters(notebook_of("04_robust_training"), resolve(chosen.parameters, {})[0])
+    parameters = training_parameters(resolve(chosen.parameters, {})[0])
     about = {"images": {name: images_key(run_folder(name)) for name in runs}, "split": chosen.split or "validation"}
     about["parameters"] = recipe_of(parameters)
     frame = pd.DataFrame(trainings(chosen, parameters))

@@ -37,14 +37,14 @@ from diffseg.experiments.paired import (
     recipe_of,
     scores,
     trained,
+    training_parameters,
 )
 from diffseg.figures import COLOURS, WIDTH, save_figure
 from diffseg.files import read_rows, write_rows, write_text
-from diffseg.lab.batch import resolve, step_parameters
+from diffseg.lab.batch import resolve
 from diffseg.lab.manifests import read_json
 from diffseg.lab.provenance import provenance
 from diffseg.lab.report import OURS, REAL, ROBUST
-from diffseg.lab.steps import notebook_of
 
 ORACLE, UNTUNED, WITHOUT = (
     "synthetic images, the oracle's masks",
@@ -74,7 +74,7 @@ def climb(chosen: argparse.Namespace) -> tuple[list[dict], dict[str, str], dict]
     named = {"without": chosen.without, "untuned": chosen.untuned}
     if unnamed := [f"--{rung}" for rung in chosen.rungs if named.get(rung) == ""]:
         raise DiffsegError(f"these rungs train on another run's images; name it with {' and '.join(unnamed)}.")
-    parameters, rows = step_parameters(notebook_of("04_robust_training"), values), []
+    parameters, rows = training_parameters(values), []
     used: dict[str, str] = {}
     benchmark, root = get_benchmark(parameters["benchmark"]), data_folder(parameters["data_root"])
     real = open_split(benchmark, root, parameters["training_split"] or benchmark.training_split)

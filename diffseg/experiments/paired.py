@@ -19,8 +19,9 @@ from diffseg.benchmarks.evaluation import evaluate
 from diffseg.charts import mean_interval
 from diffseg.errors import DiffsegError
 from diffseg.files import sha256_text, write_text
+from diffseg.lab.batch import step_parameters
 from diffseg.lab.manifests import read_json, read_manifest
-from diffseg.lab.steps import code_of, named_files
+from diffseg.lab.steps import code_of, named_files, notebook_of
 from diffseg.paths import project_root
 from diffseg.segmenters import Ensemble, Segmenter, load_segmenter, new_networks
 from diffseg.training import train_once
@@ -89,6 +90,18 @@ def named_fields(options: type, parameters: Mapping, prefix: str = "") -> dict:
     known = [field.name for field in fields(options) if f"{prefix}{field.name}" in parameters]
     values = {name: parameters[f"{prefix}{name}"] for name in known}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def training_parameters(values: Mapping) -> dict:
+    """Return step 4's parameters of a parameter file's `values`. Comparisons score at scale 1, unmirrored: a file that
+    has its run scored otherwise raises a DiffsegError."""
+    told = {name: values[name] for name in ("evaluation_scales", "evaluation_flip") if name in values}
+    if others := {name: value for name, value in told.items() if value not in ([1.0], False)}:
+        said = ", ".join(f"{name}={value}" for name, value in others.items())
+        raise DiffsegError(
+            f"the parameter file says {said}, but comparisons score at scale 1 only; take a copy of it without."
+        )
+    return step_parameters(notebook_of("04_robust_training"), values)
 
 
 def options_of(parameters: dict, mode: str) -> TrainingOptions:

@@ -35,14 +35,15 @@ from diffseg.experiments.paired import (
     recipe_of,
     score,
     trained,
+    training_parameters,
     write_tables,
 )
 from diffseg.figures import COLOURS, MARKERS, WIDTH, save_figure
-from diffseg.lab.batch import resolve, step_parameters
+from diffseg.lab.batch import resolve
 from diffseg.lab.manifests import read_json
 from diffseg.lab.parameters import parse_assignments
 from diffseg.lab.provenance import provenance
-from diffseg.lab.steps import notebook_of, run_folder
+from diffseg.lab.steps import run_folder
 from diffseg.reliability import reliable_pixels
 from diffseg.segmenters import Ensemble
 from diffseg.training_options import TrainingOptions
@@ -175,7 +176,6 @@ def scores_of(
             network = trained(folder / run.name, arm, *how, labelled, benchmark, seed)
             members = {f"{arm}, first network": network.networks[0]} if isinstance(network, Ensemble) else {}
             for name, each in ({arm: network} | members).items():
-                each.side = network.side  # a member by itself knows no size
                 miou = round(score(each, scored, benchmark), 2)
                 rows.append({"run": title, "split": split, "arm": name, "seed": seed, "miou": miou, "images": key})
                 print(title, split, name, seed, miou, sep=", ", flush=True)
@@ -186,7 +186,7 @@ def parameters_under(name: str, assignments: Sequence[str]) -> dict:
     """Return step 4's parameters of a parameter file under NAME=VALUE; a name that the arms or steps 1 to 3 decide, and
     that would change nothing, raises a DiffsegError."""
     changes = parse_assignments(assignments)
-    parameters = step_parameters(notebook_of("04_robust_training"), resolve(name, changes)[0])
+    parameters = training_parameters(resolve(name, changes)[0])
     used = {field.name for field in fields(TrainingOptions)} | {"training_precision", "data_root", "training_split"}
     used |= {"segmenter", "encoder_weights", "initial_network"}
     if idle := sorted(changes.keys() - (used - RESTRICTED.keys())):

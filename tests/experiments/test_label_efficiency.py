@@ -103,7 +103,7 @@ def test_each_seed_has_its_own_labelled_images_and_its_own_start(tmp_path, monke
 def test_rows_of_an_earlier_call_stay_apart_by_all_that_names_a_training(tmp_path, monkeypatch):
     for name, value in {
         "resolve": lambda *_: ({}, None),
-        "step_parameters": lambda *_: {},
+        "training_parameters": lambda *_: {},
         "images_key": lambda run: "key",
         "label_figure": lambda rows: None,
         "save_figure": lambda *_: None,

@@ -118,7 +118,7 @@ def test_each_rung_trains_on_its_own_runs_images(tmp_path, monkeypatch):
         STEP4 | {"benchmark": "voc", "run": "ours", "data_root": "a/root"},
     )
     monkeypatch.setattr(ladder, "resolve", lambda *_: (values, tmp_path / "ours"))
-    monkeypatch.setattr(ladder, "step_parameters", lambda *_: values)
+    monkeypatch.setattr(ladder, "training_parameters", lambda *_: values)
     monkeypatch.setattr(ladder, "training_set", lambda rung, _, run, root: sets.append((rung, run.name)) or [rung])
     for name in ("ours", "plain", "bare"):
         finish_images(tmp_path / name)

@@ -82,7 +82,7 @@ def test_every_noise_strength_and_seed_has_networks_of_its_own(tmp_path, monkeyp
     expected = [(*each, arm, seed) for seed in (0, 1) for each in noises for arm in modes]
     assert [(row["kind"], row["strength"], row["arm"], row["seed"]) for row in rows] == expected
     for call, (kind, strength, arm, seed) in zip(calls, expected, strict=True):
-        assert (call.name, call.images, call.seed) == (arm, f"a/root root {kind} {strength}", seed)
+        assert (call.name, call.images, call.seed) == (arm, f"a/root root {kind} {strength} 80.0", seed)
         assert (call.dataset.strength, call.dataset.seed) == (strength, seed) and call.folder == tmp_path / "mini"
         assert call.dataset.kind == kind or strength == 0
         assert call.options.training_mode == modes[arm]

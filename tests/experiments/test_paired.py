@@ -9,8 +9,16 @@ from tiny_training import OPTIONS, STEP4, finish_images
 from diffseg.benchmarks.classes import VOC
 from diffseg.errors import DiffsegError
 from diffseg.experiments import paired
-from diffseg.experiments.paired import Relabelled, images_key, network_folder, options_of, recipe_of
+from diffseg.experiments.paired import (
+    Relabelled,
+    images_key,
+    network_folder,
+    options_of,
+    recipe_of,
+    training_parameters,
+)
 from diffseg.files import write_text
+from diffseg.lab.batch import resolve
 from diffseg.lab.steps import code_of
 
 
@@ -100,3 +108,9 @@ def test_the_images_of_a_run_are_known_by_the_step_that_made_them(tmp_path):
             images_key(tmp_path / name)
     finish_images(tmp_path / "ours")
     assert images_key(tmp_path / "ours") == "key of ours"
+
+
+def test_a_file_whose_run_is_scored_at_another_scale_is_refused():
+    with pytest.raises(DiffsegError, match=r"says evaluation_scales=\[0.5\], but comparisons score at scale 1"):
+        training_parameters(resolve("cityscapes", {})[0])
+    assert training_parameters(resolve("voc", {})[0])["benchmark"] == "voc"

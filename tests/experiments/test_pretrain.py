@@ -9,6 +9,7 @@ import torch
 from helpers import TINY_GENERATOR as TINY
 
 from diffseg.experiments.generator import networks, pretrain
+from diffseg.experiments.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +134,13 @@ def test_both_kinds_of_prediction_weigh_an_error_of_the_picture_alike(kind, trai
 
 def answer_zero(self, sample, t, text):
     return SimpleNamespace(sample=0 * sample + 0 * self.conv_in.bias.sum() + 0 * text.sum())
+
+
+def test_a_logged_loss_is_the_mean_of_its_steps_also_after_a_budget_that_ended_between_two_rows(tmp_path):
+    line = torch.nn.Linear(1, 1)
+    for steps in (7, 12):
+        trainer = Trainer(tmp_path, {"line": line}, rate=1e-3, decay=0.9)
+        trainer.run(lambda _: 1 + 0 * line.weight.sum(), steps, seconds=0, batch=1, every=5)
+        trainer.save()
+    rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(5, 1.0), (10, 1.0)]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffseg.augmentation import shown_side
 from diffseg.benchmarks.classes import CITYSCAPES, VOC
-from diffseg.benchmarks.evaluation import best_class
+from diffseg.benchmarks.evaluation import best_class, predict_labels
 from diffseg.errors import DiffsegError
 from diffseg.files import read_rows
 from diffseg.inference import find_pictures, predict, predict_files
@@ -69,6 +69,7 @@ def test_what_a_training_shows_is_remembered(tmp_path):
     )
     assert load_segmenter(tmp_path / "mixed").side == 16  # the usual image's, not the first one's
     network = load_segmenter(tmp_path / "network")
+    assert [each.side for each in network.networks] == [16, 16]
     assert network.side == 16 and network.palette == CITYSCAPES.palette and network.classes == CLASSES
     saved = json.loads((tmp_path / "network" / "config.json").read_text())
     assert saved["side"] == 16 and saved["palette"][:2] == ["#804080", "#f423e8"]
@@ -158,6 +159,14 @@ def test_classes_one_at_a_time_are_the_argmax_of_all():
     logits[3] = logits[1]  # of equal ones the first
     scaled = torch.nn.functional.interpolate(logits[None], (31, 40), mode="bilinear")[0]
     assert torch.equal(best_class(logits[None], (31, 40))[0], scaled.argmax(dim=0))
+
+
+def test_a_class_ruled_out_by_minus_infinity_rules_out_no_other():
+    logits = torch.zeros(1, VOC.num_classes, 5, 7)
+    logits[:, 3], logits[:, 5] = -torch.inf, 9.0
+    assert (best_class(logits, (31, 40)) == 5).all()
+    images = torch.zeros(1, 3, 31, 40, dtype=torch.uint8)
+    assert all((predict_labels(lambda _: logits, images, VOC, flip=flip) == 5).all() for flip in (False, True))
 
 
 def test_the_command_writes_masks_overlays_and_areas(folder, pictures, capsys):

@@ -24,6 +24,7 @@ from diffseg.adapters import find_lora
 from diffseg.errors import DiffsegError
 from diffseg.generator import load_generator, load_tokenizer, offload_pipeline, takes_dpm
 from diffseg.paths import locate
+from diffseg.segmenters import load_segmenter
 
 
 @pytest.fixture(scope="module")
@@ -303,13 +304,14 @@ def test_without_a_clone_relative_paths_count_from_the_working_directory(folders
     assert load_generator("mini").unet.config.in_channels == 8
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, load_generator, find_lora])
+@pytest.mark.parametrize("load", [load_tokenizer, load_generator, find_lora, load_segmenter])
 def test_a_licence_to_accept_is_named(load, monkeypatch):
     def refuse(*_, **__):
         raise GatedRepoError("401 Client Error", response=httpx.Response(401, request=httpx.Request("GET", "http://x")))
 
     monkeypatch.setattr("diffseg.generator.snapshot_download", refuse)
     monkeypatch.setattr("diffseg.adapters.snapshot_download", refuse)
+    monkeypatch.setattr("diffseg.segmenters.snapshot_download", refuse)
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", refuse)
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", refuse)
     with pytest.raises(DiffsegError, match="accept its licence on its page of the hub and log in with `hf auth login`"):

@@ -53,7 +53,7 @@ def test_reliable_pixels_are_the_best_share_of_each_class():
     assert rank.tolist() == [[192, 0, 128, 64, 128, 0, 0]]
     assert reliable_pixels(rank, 0.5).tolist() == [[False, True, False, True, False, True, True]]
     assert reliable_pixels(rank, 1e-6).tolist() == [[False, True, False, False, False, True, True]]
-    assert reliable_pixels(rank, 1.0).all()
+    assert reliable_pixels(rank, 1.0).all() and reliable_pixels(rank, 1).all()
     for share in (0, -0.5, 1.1):
         with pytest.raises(DiffsegError, match="reliable_share is"):
             reliable_pixels(rank, share)
