@@ -66,7 +66,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, study: ModuleType) -> list[Simple
     def record(*given):
         calls.append(SimpleNamespace(**dict(zip(names, given, strict=True))))
         seed = calls[-1].seed
-        return SimpleNamespace(seed=seed, side=0, networks=[SimpleNamespace(seed=seed + k) for k in (100, 200)])
+        return SimpleNamespace(seed=seed, networks=[SimpleNamespace(seed=seed + k) for k in (100, 200)])
 
     for name, value in {
         "trained": record,

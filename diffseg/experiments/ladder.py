@@ -186,16 +186,17 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     table = chosen.out / "tables" / "ladder_seeds.csv"
     rows, used, parameters = climb(chosen)
+    recipe = recipe_of(parameters)
     recorded = read_json(table.with_name("ladder.json")) or {}
     known, trained_with, name = recorded.get("images", {}), recorded.get("parameters", {}), rows[0]["benchmark"]
     kept = read_rows(table) if table.is_file() else []  # other benchmarks and rungs stay
-    if trained_with.get(name) != recipe_of(parameters):
+    if trained_with.get(name) != recipe:
         kept = [row for row in kept if row["benchmark"] != name]
     redrawn = {name for name in used if known.get(name, used[name]) != used[name]}
     rows = still_true(kept, rows, redrawn, {"without": chosen.without, "untuned": chosen.untuned}) + rows
     write_rows(table, rows, list(dict.fromkeys(name for row in rows for name in row)))
     write_rows(chosen.out / "tables" / "ladder.csv", means(rows))
-    about = {"images": known | used, "parameters": trained_with | {name: recipe_of(parameters)}, **provenance()}
+    about = {"images": known | used, "parameters": trained_with | {name: recipe}, **provenance()}
     write_text(table.with_name("ladder.json"), json.dumps(about, indent=1))
     figure = ladder_figure(rows)
     save_figure(figure, chosen.out / "figures" / "ladder.png")

@@ -141,6 +141,7 @@ def trainings(chosen: argparse.Namespace, parameters: dict) -> list[dict]:
             labels = label_miou(pictures, noisy, benchmark)
             for arm in arms:
                 options = options_of(parameters | ARMS[arm], ARMS[arm]["training_mode"])
+                # `labels` stands for the disturbed masks, which follow from this module's code, too
                 how = folder, arm, real_key(parameters, root, kind, strength, labels), parameters, options
                 network = trained(*how, noisy, benchmark, seed)
                 row = {"kind": kind, "strength": strength, "arm": arm, "seed": seed, "label_miou": round(labels, 2)}

@@ -95,11 +95,11 @@ def named_fields(options: type, parameters: Mapping, prefix: str = "") -> dict:
 def training_parameters(values: Mapping) -> dict:
     """Return step 4's parameters of a parameter file's `values`. Comparisons score at scale 1, unmirrored: a file that
     has its run scored otherwise raises a DiffsegError."""
-    told = {name: values[name] for name in ("evaluation_scales", "evaluation_flip") if name in values}
-    if others := {name: value for name, value in told.items() if value not in ([1.0], False)}:
-        said = ", ".join(f"{name}={value}" for name, value in others.items())
+    plain = {"evaluation_scales": [1.0], "evaluation_flip": False}
+    if said := [f"{name}={values[name]}" for name, usual in plain.items() if values.get(name, usual) != usual]:
         raise DiffsegError(
-            f"the parameter file says {said}, but comparisons score at scale 1 only; take a copy of it without."
+            f"the parameter file says {', '.join(said)}, but comparisons score at scale 1 only; "
+            "take a copy of it without."
         )
     return step_parameters(notebook_of("04_robust_training"), values)
 

@@ -9,7 +9,7 @@ baseline costs nothing of its own: it is the first network of the ensemble of th
 """
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,6 +29,7 @@ from diffseg.experiments.label_or_network import AGREED, RELIABLE, accuracies, e
 from diffseg.experiments.paired import (
     Relabelled,
     images_key,
+    named_fields,
     options_of,
     paired_gain,
     parser_of,
@@ -187,7 +188,7 @@ def parameters_under(name: str, assignments: Sequence[str]) -> dict:
     that would change nothing, raises a DiffsegError."""
     changes = parse_assignments(assignments)
     parameters = training_parameters(resolve(name, changes)[0])
-    used = {field.name for field in fields(TrainingOptions)} | {"training_precision", "data_root", "training_split"}
+    used = named_fields(TrainingOptions, parameters).keys() | {"training_precision", "data_root", "training_split"}
     used |= {"segmenter", "encoder_weights", "initial_network"}
     if idle := sorted(changes.keys() - (used - RESTRICTED.keys())):
         raise DiffsegError(
@@ -255,14 +256,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", default=[], help="parameters, named in the table")
     chosen = parser.parse_args(arguments)
     parameters, rows, tables = parameters_under(chosen.parameters, chosen.set), [], chosen.out / "tables"
+    recipe = recipe_of(parameters)
     about, changed = read_json(tables / "robust_arms.json") or {}, []
     others = [arm for arm, changes in about.get("arms", {}).items() if ARMS.get(arm) != changes]  # of earlier versions
     arms = [arm for arm in ARMS if arm in {"ensemble", *chosen.arms}]  # the ensemble is what others are compared with
     for name in chosen.runs:
         title, run = ", ".join([name, *chosen.set]), run_folder(name)
-        if about.get(title, {}).get("parameters") != recipe_of(parameters):
+        if about.get(title, {}).get("parameters") != recipe:
             changed.append(title)
-        about[title] = {"images": images_key(run), "parameters": recipe_of(parameters)} | provenance()
+        about[title] = {"images": images_key(run), "parameters": recipe} | provenance()
         rows += scores_of(parameters, run, title, arms, chosen.seeds, chosen.split, chosen.folder)
     frame = pd.DataFrame(rows)
     if (found := tables / "robust_arms_seeds.csv").is_file():

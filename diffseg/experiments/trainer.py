@@ -103,7 +103,7 @@ class Trainer:
         """Call `loss_of_batch(rng)` until the budget is used: `steps`, or `seconds` of training where given."""
         bar = tqdm(total=1000, desc=self.folder.name, unit="‰")
         total, since = torch.zeros((), device=self.parameters[0].device), time.monotonic()
-        summed = 0  # steps in the total: fewer than `every` after a budget that ended between two rows
+        first = self.step  # of the total: a budget may have ended between two rows
         states = [module.state_dict() for module in self.modules.values()], self.average.values()
         values, average = ([v for state in some for v in state.values() if v.is_floating_point()] for some in states)
         while True:
@@ -121,14 +121,13 @@ class Trainer:
             with torch.no_grad():
                 weight = min(self.decay, (self.step + 1) / (self.step + 10))
                 torch._foreach_lerp_(average, values, 1 - weight)
-            summed += 1
             total += loss.detach()  # stays on the device: reading it would make a GPU wait for every step
             now = time.monotonic()
             self.count(batch, now - since)
             since = now
             bar.update(round(1000 * used) - bar.n)
             if self.step % every == 0:
-                mean = total.item() / summed
+                mean = total.item() / (self.step - first)
                 if not np.isfinite(mean):
                     raise FloatingPointError(f"the loss is not finite at step {self.step}; lower --rate and resume")
                 row = {"step": self.step, "samples": self.samples, "seconds": round(self.seconds, 1)}
@@ -140,7 +139,7 @@ class Trainer:
                     file.write(json.dumps(row) + "\n")
                 bar.set_postfix(step=self.step, loss=f"{mean:.4f}", refresh=False)
                 total.zero_()
-                summed = 0
+                first = self.step
                 self.save()
                 if watch is not None:
                     watch(self)
