@@ -141,6 +141,7 @@ def names_in(cells: Iterable[str]) -> set[str]:
     return {node.id for cell in cells for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)}
 
 
+@functools.cache
 def without_comments(source: str) -> str:
     """Return Python code in one normal form: no comments, no docstrings, its own line breaks only."""
     tree = ast.parse(source)

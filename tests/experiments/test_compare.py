@@ -162,6 +162,7 @@ def train(folder, *variants: str) -> list[dict]:
     return rows_of(folder / "tables" / "generator_training_6.csv")
 
 
+@pytest.mark.slow
 def test_variants_get_equally_many_samples_and_are_trained_once(quick, tmp_path, monkeypatch):
     tiny = {"base": TINY, "epsilon": TINY | VARIANTS["epsilon"], "pair share 0.3": TINY | VARIANTS["pair share 0.3"]}
     monkeypatch.setattr(compare, "VARIANTS", tiny)
@@ -177,6 +178,7 @@ def test_variants_get_equally_many_samples_and_are_trained_once(quick, tmp_path,
     assert find_row(rows, {"variant": "base"})["parameters"] == rows[2]["parameters"]
 
 
+@pytest.mark.slow
 def test_a_variant_of_another_vae_is_trained_on_its_latents(quick, tmp_path, monkeypatch):
     four = VARIANTS["latents of 4 channels"]
     tiny = TINY | four | {"unet": TINY["unet"] | four["unet"]}
@@ -192,6 +194,7 @@ def test_a_variant_of_another_vae_is_trained_on_its_latents(quick, tmp_path, mon
     assert made.vae.config.latent_channels == made.unet.config.in_channels == 4
 
 
+@pytest.mark.slow
 def test_a_training_of_the_same_recipe_and_seed_repeats(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "VARIANTS", {"base": TINY, "base again": TINY, "other seed": TINY | {"seed": 1}})
     make_corpus(tmp_path)
@@ -205,6 +208,7 @@ def test_a_training_of_the_same_recipe_and_seed_repeats(quick, tmp_path, monkeyp
 # ------------------------------------------------------------------------------------------- held-out scenes
 
 
+@pytest.mark.slow
 def test_held_out_numbers_know_a_trained_generator_from_its_untrained_self(mini_pipeline, monkeypatch):
     """The shipped generator, and the same with the words' meaning taken away: a new text encoder."""
     asked = single_prompts(16, 0)

@@ -76,6 +76,7 @@ def test_a_second_run_has_nothing_to_do_and_another_name_shares_all(finished, ca
     assert (other / "summary.json").read_text() == (folder / "summary.json").read_text()
 
 
+@pytest.mark.slow
 def test_opening_the_finished_steps_and_running_all_cells_changes_nothing(finished, monkeypatch):
     """As in Jupyter, cell by cell in this process: nothing is trained, nothing on disk changes but locks."""
     folder, _ = finished
@@ -103,6 +104,7 @@ def test_opening_the_finished_steps_and_running_all_cells_changes_nothing(finish
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
 
 
+@pytest.mark.slow
 def test_a_killed_synthesis_goes_on_to_the_same_bytes(finished, tmp_path):
     """SIGKILL to runner and kernel in the middle of the images, then the same command again."""
     undisturbed, run_folder = finished[0], tmp_path / "runs" / "smoke"
@@ -131,6 +133,7 @@ def test_a_killed_synthesis_goes_on_to_the_same_bytes(finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_notebook_of_the_mini_world_runs(tmp_path):
     notebook = project_root() / "notebooks" / "00_mini_world.ipynb"
     run_folder = tmp_path / "runs" / "mini-world"

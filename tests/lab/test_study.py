@@ -166,6 +166,7 @@ def test_every_study_of_this_repository_passes_the_check(monkeypatch):
 # what is made
 
 
+@pytest.mark.slow
 def test_two_jobs_terminated_and_continued_make_each_step_once(root):
     """Two configurations that differ in the number of images have prompts and LoRA in common."""
     (root / "notebooks" / "studies" / "robust.yaml").unlink()
@@ -201,6 +202,7 @@ def test_two_jobs_terminated_and_continued_make_each_step_once(root):
     assert rows.seconds_03.isna().all()  # resumed: the first attempt's seconds are not known
 
 
+@pytest.mark.slow
 def test_jobs_divide_the_gpus(root, monkeypatch):
     study = "# which?\nbase: tiny\nonly: 1\nseeds: [0, 1]\nconfigurations: {one: {}}\n"
     (root / "notebooks" / "studies" / "devices.yaml").write_text(study)
