@@ -93,12 +93,12 @@ def named_fields(options: type, parameters: Mapping, prefix: str = "") -> dict:
 
 
 def training_parameters(values: Mapping) -> dict:
-    """Return step 4's parameters of a parameter file's `values`. Comparisons score at scale 1, unmirrored: a file that
-    has its run scored otherwise raises a DiffsegError."""
-    plain = {"evaluation_scales": [1.0], "evaluation_flip": False}
+    """Return step 4's parameters of a parameter file's `values`. Comparisons score at scale 1, unmirrored, without
+    a CRF: a file that has its run scored otherwise raises a DiffsegError."""
+    plain = {"evaluation_scales": [1.0], "evaluation_flip": False, "evaluation_crf": False}
     if said := [f"{name}={values[name]}" for name, usual in plain.items() if values.get(name, usual) != usual]:
         raise DiffsegError(
-            f"the parameter file says {', '.join(said)}, but comparisons score at scale 1 only; "
+            f"the parameter file says {', '.join(said)}, but comparisons score at scale 1, unmirrored and unrefined; "
             "take a copy of it without."
         )
     return step_parameters(notebook_of("04_robust_training"), values)

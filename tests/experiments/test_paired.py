@@ -110,7 +110,9 @@ def test_the_images_of_a_run_are_known_by_the_step_that_made_them(tmp_path):
     assert images_key(tmp_path / "ours") == "key of ours"
 
 
-def test_a_file_whose_run_is_scored_at_another_scale_is_refused():
+def test_a_file_whose_run_is_scored_otherwise_is_refused():
+    with pytest.raises(DiffsegError, match="says evaluation_flip=True, evaluation_crf=True, but comparisons"):
+        training_parameters({"evaluation_flip": True, "evaluation_crf": True})
     with pytest.raises(DiffsegError, match=r"says evaluation_scales=\[0.5\], but comparisons score at scale 1"):
         training_parameters(resolve("cityscapes", {})[0])
     assert training_parameters(resolve("voc", {})[0])["benchmark"] == "voc"
