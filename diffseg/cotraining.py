@@ -147,18 +147,24 @@ def paste(
     images: torch.Tensor,
     label: torch.Tensor,
     reliable: torch.Tensor,
-    source_images: torch.Tensor,
-    region: torch.Tensor,
     online: torch.Tensor,
+    source: torch.Tensor,
+    region: torch.Tensor,
+    receives: torch.Tensor,
+    ignore: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Paste the `region` (bool B x H x W) of other images, with their online labels, on images of a batch.
+    """Paste regions of other images on those of a batch, and let the networks label all of what receives (BECO's code).
 
-    Returns images, label, reliable and the boundary band. Pasted pixels are reliable, with the online label that
-    the networks are confident of; the others keep their pseudo-label and its reliability (our choice: the source
-    does not say). An empty region changes nothing and has no band.
+    online: the networks' labels, `ignore` where they are not sure (B x H x W). source (B): whom each image takes from.
+    region (bool B x H x W): what it takes, where the networks are sure. receives (bool B): the images with a region,
+    which may be empty. Returns images, label, reliable and the boundary band. In an image that receives, reliable is
+    where the networks are sure, with their label; elsewhere the pseudo-label stays, and is not reliable. The other
+    images do not change.
     """
-    mixed = torch.where(region[:, None], source_images, images)
-    return mixed, torch.where(region, online, label), reliable | region, boundary_band(region)
+    taken, receives = torch.where(region, online[source], online), receives[:, None, None]
+    sure = taken != ignore
+    label, reliable = torch.where(receives & sure, taken, label), torch.where(receives, sure, reliable)
+    return torch.where(region[:, None], images[source], images), label, reliable, boundary_band(region)
 
 
 def partners(count: int) -> torch.Tensor:

@@ -6,7 +6,8 @@
 
 as in the account of the paper given by OVAM's authors (beta = 0.2 there; for one class the threshold then lies at
 a_c = (1 - beta) / 2). What is reliable follows from the margin (`diffseg.reliability`). Between the second line and
-the third a refiner (`diffseg.refiners`) may sharpen the scores.
+the third a refiner (`diffseg.refiners`) may sharpen the scores; where it makes them nearly 0 or 1 everywhere, the
+margin is that of the scores before.
 """
 
 from collections.abc import Sequence
@@ -56,14 +57,17 @@ def add_background(scores: torch.Tensor, beta: float) -> torch.Tensor:
     return torch.cat([background, scores])
 
 
-def label_and_margin(ids: Sequence[int], scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def label_and_margin(
+    ids: Sequence[int], scores: torch.Tensor, ranking: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut scores that have the background's first, (1 + C) x H x W in 0..1, into a label map and its margin.
 
-    ids: the classes of channels 1..C. Returns the label (uint8, or int16 where an id exceeds 254; H x W, 0 =
-    background) and the margin (uint8 H x W, 0..255 for 0..1). Equal scores go to the background, then to the
-    smaller id.
+    ids: the classes of channels 1..C. ranking: other scores of the same shape that the margin is read from, 0 where
+    they contradict the label (our choice, for `diffseg.refiners.SATURATED`). Returns the label (uint8, or int16 where
+    an id exceeds 254; H x W, 0 = background) and the margin (uint8 H x W, 0..255 for 0..1). Equal scores go to the
+    background, then to the smaller id.
     """
     values = torch.tensor([0, *ids], dtype=torch.uint8 if max(ids) < 255 else torch.int16, device=scores.device)
-    best, second = scores.topk(2, dim=0).values
-    margin = ((best - second).clamp(0, 1) * 255).round().to(torch.uint8)
-    return values[scores.argmax(dim=0)], margin
+    best, ranking = scores.argmax(dim=0, keepdim=True), scores if ranking is None else ranking
+    margin = ranking.gather(0, best)[0] - ranking.scatter(0, best, 0).amax(dim=0)
+    return values[best[0]], (margin.clamp(0, 1) * 255).round().to(torch.uint8)

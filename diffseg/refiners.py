@@ -182,6 +182,9 @@ REFINERS: dict[str, Callable] = {
     "crf": refine_crf,
     "sam": refine_sam,
 }
+# Their scores are so near 0 or 1 that most margins are equal and say nothing (on 60 images of mini VOC 93 % of the
+# CRF's and 57 % of SAM's are the largest that there is), so the margin is read from the scores before (our choice).
+SATURATED = ("crf", "sam")
 
 
 def refiners_at_hand(names: Sequence[str], sam_checkpoint: str = "") -> list[str]:

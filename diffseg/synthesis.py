@@ -31,9 +31,9 @@ from diffseg.drawing import IMAGES, DrawingOptions, batches_of, draw_with_maps, 
 from diffseg.errors import DiffsegError, Incomplete
 from diffseg.files import atomic_path, write_rows, write_text
 from diffseg.forking import context
-from diffseg.masks import class_scores, label_and_margin
+from diffseg.masks import add_background, class_scores, label_and_margin
 from diffseg.prompts import Prompt
-from diffseg.refiners import get_refiner
+from diffseg.refiners import SATURATED, get_refiner
 from diffseg.reliability import rank_within_class
 from diffseg.sampling_steps import parse_steps
 from diffseg.word_maps import WordMaps
@@ -82,7 +82,9 @@ def cut(
     mean = maps.mean(options.attention_resolutions, steps, options.attention_layers)
     ids, scores = class_scores(mean, class_ids, image.size[::-1], options.inverted_above)
     pixels = to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True)
-    return Cut(ids, scores, *label_and_margin(ids, refine(pixels, scores, options.beta, maps.attention)))
+    refined = refine(pixels, scores, options.beta, maps.attention)
+    ranking = add_background(scores, options.beta) if options.refiner in SATURATED else None
+    return Cut(ids, scores, *label_and_margin(ids, refined, ranking))
 
 
 @dataclass

@@ -53,7 +53,7 @@ def mix(
     ignore: int,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Boundary-enhanced mixing: paste half of the neighbour's classes, by the networks' common labels.
+    """Boundary-enhanced mixing: paste half of the neighbour's classes, and label by both networks' mean.
 
     Each image of the batch receives with probability `options.mixing`. Returns images, label, trusted and the boundary
     band, as `cotraining.paste`; the networks are left in training mode. It must not run inside the autocast block of
@@ -62,18 +62,17 @@ def mix(
     source = terms.partners(len(images))
     receives = torch.rand(len(images), generator=generator) < options.mixing
     receives &= source != torch.arange(len(images))  # an odd last one stays as it is
-    region, online = torch.zeros_like(trusted), label.clone()
+    region, online = torch.zeros_like(trusted), torch.full_like(label, ignore)
     if receives.any():
-        wanted = source[receives].to(images.device)
         with torch.no_grad(), autocast(images.device, options):
-            logits = [network.eval()(images[wanted]) for network in networks]
+            logits = [network.eval()(images) for network in networks]
         for network in networks:
             network.train()
-        labels = terms.online_labels(logits, label[wanted], options.mixing_confidence, ignore)
-        for row, one in zip(receives.nonzero().flatten().tolist(), labels, strict=True):
-            online[row] = one
-            region[row] = terms.half_of_the_classes(one, background, ignore, generator)
-    return terms.paste(images, label, trusted, images[source.to(images.device)], region, online)
+        online = terms.online_labels(logits, label, options.mixing_confidence, ignore)
+        for row in receives.nonzero().flatten().tolist():
+            region[row] = terms.half_of_the_classes(online[source[row]], background, ignore, generator)
+    where = source.to(images.device), region, receives.to(images.device)
+    return terms.paste(images, label, trusted, online, *where, ignore)
 
 
 def answers_of(

@@ -116,9 +116,7 @@ KNOWN = {
         "weight_decay": 1e-4,
         "training_batch": 16,
         "crop": 512,
-        "scale_jitter": [0.5, 2.0],
         "reliable_share": 0.5,
-        "warmup": 1 / 80,  # epochs
         "warmup_pixels": "reliable",
         "peer_classes": "all",
         "peer_refiner": "none",

@@ -106,7 +106,7 @@ def test_a_score_on_own_images_makes_nothing_before_it_anew(tmp_path):
 @pytest.mark.parametrize(
     ("module", "old", "new", "first"),
     [
-        ("masks.py", "scores.argmax(dim=0)", "scores.argmin(dim=0)", "03_synthesis"),
+        ("masks.py", "scores.argmax(dim=0", "scores.argmin(dim=0", "03_synthesis"),
         ("masks.py", '"""From attention maps', '"""Out of attention maps', ""),  # a docstring
         ("masks.py", "import torch\n", "import torch  # tensors\n\n\n", ""),  # a comment and blank lines
         ("prompts.py", "rng.choice(templates)", "rng.choice([*templates])", "01_prompt_augmentation"),

@@ -214,17 +214,25 @@ def test_the_band_is_two_pixels_wide_at_the_edge():
     assert not terms.boundary_band(full).any() and not terms.boundary_band(~full).any()
 
 
-def test_pasting_takes_pixels_labels_and_trust_from_the_region_only():
-    images, others = torch.zeros(1, 3, 5, 5), torch.ones(1, 3, 5, 5)
-    label, online = torch.zeros(1, 5, 5, dtype=torch.int64), torch.full((1, 5, 5), 7)
-    reliable, region = torch.zeros(1, 5, 5, dtype=torch.bool), torch.zeros(1, 5, 5, dtype=torch.bool)
-    reliable[0, 0, 0] = region[0, 2, 2] = True
-    mixed, new_label, new_reliable, band = terms.paste(images, label, reliable, others, region, online)
-    assert torch.equal(mixed[0, 0] == 1, region[0]) and torch.equal(new_label == 7, region)
-    assert torch.equal(new_reliable, region | reliable) and band.sum() == 9
-    nothing = torch.zeros_like(region)
-    same = terms.paste(images, label, reliable, others, nothing, online)
-    for before, after in zip((images, label, reliable, nothing), same, strict=True):
+def test_what_receives_has_the_networks_labels_and_trust_and_the_rest_its_own():
+    """Of two images the first receives a pixel of the second; the networks are sure of that and of a corner."""
+    images = torch.stack([torch.zeros(3, 5, 5), torch.ones(3, 5, 5)])
+    label, online = torch.zeros(2, 5, 5, dtype=torch.int64), torch.full((2, 5, 5), IGNORE)
+    reliable, region = torch.ones(2, 5, 5, dtype=torch.bool), torch.zeros(2, 5, 5, dtype=torch.bool)
+    online[0, 0, 0], online[1, 2, 2], region[0, 2, 2] = 5, 7, True
+    receives, source = torch.tensor([True, False]), torch.tensor([1, 0])
+    mixed, new_label, new_reliable, band = terms.paste(
+        images, label, reliable, online, source, region, receives, IGNORE
+    )
+    assert torch.equal(mixed[0, 0] == 1, region[0]) and band[0].sum() == 9
+    expected = torch.zeros(5, 5, dtype=torch.int64)
+    expected[0, 0], expected[2, 2] = 5, 7
+    assert torch.equal(new_label[0], expected) and torch.equal(new_reliable[0], expected > 0)
+    for before, after in zip((images, label, reliable, region), (mixed, new_label, new_reliable, band), strict=True):
+        assert torch.equal(before[1], after[1])
+    nobody = torch.tensor([False, False])
+    same = terms.paste(images, label, reliable, online, source, region & False, nobody, IGNORE)
+    for before, after in zip((images, label, reliable, region & False), same, strict=True):
         assert torch.equal(before, after)
 
 

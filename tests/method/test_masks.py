@@ -88,6 +88,13 @@ def test_label_and_margin_of_two_classes():
     assert label.dtype == torch.uint8 and margin.dtype == torch.uint8
 
 
+def test_a_margin_that_other_scores_rank_is_0_where_they_contradict_the_label():
+    refined = torch.tensor([[[0.0, 0.0, 1.0]], [[1.0, 1.0, 0.0]]])  # cat, cat, background
+    label, margin = label_and_margin([CAT], refined, add_background(torch.tensor([[[0.9, 0.3, 0.2]]]), 0.2))
+    # the background before: 0, 0.5 and 0.6
+    assert label.tolist() == [[CAT, CAT, 0]] and margin.tolist() == [[round(255 * m) for m in (0.9, 0, 0.4)]]
+
+
 def test_equal_scores_go_to_the_background():
     label, margin = cut([CAT], torch.tensor([[[0.5]]]), beta=0.0)
     assert label.item() == 0 and margin.item() == 0

@@ -35,6 +35,7 @@ from diffseg.files import read_rows, sha256_file
 from diffseg.generator import draw, load_generator, load_tokenizer, locate_generator
 from diffseg.masks import add_background
 from diffseg.prompts import augment, write_prompts
+from diffseg.refiners import SATURATED, refiners_at_hand
 from diffseg.reliability import rank_within_class
 from diffseg.synthesis import SynthesisOptions, cut, cut_beside, cut_set, draw_with_masks, is_cut, write_lists
 from diffseg.tokens import token_positions
@@ -148,6 +149,17 @@ def test_what_fails_for_the_machines_sake_is_no_images_fault(pipeline, rows, tmp
     assert not (tmp_path / "cut" / "Failed" / "000001.txt").exists() and all(
         is_cut(tmp_path / "cut", r) for r in rows[:2]
     )
+
+
+@pytest.mark.parametrize("refiner", refiners_at_hand(SATURATED, "mini"))
+def test_margins_of_a_refiner_that_is_sure_everywhere_still_rank_pixels(rows, whole, refiner):
+    options = replace(OPTIONS, refiner=refiner, sam_checkpoint="mini")
+    for row in rows:
+        image, maps = read_drawn(whole[0] / "drawn", row)
+        plain, refined = (cut(image, maps, row, VOC, each, each.refine("cpu")) for each in (OPTIONS, options))
+        assert torch.equal(refined.margin, plain.margin.where(refined.label == plain.label, torch.tensor(0)))
+        _, counts = refined.margin[refined.margin > 0].unique(return_counts=True)
+        assert counts.max() < 0.2 * counts.sum()
 
 
 @pytest.mark.slow  # worker processes import the package
