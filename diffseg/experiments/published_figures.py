@@ -119,8 +119,8 @@ def technique_gains(ladder: list[dict], arms: pd.DataFrame) -> dict[str, dict[st
             "edge-aware, one network": ((streets, ROBUST), (streets, OURS)),
             "all three, over none of them": ((streets, ROBUST), (streets, WITHOUT)),
         },
-        "mini Cityscapes, masks without a refiner, older images": {
-            "restricted co-training": ((of_streets, restricted), (of_streets, one)),
+        "mini Cityscapes, masks without a refiner": {
+            "two averaged baselines": ((of_streets, "ensemble"), (of_streets, one)),
             "edge-aware co-training": ((of_streets, "edge-aware"), (of_streets, one)),
             "edge-aware, one network": ((of_streets, alone), (of_streets, one)),
         },
