@@ -570,6 +570,7 @@ def test_a_step_that_does_not_finish_a_full_disk_and_a_dead_kernel(fresh, capsys
         kernel.execute(notebook, fresh / "x" / "notebook.ipynb", {"run": "tiny"}, fresh)
 
 
+@pytest.mark.slow
 def test_interrupted_terminated_and_killed_runs_continue_with_the_same_bytes(project):
     expected = hashes(project)
     for step in ("03_drawing", "03_synthesis"):

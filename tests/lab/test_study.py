@@ -217,6 +217,7 @@ def test_jobs_divide_the_gpus(root, monkeypatch):
     assert studies.visible_devices() == []
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_named_and_the_others_are_kept(root, capfd):
     (root / "notebooks" / "studies" / "robust.yaml").unlink()
     study = "# which?\nbase: tiny\nonly: 1\nseeds: [0]\nconfigurations: {bad: {fail: true}, good: {}}\n"
