@@ -116,18 +116,10 @@ def serve(arguments: list[str], variables: dict[str, str], folder: str) -> None:
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv[1:] = arguments
-    from ipykernel.ipkernel import IPythonKernel  # here: the runner needs none
-    from ipykernel.kernelapp import IPKernelApp
-
-    class Ending(IPythonKernel):
-        def do_shutdown(self, restart: bool) -> dict:
-            for child in multiprocessing.active_children():  # a failed cell's, which load images
-                child.terminate()
-                child.join()  # else ipykernel waits half a minute for the end of one that has ended
-            return super().do_shutdown(restart)
+    from ipykernel.kernelapp import IPKernelApp  # here: the runner needs none
 
     try:
-        IPKernelApp.launch_instance(argv=arguments, kernel_class=Ending)
+        IPKernelApp.launch_instance(argv=arguments)
     finally:  # what the end of an interpreter does, and that of a forked process does not
         IPKernelApp.instance().shell.user_ns.clear()
         gc.collect()

@@ -21,7 +21,8 @@ class Kernel(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         specification = get_kernel_dict()  # ipykernel's own, with sys.executable
         quiet = "--IPKernelApp.log_level=50"  # a message at each shutdown; errors of cells come another way
-        return KernelSpec(**specification | {"argv": [*specification["argv"], quiet], "env": environment()})
+        options = quiet, "--IPKernelApp.kernel_class=diffseg.lab.ending.Ending"
+        return KernelSpec(**specification | {"argv": [*specification["argv"], *options], "env": environment()})
 
     def __init__(self, **options: Any):
         # TCP ports are chosen some time before they are bound, and ranks that begin together would choose the same ones

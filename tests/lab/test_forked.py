@@ -13,7 +13,7 @@ from diffseg.errors import DiffsegError
 from diffseg.lab import forked, kernel
 
 REPOSITORY = Path(__file__).parents[2]
-STARTING = "errors files forking lab lab.forked lab.locks miniworld paths"
+STARTING = "errors files forking lab lab.ending lab.forked lab.locks miniworld paths"
 ASKED = """
 import json, multiprocessing, os, sys
 from pathlib import Path
@@ -24,7 +24,8 @@ from matplotlib import pyplot as plt
 plt.plot([1, 2])
 answer = dict(loaded=loaded, libraries=libraries, folder=os.getcwd(), session=os.getsid(0) == os.getpid(), run=run,
               runner=os.environ["DIFFSEG_RUNNER"], mine=os.environ["MINE"], name=__name__, arguments=sys.argv[1:2],
-              workers=multiprocessing.get_start_method(), root=os.environ["DIFFSEG_ROOT"])
+              workers=multiprocessing.get_start_method(), root=os.environ["DIFFSEG_ROOT"],
+              kernel=type(get_ipython().kernel).__name__)
 unfinished = open("unfinished.txt", "w")
 unfinished.write("is flushed")
 import atexit
@@ -71,14 +72,16 @@ def test_a_kernel_is_fresh_forked_or_not(tmp_path, monkeypatch, is_forked):
         "arguments": ["-f"],
         "workers": multiprocessing.get_start_method(),
         "root": str(REPOSITORY),
+        "kernel": "Ending",  # ends a failed cell's processes, for which ipykernel's would wait half a minute
     }
     assert [(tmp_path / name).read_text() for name in ("unfinished.txt", "end.txt")] == ["is flushed", "is called"]
     shown = nbformat.read(tmp_path / "b.ipynb", 4).cells[-1].outputs
     assert [output.output_type for output in shown if "image/png" in output.get("data", {})] == ["display_data"]
 
 
-@pytest.mark.parametrize("error", ["DiffsegError", "OSError"])
-def test_an_error_in_a_process_that_loads_images_is_its_own_sentence(tmp_path, error):
+@pytest.mark.parametrize(("error", "is_forked"), [("DiffsegError", True), ("OSError", False)])
+def test_an_error_in_a_process_that_loads_images_is_its_own_sentence(tmp_path, monkeypatch, error, is_forked):
+    monkeypatch.setattr(kernel, "forks", lambda: is_forked and sys.platform == "linux")
     source = f"""
 from torch.utils.data import DataLoader
 from diffseg.errors import DiffsegError
