@@ -45,7 +45,8 @@ class Prompt:
     """One row of prompts.csv. The tuples have one entry per class word, in the order of the text.
 
     A class that a caption names twice occurs twice. spans: characters (start, end), end excluded, so that
-    prompt[start:end] is the word. relations: plain, synonym or hyponym. seed: 63 bits, of the image.
+    prompt[start:end] is the word. relations: plain, synonym or hyponym. seed: 63 bits, of the image; of
+    these PyTorch's generator on a CPU reads the lower 32.
     """
 
     index: int

@@ -153,6 +153,12 @@ class Draws(Dataset):
         caption_dropout: float,
         seed: int,
     ):
+        if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+            raise DiffsegError(
+                f"tuning needs a scheduler of numbered noise levels, and the generator's is "
+                f"{type(pipeline.scheduler).__name__}; train a LoRA for it elsewhere and give its file as "
+                "generator_lora, with target_images empty."
+            )
         factor = pipeline.vae_scale_factor
         self.latent = (pipeline.unet.config.in_channels, height // factor, width // factor)
         self.timesteps = len(pipeline.scheduler.alphas_cumprod)

@@ -115,8 +115,8 @@ class ImageLabels:
             return self._of_colours(np.array(picture.convert("RGB"), np.int64), path)
         if picture.mode not in ("P", "L"):
             raise DiffsegError(
-                f"{path} is a {picture.mode} image; give label images of one channel (the class's number), or in the "
-                "colours of a labelmap.txt."
+                f"{path} is a {picture.mode} image; give label images of one channel of 8 bits (the class's number), "
+                "or in the colours of a labelmap.txt."
             )
         values = np.array(picture, np.int64)
         counted = values != 255
@@ -185,8 +185,9 @@ def _voc_layout(benchmark: Benchmark, root: Path, split: str) -> tuple[Items, Im
 
 
 def _spelt(path: Path) -> Path:
-    """Return a file's path with the name that the disk has: an "é" is one character there, or two (macOS)."""
-    forms = [path, *(path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD"))]
+    """Return a file's path as the disk spells it: an "é" is one character or two (macOS), .png may be .PNG."""
+    names = path.name, path.with_suffix(path.suffix.upper()).name
+    forms = [path.with_name(unicodedata.normalize(form, name)) for name in names for form in ("NFC", "NFD")]
     return next((each for each in forms if each.is_file()), path)
 
 
@@ -202,7 +203,7 @@ def _of_split(folder: Path, before: str, split: str, after: str) -> Path:
     if not path.is_file():
         there = sorted(p.name.removeprefix(before).removesuffix(after) for p in folder.glob(f"{before}*{after}"))
         remedy = (
-            "Set evaluation_split to score another one; real images for the training are the split train."
+            "Set evaluation_split (scored images) or training_split (real images to train on) to one of them."
             if there
             else "Write it: the names of its images without suffix, one a line."
             if after == ".txt"

@@ -170,6 +170,11 @@ def _cityscapes_items(benchmark: Benchmark, base: Path, split: str) -> list[tupl
             f"{len(lost)} labels of {benchmark.name} {split} have no image, the first is {lost[0]}; unpack "
             f"leftImg8bit/{split} again, and whole."
         )
+    if lost := [label for *_, label in items if label not in labels]:
+        raise DiffsegError(
+            f"{len(lost)} images of {benchmark.name} {split} have no label, the first is missing at {lost[0]}; unpack "
+            f"gtFine/{split} again, and whole."
+        )
     # trainIds are valid labelIds too, so a single file cannot tell; but vegetation, sky, people and vehicles
     # are all above 18, and eight street scenes without any of them are trainIds.
     spread = items[:: max(1, len(items) // 8)][:8]

@@ -72,10 +72,13 @@ def drawing_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, st
         yield "sam_checkpoint", "name a checkpoint, as the refiner sam needs one", remedy
     if "generator" in parameters and not is_short_name("generator", get("generator")):
         is_hub_id = not locate("generator", get("generator")).exists()
+        rule = "be at least 256 for a generator of the hub, as the defaults are those of mini"
         for name in ("height", "width"):
             if is_hub_id and get(name, 256) < 256:
-                rule = "be at least 256 for a generator of the hub, as the defaults are those of mini"
                 yield name, rule, "Set `height=512` and `width=512`, or start from own-words-sdxl.yaml."
+        for name in ("lora_height", "lora_width"):
+            if is_hub_id and get("target_images") and get(name, 256) < 256:
+                yield name, rule, "Set `lora_height=512`, `lora_width=512` and `lora_learning_rate=1.0e-4`."
 
 
 def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -117,6 +120,15 @@ def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]
         if get("classes_per_prompt") > classes:
             rule = f"be at most {classes}, the number of classes"
             yield "classes_per_prompt", rule, f"Set `classes_per_prompt={classes}` or less."
+    chosen = given(parameters, "training_split", "evaluation_split", "benchmark") and (
+        get("training_split") or get("evaluation_split")
+    )
+    if chosen and (get("train_real") or get("mix_real")):
+        trained, scored = splits_of(parameters)
+        if trained == scored or "trainval" in (trained, scored):  # VOC's, which is train and val
+            name, other = ("training_split", scored) if get("training_split") else ("evaluation_split", trained)
+            rule = f"share no image with the split {other}, as a network is not scored on images that it has seen"
+            yield name, rule, "Leave it empty for the benchmark's own, or list other images in a split of their own."
     if given(parameters, "evaluation_split", "benchmark") and get("class_list") and not is_folder:
         rule = "be folder, as one's own classes are scored on labelled images of one's own"
         remedy = "Set `benchmark=folder` and data_root to them, or stop before the score (`--only 1-4`)."
@@ -132,6 +144,13 @@ def tuning_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str
     if any("{}" in caption for caption in get("lora_captions", [])) and get("lora_words") == []:
         rule = "hold a word at least, as lora_captions has {} in place of one"
         yield "lora_words", rule, "Set `lora_words=[car]`, or take {} out of lora_captions."
+    if get("target_images"):
+        if get("lora_candidates", 1) > 1 and get("lora_held_out") == 0:
+            rule = f"be above 0, as images held out judge the {get('lora_candidates')} candidates"
+            yield "lora_held_out", rule, "Set `lora_held_out=0.25`, or `lora_candidates=1`: lora_steps, unjudged."
+        if get("generator_lora"):
+            rule = "be empty, as notebook 02 tunes the generator to target_images without it"
+            yield "generator_lora", rule, 'Set `generator_lora=""`, or `target_images=""`.'
 
 
 def training_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -196,12 +215,26 @@ def open_data(parameters: dict[str, Any]) -> None:
 
     get = parameters.get
     bench = get_benchmark(get("benchmark"), get("class_list", []), get("data_names"))
-    splits = [get("training_split") or bench.training_split] if get("train_real") or get("mix_real") else []
-    splits += [get("evaluation_split") or bench.evaluation_split] if "evaluation_split" in parameters else []
+    trained, scored = splits_of(parameters)
+    splits = [trained] if get("train_real") or get("mix_real") else []
+    splits += [scored] if "evaluation_split" in parameters else []
     if splits and get("benchmark") == "folder" and is_short_name("data_root", get("data_root")):
         raise DiffsegError(
             f"data_root is {get('data_root')}, where no images of your own lie; set it to the folder of your "
             "export, or train on synthetic images only and stop before the score (`--only 1-4`)."
         )
-    for split in splits:
-        open_split(bench, data_folder(get("data_root")), split)
+    names = [{name for name, *_ in open_split(bench, data_folder(get("data_root")), split).items} for split in splits]
+    if len(names) == 2 and (both := names[0] & names[1]):
+        raise DiffsegError(
+            f"{len(both)} images are in both the training split {trained} and the scored split {scored} of "
+            f"{get('data_root')}, the first is {min(both)}; list each image in one of the two."
+        )
+
+
+def splits_of(parameters: dict[str, Any]) -> tuple[str, str]:
+    """Return the split whose real images are trained on, if any are, and the split that is scored."""
+    from diffseg.benchmarks.classes import get_benchmark
+
+    get = parameters.get
+    bench = get_benchmark(get("benchmark"), get("class_list", []), get("data_names"))
+    return get("training_split") or bench.training_split, get("evaluation_split") or bench.evaluation_split

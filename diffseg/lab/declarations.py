@@ -128,7 +128,10 @@ class Parameters(BaseModel):
     templates: Annotated[
         list[Annotated[Name, matches(is_template, "hold one {} and no other braces but {place}")]], Filled
     ]
-    places: Annotated[list[Name], Field(max_length=1000)]
+    places: Annotated[
+        list[Annotated[Name, matches(lambda text: not re.search(r"[{}]", text), "hold no braces")]],
+        Field(max_length=1000),
+    ]
     caption_file: Annotated[Text, Flag.FILE]
     plain_share: Share
     hyponym_depth: CountOrNone

@@ -29,9 +29,10 @@ def export_set(run: str, form: str, out: Path) -> str:
     left_out = len(read_rows(source / "failed.csv"))
     adapters = [values["generator_lora"]] if values["generator_lora"] else []
     adapters += ["tuned in step 2"] if manifest["metrics"]["tuned"] else []
+    scale = "" if values["lora_scale"] == 1 else f", scale {values['lora_scale']:g}"
     about = {
         "Generator": values["generator"],
-        "LoRA": ", ".join(adapters) or "none",
+        "LoRA": ", ".join(adapters) + scale if adapters and values["lora_scale"] else "none",
         "Classes": "own words" if values["class_list"] else values["benchmark"],
         "Masks": f"attention to the words, beta {values['beta']}, refiner {values['refiner']}",
         "Left out": f"{left_out} images from which no mask could be cut",

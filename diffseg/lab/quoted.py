@@ -20,7 +20,7 @@ NUMBER = r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?"  # a hyphen between digits is no sig
 QUOTED = re.compile(
     rf"(?P<mean>{NUMBER})(?: ± (?P<spread>{NUMBER}))?<!-- (?P<file>[^ ;]+\.(?:csv|json)); (?P<cell>.+?) -->"
 )
-DECIMAL = re.compile(r"\d+\.\d+")
+DECIMAL = re.compile(r"(?:(?<!\d)-)?\d+\.\d+")
 FACTOR = re.compile(r" ([*/]) ([\d.]+(?:e\d+)?)$")
 
 

@@ -357,6 +357,15 @@ def test_a_half_unpacked_cityscapes_is_not_scored_on_fewer_images(tmp_path):
         open_split(CITYSCAPES, tmp_path, "val")
 
 
+def test_an_image_of_cityscapes_without_its_label_is_found_when_the_split_is_opened(tmp_path):
+    lost = make_cityscapes(tmp_path) / "munster" / "munster_000001_000019_gtFine_labelIds.png"
+    lost.unlink()
+    with pytest.raises(
+        DiffsegError, match=f"1 images of cityscapes val have no label, .* at {lost}; unpack gtFine/val"
+    ):
+        open_split(CITYSCAPES, tmp_path, "val")
+
+
 def test_train_ids_in_the_place_of_label_ids_are_noticed_without_255(tmp_path):
     make_cityscapes(tmp_path, label=np.arange(48).reshape(6, 8) % 19)
     with pytest.raises(DiffsegError, match="hold trainIds"):

@@ -108,6 +108,13 @@ def test_an_image_without_objects_has_no_label_image_in_cvats_export(exported, c
         open_split(benchmark(), exported, "default")
 
 
+def test_a_label_image_may_be_called_PNG(exported, capsys):
+    label = exported / "SegmentationClass" / "two.png"
+    label.rename(label.with_suffix(".PNG"))
+    assert np.array_equal(open_split(benchmark(), exported, "default")[1][2], LABEL[::-1])
+    assert "background" not in capsys.readouterr().out
+
+
 def test_old_labelmes_label_images_lie_beside_its_arrays(tmp_path):
     cvat(tmp_path, {"one": LABEL})
     (tmp_path / "labelmap.txt").unlink()
@@ -355,7 +362,16 @@ def test_the_parameters_are_checked_before_anything_is_drawn(exported):
     ]:
         with pytest.raises(DiffsegError, match=sentence):
             check_together(own | changes, "own.yaml")
-    check_together(own | {"train_real": True, "training_split": "default", "evaluation_split": "default"}, "own.yaml")
+    with pytest.raises(DiffsegError, match="2 images are in both the training split default and the scored"):
+        check_together(
+            own | {"train_real": True, "training_split": "default", "evaluation_split": "default"}, "own.yaml"
+        )
+    lists = exported / "ImageSets" / "Segmentation"
+    (lists / "other.txt").write_text("two\n")
+    two = {"train_real": True, "training_split": "default", "evaluation_split": "other"}
+    with pytest.raises(DiffsegError, match="1 images are in both .* default and .* other of .*, the first is two"):
+        check_together(own | two, "own.yaml")
+    check_together(own | two | {"train_real": False}, "own.yaml")
     nothing_is_read = {"data_root": "mini", "train_real": False, "mix_real": False}
     check_together(own | nothing_is_read, "own.yaml")  # as with --only 1-4
     assert declarations.check({"data_names": {"a": "b"}}, {"data_names": {}}, "x") == {"data_names": {"a": "b"}}

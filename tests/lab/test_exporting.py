@@ -27,7 +27,7 @@ def run(tmp_path):
     (folder / "ImageSets" / "Segmentation" / "train.txt").write_text("000000\n")
     (folder / "index.csv").write_text('name,prompt,classes,words,seed\n000000,a cat,"[""cat""]","[""tom""]",5\n')
     (folder / "failed.csv").write_text("name,prompt,reason\n000001,a dog,it is blank\n")
-    values = {"benchmark": "voc", "class_list": [], "generator": "owner/model", "generator_lora": ""}
+    values = {"benchmark": "voc", "class_list": [], "generator": "owner/model", "generator_lora": "", "lora_scale": 1.0}
     content = {
         "step": "03_synthesis",
         "run": "run",
@@ -47,6 +47,14 @@ def test_a_run_is_exported_with_what_made_it(run, tmp_path, capsys):
     assert "# Generator: owner/model\n# LoRA: tuned in step 2\n" in text and "# Left out: 1 images" in text
     assert yaml.safe_load(text)["names"][7] == "cat"
     assert (out / "labels" / "train" / "000000.txt").read_text().startswith("7 ")
+
+
+@pytest.mark.parametrize(("scale", "stated"), [(0.0, "none"), (0.5, "tuned in step 2, scale 0.5")])
+def test_a_lora_is_stated_as_it_was_used(run, tmp_path, scale, stated):
+    manifest = run / "03_synthesis" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"lora_scale": 1.0', f'"lora_scale": {scale}'))
+    assert main(["export", str(run), "--format", "yolo", "--out", str(tmp_path / "out")]) == 0
+    assert f"# LoRA: {stated}\n" in (tmp_path / "out" / "data.yaml").read_text()
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])

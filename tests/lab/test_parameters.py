@@ -217,6 +217,7 @@ templates             | [a photo]             | hold one {}                 | Se
 templates             | ["{} and {}"]         | hold one {}                 | Set `templates=
 templates             | ["{} {where}"]        | hold one {}                 | Set `templates=
 places                | at home               | be a valid list              | Set `places=
+places                | ["near {}"]           | hold no braces              | Set `places=
 plain_share           | 1.5                   | less than or equal to 1     | Set `plain_share=0.3`
 hyponym_depth         | -1                    | equal to 0                  | Set `hyponym_depth=9`
 classes_per_prompt    | 0                     | equal to 1                  | Set `classes_per_prompt=1`
@@ -288,6 +289,7 @@ def test_a_list_that_holds_itself_is_refused():
 
 # parameters together
 
+HUB = {"generator": "owner/model", "height": 512, "width": 512}
 TOGETHER = [
     ({"benchmark": "coco"}, "`benchmark` is \"coco\" .* one of voc, imagenet-s-50"),
     ({"generator_precision": "int8"}, "`generator_precision` .* one of fp32, fp16, bf16"),
@@ -314,11 +316,17 @@ TOGETHER = [
     ({"class_list": ["fox"], "train_real": False, "mix_real": True}, "`mix_real` is true"),
     ({"evaluation_split": "validation"}, "`evaluation_split` is \"validation\" .* splits train, val"),
     ({"training_split": "train-semi"}, "`training_split` is \"train-semi\" .* splits train, val"),
+    ({"training_split": "val"}, "`training_split` is \"val\" .* share no image with the split val, .* Leave it empty"),
+    ({"training_split": "trainval"}, "`training_split` is \"trainval\" .* no image with the split val"),
+    ({"evaluation_split": "train"}, "`evaluation_split` is \"train\" .* no image with the split train"),
     ({"classes_per_prompt": 21}, "`classes_per_prompt` is 21 .* at most 20, the number of classes"),
     ({"benchmark": "cityscapes-things", "classes_per_prompt": 9}, "`classes_per_prompt` .* at most 8"),
     ({"class_list": ["fox"], "train_real": False, "classes_per_prompt": 2}, "`classes_per_prompt` .* at most 1"),
     ({"lora_candidates": 301}, "`lora_candidates` .* at most lora_steps, 300"),
     ({"lora_words": []}, "`lora_words` .* hold a word"),
+    ({"target_images": "mini", "lora_held_out": 0}, "`lora_held_out` is 0.* judge the 3 candidates"),
+    ({"target_images": "mini", "generator_lora": "a.safetensors"}, "`generator_lora` .* tunes .* without it"),
+    (HUB | {"target_images": "mini"}, "`lora_height` is 64 .* 256 for a generator of the hub"),
     ({"segmenter": "fpn-resnet18"}, "`encoder_weights` .* made for resunet-resnet10t. Set `encoder_weights=\"\"`"),
     ({"segmenter": "deeplabv3plus-resnet18", "training_batch": 1}, "`training_batch` .* Set `training_batch=2`"),
 ]  # fmt: skip
@@ -341,6 +349,8 @@ def test_what_does_not_fit_together_is_refused(changes, sentence, capable):
         {"segmenter": "segformer-b0", "encoder_weights": "", "training_batch": 1},
         {"refiner": "sam", "sam_checkpoint": "mini"},
         {"kept_steps": "each"},
+        {"training_split": "val", "train_real": False},
+        HUB,  # nothing is tuned
     ],
 )
 def test_what_fits_together_passes(changes, capable):

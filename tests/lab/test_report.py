@@ -283,6 +283,14 @@ def test_a_verdict_follows_from_the_interval(tmp_path):
         assert claim_with_numbers(claim, tmp_path)["mini"] == verdict
 
 
+def test_a_number_below_zero_is_filled_in_with_its_sign(tmp_path):
+    (tmp_path / "a.csv").write_text("gain,low\n0.25,-0.5\n")
+    text = with_cells("gains 0.2 (0.1 to 0.7-0.9)", tmp_path, "a.csv", "gain | low | gain | low")
+    assert text == "gains 0.2 (-0.5 to 0.2--0.5)"
+    assert with_cells("a loss of -0.1", tmp_path, "a.csv", "low") == "a loss of -0.5"
+    assert with_cells("a loss of -0.5", tmp_path, "a.csv", "gain") == "a loss of 0.2"
+
+
 def test_a_wrong_number_planted_in_a_claim_is_found():
     decimals = [
         (claim, column, match)
