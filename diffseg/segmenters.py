@@ -207,6 +207,8 @@ def encoder_folder(encoder_weights: str | None) -> Path | None:
     if not encoder_weights:
         return None
     folder = locate("encoder_weights", encoder_weights)
+    if encoder_weights == "imagenet":  # whatever folder has that name, such as the data set's
+        return None
     return folder if is_short_name("encoder_weights", encoder_weights) or folder.is_dir() else None
 
 
@@ -255,8 +257,9 @@ def new_networks(
 
     initial_network: the folder (a relative one counts from the project's root) of a saved network of the same name
     whose weights are the start (of an ensemble the k-th for the k-th); the last layer starts anew where the classes
-    differ. One folder for two networks gives them the same start but for that layer. palette: the classes' colours,
-    which are saved with the network; VOC's if empty. Raises a DiffsegError where the architectures differ.
+    differ. One network for two gives them the same start but for that layer. palette: the classes' colours,
+    which are saved with the network; VOC's if empty. Raises a DiffsegError where the architectures differ, or two
+    networks would have one start and so stay one.
     """
     networks = []
     for index in range(count):
@@ -266,6 +269,11 @@ def new_networks(
     if initial_network:
         saved = load_segmenter(locate("initial_network", initial_network))
         starts = list(saved.networks) if isinstance(saved, Ensemble) else [saved]
+        if count > len(starts) and saved.classes == tuple(classes):
+            raise DiffsegError(
+                f"initial_network {initial_network} is one network, and {count} that begin alike stay alike, as they "
+                "see the same images; set training_mode to baseline or selftrain, or initial_network to a saved pair."
+            )
         for index, network in enumerate(networks):
             start_from(network, starts[index % len(starts)])
     return networks[0] if count == 1 else Ensemble(networks)

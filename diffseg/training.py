@@ -190,7 +190,8 @@ def train(
     AdamW, or SGD with momentum 0.9 (BECO), under the poly schedule (power 0.9, DeepLab). The history has a value an
     iteration of: loss (mean of the networks'), valid (share of the pixels that are not ignored) and, as shares of the
     valid pixels, trusted (after the warm-up taught by their own label at full weight), contradicted (the first
-    network's argmax is not the label) and, of two networks, disagreement (their argmax differ).
+    network's argmax is not the label) and, of two networks, disagreement (their argmax differ). Images with pasted
+    objects, which the networks label, do not count for the first two.
 
     checkpoint: a file that is written every `options.checkpoint_every` iterations and at the end; where it is there
     the training resumes from it, on a CPU bit-identical. watch: called by the main process after each step with its
@@ -213,7 +214,7 @@ def train(
     bar = tqdm(batches, title, count, initial=learner.steps, unit="step", disable=not state.is_main_process)
     for step, (names, *tensors) in enumerate(bar, start=learner.steps):
         images, label, trusted = (each.to(device) for each in tensors)
-        band, named, answers = None, None, None
+        drawn, band, named, answers = label, None, None, None
         is_taught = options.training_mode in TAUGHT and step >= options.warmup * count  # by a network
         if is_taught and options.peer_classes == "image":  # before anything is pasted
             named = terms.classes_of_images(label, len(network.classes))
@@ -227,7 +228,7 @@ def train(
             answers = answers_of(logits, images, label, trusted, named, options, background)
         losses = step_losses(logits, label, trusted, band, answers, options, ignore)
         learner.learn(finite_sum(losses, step, names))
-        learner.record(values := measures(losses, logits, label, trusted, ignore))
+        learner.record(values := measures(losses, logits, label, trusted, drawn, ignore))
         if watch and state.is_main_process:
             watch(step + 1, network, values)
         if step + 1 == min(count, epoch) and not any(learner.history["valid"]):
@@ -335,14 +336,17 @@ def measures(
     logits: Sequence[torch.Tensor],
     label: torch.Tensor,
     trusted: torch.Tensor,
+    drawn: torch.Tensor,
     ignore: int,
 ) -> dict[str, float]:
-    """Return what `train` records of one iteration, of this process's part of the batch."""
+    """Return what `train` records of one iteration, of this process's part of the batch. drawn: the labels before
+    anything was pasted."""
     valid, seen = label != ignore, [each.argmax(dim=1) for each in logits]
-    shares = {"trusted": trusted & valid, "contradicted": (seen[0] != label) & valid}
+    own = valid & (label == drawn).all(dim=(1, 2), keepdim=True)
+    shares = {"trusted": (trusted, own), "contradicted": (seen[0] != label, own)}
     if len(seen) == 2:
-        shares["disagreement"] = (seen[0] != seen[1]) & valid
-    count = max(1, int(valid.sum()))
-    mean = float(torch.stack(list(losses)).mean())
-    valid_share = float(valid.float().mean())
-    return {"loss": mean, "valid": valid_share} | {name: int(pixels.sum()) / count for name, pixels in shares.items()}
+        shares["disagreement"] = (seen[0] != seen[1], valid)
+    mean, valid_share = float(torch.stack(list(losses)).mean()), float(valid.float().mean())
+    return {"loss": mean, "valid": valid_share} | {
+        name: int((pixels & among).sum()) / max(1, int(among.sum())) for name, (pixels, among) in shares.items()
+    }

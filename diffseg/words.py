@@ -308,7 +308,7 @@ def drop_shared(words: Sequence[Word]) -> list[Word]:
     def letters(row: Word) -> str:
         return re.sub(r"[\W_]+", " ", row.word.lower().replace("'", ""))
 
-    plain = {letters(row): row.class_name for row in words if row.relation == "plain"}
+    plain = {(letters(row), row.class_name) for row in words if row.relation == "plain"}
     owners: dict[str, set[str]] = {}
     for row in words:
         if row.keep:
@@ -316,7 +316,7 @@ def drop_shared(words: Sequence[Word]) -> list[Word]:
     result = []
     for row in words:
         others = owners.get(letters(row), set()) - {row.class_name}
-        mine = plain.get(letters(row)) == row.class_name
+        mine = (letters(row), row.class_name) in plain
         if row.keep and others and not mine:
             row = replace(row, keep=False, reason=f"also a word of the class {', '.join(sorted(others))}")
         result.append(row)

@@ -163,11 +163,16 @@ def training_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, s
         why = ", as this segmenter normalises each image's average over the batch" if normalises else ""
         each = f" for {count} processes" if count > 1 else ""
         yield "training_batch", f"be at least {least}{each}{why}", f"Set `training_batch={least}`."
-    if count > 1:
-        # else an image would count by its process's part; an image is pasted into another of its process
+    pastes = False
+    if get("mixing"):
         from diffseg.reliability import TAUGHT
 
-        pastes = bool(get("mixing")) and get("training_mode") in TAUGHT
+        pastes = get("training_mode") in TAUGHT
+    if pastes and get("training_batch") == 1:
+        rule = "be at least 2, as objects are pasted from one image of a batch into another"
+        yield "training_batch", rule, "Set `training_batch=2`, or `mixing=0`."
+    if count > 1:
+        # else an image would count by its process's part; an image is pasted into another of its process
         batch, multiple = get("training_batch", 0), 2 * count if pastes else count
         if batch % multiple:
             rule = f"be a multiple of {multiple} for {count} processes{' that paste' if pastes else ''}"

@@ -207,6 +207,8 @@ def named_files(parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
             stem = value.removesuffix("-things")
             listed = [tables / f"words_{re.sub(r'^imagenet-s-.*', 'imagenet_s', stem)}.csv"]
             places = [*listed, tables / f"{stem.replace('mini-imagenet-s', 'imagenet-s-mini').replace('-', '_')}.txt"]
+        elif (parameter, value) == ("encoder_weights", "imagenet"):  # no folder of that name (`encoder_folder`)
+            continue
         elif not (isinstance(value, str) and value and (parameter in named_here or sources(parameter, value))):
             continue
         else:

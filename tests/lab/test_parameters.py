@@ -329,6 +329,7 @@ TOGETHER = [
     (HUB | {"target_images": "mini"}, "`lora_height` is 64 .* 256 for a generator of the hub"),
     ({"segmenter": "fpn-resnet18"}, "`encoder_weights` .* made for resunet-resnet10t. Set `encoder_weights=\"\"`"),
     ({"segmenter": "deeplabv3plus-resnet18", "training_batch": 1}, "`training_batch` .* Set `training_batch=2`"),
+    ({"mixing": 0.5, "training_batch": 1}, "`training_batch` is 1 .* pasted from one image .*, or `mixing=0`"),
 ]  # fmt: skip
 
 

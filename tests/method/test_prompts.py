@@ -454,6 +454,8 @@ def test_a_word_without_a_plural_form_of_its_own_is_replaced_by_several():
 def test_a_shared_word_is_dropped_but_for_the_class_whose_plain_word_it_is():
     rows = W.drop_shared(table(crane=["crane", "jack"], machine=["machine", "Crane", "Jack", "lift"]))
     assert [row.word for row in rows if row.keep] == ["crane", "machine", "lift"]
+    rows = W.drop_shared(table(cpp=["C++"], csharp=["C#"], grade=["grade", "C-"]))  # two plain ones stay
+    assert [row.word for row in rows if row.keep] == ["C++", "C#", "grade"]
     rows = W.drop_shared(table(fungus=["agaric", "jack-o-lantern"], lamp=["jack-o'-lantern"]))  # but for hyphens
     assert [row.keep for row in rows] == [True, False, True]
 

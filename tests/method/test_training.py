@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_training import CLASSES, OPTIONS, changed, halves, same, trained
 
-from diffseg import cotraining, training
+from diffseg import cotraining, segmenters, training
 from diffseg.augmentation import Augmented
 from diffseg.errors import DiffsegError
 from diffseg.paths import locate, project_root
@@ -493,6 +493,22 @@ def test_each_of_two_networks_starts_from_its_own(tmp_path):
     assert same(new_networks(2, "resunet-resnet10t", CLASSES, 1, initial_network=str(tmp_path)), source)
 
 
+def test_one_network_is_no_start_for_two_that_would_stay_alike(tmp_path):
+    save_segmenter(new_networks(1, "resunet-resnet10t", CLASSES, 0), tmp_path)
+    with pytest.raises(DiffsegError, match="is one network, and 2 that begin alike stay alike"):
+        new_networks(2, "resunet-resnet10t", CLASSES, 1, initial_network=str(tmp_path))
+    first, second = new_networks(2, "resunet-resnet10t", ("road", "car"), 1, initial_network=str(tmp_path)).networks
+    assert not same(first, second)  # other classes start a last layer of their own
+
+
+def test_a_folder_called_imagenet_is_no_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(segmenters, "locate", lambda parameter, value: tmp_path / value)
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert segmenters.encoder_folder("imagenet") is None
+    assert segmenters.encoder_folder("mine") == tmp_path / "mine"
+
+
 def test_a_network_sees_images_normalised_as_imagenets_and_whole():
     network, image = Segmenter("resunet-resnet10t", CLASSES), torch.rand(1, 3, 40, 75)
     network.network = torch.nn.Identity()
@@ -510,8 +526,13 @@ def test_measures_are_shares_of_the_valid_pixels():
     first, second = (torch.eye(3)[k].view(1, 3, 1, 1).expand(1, 3, 1, 4).clone() for k in (1, 2))
     second[..., 0] = first[..., 0]
     label, trusted = torch.tensor([[[1, 0, 0, 255]]]), torch.ones(1, 1, 4, dtype=torch.bool)
-    found = measures([torch.tensor(1.0)], [first, second], label, trusted, 255)
+    found = measures([torch.tensor(1.0)], [first, second], label, trusted, label, 255)
     assert found["contradicted"] == pytest.approx(2 / 3) == found["disagreement"]
+    # an image with pasted objects counts by none but its networks
+    both = [torch.cat([each, each]) for each in (first, second)]
+    labels, drawn = torch.cat([label, label]), torch.cat([label, 1 - label.clamp(max=1)])
+    pasted = measures([torch.tensor(1.0)], both, labels, torch.cat([trusted, ~trusted]), drawn, 255)
+    assert pasted == found and found["trusted"] == 1.0
 
 
 def test_the_moving_average_goes_on_after_a_stop(tmp_path):
