@@ -85,7 +85,9 @@ def run(
                 problem = next(filter(None, (trouble(path, verify) for path in folders.values())), "")
                 executed = folder / "notebooks" / f"{name}{processes.suffix(shard)}.ipynb"
                 was = [(folder / step).resolve() == path.resolve() for step, path in folders.items()]
-                is_old = executed.is_file() and not all(was)  # the run's figures are those of other parameters or code
+                made = {step: keys[step] for step in steps}
+                # the run's figures are of other parameters or code, or of a notebook that was killed, or of a share
+                is_old = not shard and any(executed.parent.glob(f"{name}*.ipynb")) and noted(executed) != made
                 if not problem and not ((force or is_old) and name in selected):
                     maker = read_manifest(folders[steps[-1]])["run"]
                     print(f"{title}, " + ("up to date" if all(was) else f"shared with {maker}"), flush=True)
@@ -108,6 +110,7 @@ def run(
                 for path in folders.values():
                     if problem := trouble(path):
                         raise DiffsegError(f"{name} ended but {problem} in {path}; it must end with step.finish.")
+                note(executed, made)
                 print(f"{title}, done in {time.monotonic() - start:.0f} s", flush=True)
     if "06_report" in selected:
         print_results(folder)
@@ -121,6 +124,21 @@ def why(folder: Path, recipes: Mapping[str, dict], steps: list[str], problem: st
         if old and old["key"] != key_of(recipes[step]):
             return f", anew because {difference(old['recipe'], recipes[step])}"
     return f", again because {problem}" if "missing" in problem else ""
+
+
+def note(executed: Path, keys: Mapping[str, str]) -> None:
+    """Write the keys of its steps into a notebook that was executed to the end."""
+    content = json.loads(executed.read_text(encoding="utf-8"))
+    content["metadata"]["diffseg"] = dict(keys)
+    write_text(executed, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def noted(executed: Path) -> dict[str, str]:
+    """Return what `note` wrote; nothing of a notebook that is not there or was not executed to the end."""
+    try:
+        return json.loads(executed.read_text(encoding="utf-8"))["metadata"]["diffseg"]
+    except (OSError, ValueError, LookupError):
+        return {}
 
 
 def step_notebooks() -> dict[str, Path]:

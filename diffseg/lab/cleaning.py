@@ -33,7 +33,12 @@ def clean(out: str = "", agreed: bool = False) -> list[Path]:
             return []
     removed = []
     for folder in unused:
-        with acquire(*step_lock(folder)):
+        try:
+            lock = acquire(*step_lock(folder))
+        except DiffsegError as error:
+            print(error)
+            continue
+        with lock:
             if folder not in referred(results):  # a run may have taken it up since
                 shutil.rmtree(folder)
                 removed.append(folder)

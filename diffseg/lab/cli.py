@@ -171,8 +171,9 @@ def print_list() -> None:
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         print(f"{path.stem:24}{first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
     studies = {path.stem for path in study_files()}  # their runs are the affair of `diffseg study`
-    for folder in sorted(path for path in (results_folder() / "runs").glob("[!.]*") if path.is_dir()):
-        if folder.name not in studies:
+    runs = results_folder() / "runs"
+    for folder in sorted(path for pattern in ("[!.]*", "[!.]*/[!.]*") for path in runs.glob(pattern)):
+        if linked_keys(folder) and folder.relative_to(runs).parts[0] not in studies:
             print(f"\n{folder}")
             for step in STEPS:
                 print(f"  {step:24}{state(folder, step)}")

@@ -42,7 +42,10 @@ def acquire(path: Path, busy: str, shared: bool = False, waiting: str = "") -> T
 
 def run_lock(run: Path) -> tuple[Path, str]:
     """Return the lock of a run and what to say when another process holds it: two would undo each other's links."""
-    return run / ".lock", f"another diffseg run, or a notebook, is working in {run}; wait for it or stop it."
+    return (
+        run / ".lock",
+        f"another diffseg run, or a notebook, is working in {run}; wait for it, or stop it (of a notebook its kernel).",
+    )
 
 
 def step_lock(folder: Path) -> tuple[Path, str]:

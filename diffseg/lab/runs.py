@@ -8,6 +8,7 @@ nothing on disk changes.
 import contextlib
 import datetime
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,12 +25,24 @@ from diffseg.lab.locks import RUNNER, acquire, run_lock, step_lock
 from diffseg.lab.manifests import LISTING, damage, read_manifest, write_manifest
 from diffseg.lab.parameters import declared
 from diffseg.lab.provenance import as_json, git_state, hardware, versions
-from diffseg.lab.steps import key_of, linked_keys, notebook_of, run_folder, step_folder, step_recipe, upstream
+from diffseg.lab.steps import (
+    difference,
+    key_of,
+    linked_keys,
+    module_path,
+    notebook_of,
+    run_folder,
+    step_folder,
+    step_recipe,
+    upstream,
+)
 from diffseg.paths import project_root
 
 share, meet = processes.share, processes.meet  # for notebooks: this process's part of divided work, and the wait
 
-_held: dict[Path, Any] = {}  # locks of this process, until it ends
+_started = time.time()  # of this process; what it has imported is older
+_held: dict[Path, Any] = {}  # locks of this process
+_at_work: dict[Path, set[Path]] = {}  # run -> folders of its steps that this process has begun and not finished
 _finished: list[float] = [0.0]  # when a step of this process was last finished: a notebook may make two in turn
 
 
@@ -110,7 +123,14 @@ class Step:
         if processes.rank():
             return {"seconds": 0.0, "metrics": metrics or {}}
         if finished := read_manifest(self.folder):  # by an earlier run, or by another share of this one
+            let_go(self.run, self.folder)
             return finished
+        if key_of(now := step_recipe(self.name, self.parameters, self.keys)) != self.key:
+            raise DiffsegError(
+                f"{difference(self.recipe, now)} while {self.name} was at work, so some of its files may be of either. "
+                f"Remove {self.folder} and run it again; or undo the change, if no process has read it, and the same "
+                "command finishes the step."
+            )
         names = {name for output in outputs for name in self._match(output)}
         content = {
             "step": self.name,
@@ -134,6 +154,7 @@ class Step:
             for path in [path for pattern in drop for path in self.folder.glob(pattern)]:
                 path.unlink()
         _finished[0] = time.time()
+        let_go(self.run, self.folder)
         return manifest
 
     def _match(self, output: str | os.PathLike) -> list[str]:
@@ -157,7 +178,8 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
 
     Takes the values of the declared parameters from `namespace`, checks them and puts them back converted. The folder
     keeps what an earlier attempt with the same key made. Raises DiffsegError on a wrong value, an upstream step that
-    the run has not, an altered result, an unwritable folder, and while another process makes this step.
+    the run has not, an altered result, an unwritable folder, code that was edited since it was imported, and while
+    another process makes this step.
     """
     notebook = notebook_of(step_name)
     defaults = declared(notebook)
@@ -171,6 +193,10 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
     if problem := mixture(run, upstream(step_name)):
         raise DiffsegError(f"{problem}; run that notebook, and those after it, before {step_name}.")
     recipe = step_recipe(step_name, parameters, keys)
+    if edited := [m for m in recipe["code"] if m in sys.modules and module_path(m).stat().st_mtime > _started]:
+        raise DiffsegError(
+            f"{edited[0]} was edited since this kernel imported it; restart the kernel, and begin again."
+        )
     key = key_of(recipe)
     folder = step_folder(step_name, key, out)
     if processes.rank():
@@ -178,8 +204,12 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
         return Step(step_name, folder, parameters, key, recipe, bool(read_manifest(folder)), False, run, keys)
     with writing(folder):
         if RUNNER not in os.environ:
+            begun = _at_work.setdefault(run, set())
+            for earlier in [each for each in begun if each.parent == folder.parent and each != folder]:
+                let_go(run, earlier)  # the same notebook with other parameters
             for path, busy in (run_lock(run), step_lock(folder)):
                 _held[path] = _held.get(path) or acquire(path, busy)
+            begun.add(folder)
         problem = trouble(folder)
         # a shard's time is not the step's: others draw beside it
         resumed = processes.shard() is not None or (folder.is_dir() and any(folder.iterdir()))
@@ -191,10 +221,20 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
                 for path in folder.rglob(".*.tmp*"):
                     path.unlink(missing_ok=True)
         link(run / step_name, folder)
+        if not problem:
+            let_go(run, folder)
     processes.meet()
     if problem and (parameters.get("workers") or parameters.get("threads")):
         prepare()  # of the processes that the step will start, beside its first cells
     return Step(step_name, folder, parameters, key, recipe, not problem, bool(problem) and resumed, run, keys)
+
+
+def let_go(run: Path, folder: Path) -> None:
+    """Give back a step's lock, and its run's with that of the last step at work: a kernel may stay open for days."""
+    _at_work.get(run, set()).discard(folder)
+    for path, _ in (step_lock(folder), *([] if _at_work.get(run) else [run_lock(run)])):
+        if path in _held:
+            _held.pop(path).close()
 
 
 def mixture(run: Path, steps: Iterable[str]) -> str:

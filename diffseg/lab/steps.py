@@ -143,14 +143,21 @@ def names_in(cells: Iterable[str]) -> set[str]:
 
 @functools.cache
 def without_comments(source: str) -> str:
-    """Return Python code in one normal form: no comments, no docstrings, its own line breaks only."""
+    """Return Python code in one normal form, whatever Python's version: no comments, docstrings or line breaks."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             if body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
                 node.body = body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+
+    def form(node: Any) -> Any:  # fields that a newer Python has are empty in older code
+        if isinstance(node, ast.AST):
+            fields = [[name, form(value)] for name, value in ast.iter_fields(node) if value not in (None, [])]
+            return [type(node).__name__, *fields]
+        return [form(each) for each in node] if isinstance(node, list) else repr(node)
+
+    return json.dumps(form(tree))
 
 
 def code_of(cells: Iterable[str]) -> dict[str, str]:
