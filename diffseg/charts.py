@@ -50,8 +50,9 @@ def curves(
     """Draw what training recorded in each iteration, averaged over a window; `mark` is an iteration to point at."""
     figure, axis = plt.subplots(figsize=(COLUMN, 2.2))
     for k, (name, values) in enumerate(lines.items()):
-        kernel = np.ones(min(window, len(values)))
-        smooth = np.convolve(values, kernel / kernel.sum(), "valid")  # of the iterations up to here
+        kernel, there = np.ones(min(window, len(values))), np.isfinite(values)
+        sums, counts = (np.convolve(each, kernel, "valid") for each in (np.where(there, values, 0), there))
+        smooth = sums / np.where(counts, counts, np.nan)  # of the iterations up to here
         axis.plot(np.arange(len(kernel) - 1, len(values)), smooth, ["-", "--", ":", "-."][k % 4], marker="", label=name)
     axis.set(xlabel="iteration", ylabel=f"{ylabel}, mean of {window}", yscale="log" if log else "linear")
     if log:

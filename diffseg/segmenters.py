@@ -269,7 +269,8 @@ def new_networks(
     if initial_network:
         saved = load_segmenter(locate("initial_network", initial_network))
         starts = list(saved.networks) if isinstance(saved, Ensemble) else [saved]
-        if count > len(starts) and saved.classes == tuple(classes):
+        by_lot = any(getattr(part, "p", 0) or getattr(part, "drop_prob", 0) for part in networks[0].modules())
+        if count > len(starts) and saved.classes == tuple(classes) and not by_lot:  # no dropout tells them apart
             raise DiffsegError(
                 f"initial_network {initial_network} is one network, and {count} that begin alike stay alike, as they "
                 "see the same images; set training_mode to baseline or selftrain, or initial_network to a saved pair."

@@ -191,7 +191,7 @@ def train(
     iteration of: loss (mean of the networks'), valid (share of the pixels that are not ignored) and, as shares of the
     valid pixels, trusted (after the warm-up taught by their own label at full weight), contradicted (the first
     network's argmax is not the label) and, of two networks, disagreement (their argmax differ). Images with pasted
-    objects, which the networks label, do not count for the first two.
+    objects, which the networks label, do not count for the first two (nan where there are no others).
 
     checkpoint: a file that is written every `options.checkpoint_every` iterations and at the end; where it is there
     the training resumes from it, on a CPU bit-identical. watch: called by the main process after each step with its
@@ -347,6 +347,8 @@ def measures(
     if len(seen) == 2:
         shares["disagreement"] = (seen[0] != seen[1], valid)
     mean, valid_share = float(torch.stack(list(losses)).mean()), float(valid.float().mean())
+    nothing = float("nan") if valid.any() else 0.0
     return {"loss": mean, "valid": valid_share} | {
-        name: int((pixels & among).sum()) / max(1, int(among.sum())) for name, (pixels, among) in shares.items()
+        name: int((pixels & among).sum()) / int(among.sum()) if among.any() else nothing
+        for name, (pixels, among) in shares.items()
     }

@@ -87,7 +87,11 @@ def run(
                 was = [(folder / step).resolve() == path.resolve() for step, path in folders.items()]
                 made = {step: keys[step] for step in steps}
                 # the run's figures are of other parameters or code, or of a notebook that was killed, or of a share
-                is_old = not shard and any(executed.parent.glob(f"{name}*.ipynb")) and noted(executed) != made
+                is_old = (
+                    not shard
+                    and any(executed.parent.glob(f"{name}*.ipynb"))
+                    and not (all(was) and noted(executed) == made)
+                )
                 if not problem and not ((force or is_old) and name in selected):
                     maker = read_manifest(folders[steps[-1]])["run"]
                     print(f"{title}, " + ("up to date" if all(was) else f"shared with {maker}"), flush=True)
@@ -158,6 +162,9 @@ def check_selected(selected: Iterable[str], values: Mapping[str, Any], source: s
     there = step_notebooks()
     notebooks = [there[name] for name in selected]
     chosen = {k: v for notebook in notebooks for k, v in step_parameters(notebook, values).items()}
+    if "05_evaluation" in selected:  # what the networks have seen counts, though they may be there already
+        trained = step_parameters(there["04_robust_training"], values)
+        chosen |= {name: trained[name] for name in ("train_real", "mix_real", "training_split")}
     check_together(chosen, source, {k: v for notebook in notebooks for k, v in declared(notebook).items()})
 
 

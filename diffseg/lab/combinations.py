@@ -125,7 +125,8 @@ def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]
     )
     if chosen and (get("train_real") or get("mix_real")):
         trained, scored = splits_of(parameters)
-        if trained == scored or "trainval" in (trained, scored):  # VOC's, which is train and val
+        # VOC's trainval is train and val; lists of one's own are compared image by image (`open_data`)
+        if trained == scored or (not is_folder and "trainval" in (trained, scored)):
             name, other = ("training_split", scored) if get("training_split") else ("evaluation_split", trained)
             rule = f"share no image with the split {other}, as a network is not scored on images that it has seen"
             yield name, rule, "Leave it empty for the benchmark's own, or list other images in a split of their own."
@@ -228,8 +229,9 @@ def open_data(parameters: dict[str, Any]) -> None:
             f"data_root is {get('data_root')}, where no images of your own lie; set it to the folder of your "
             "export, or train on synthetic images only and stop before the score (`--only 1-4`)."
         )
-    names = [{name for name, *_ in open_split(bench, data_folder(get("data_root")), split).items} for split in splits]
-    if len(names) == 2 and (both := names[0] & names[1]):
+    opened = [open_split(bench, data_folder(get("data_root")), split).items for split in splits]
+    images = [{image for _, image, *_ in items} for items in opened]
+    if len(images) == 2 and (both := images[0] & images[1]):
         raise DiffsegError(
             f"{len(both)} images are in both the training split {trained} and the scored split {scored} of "
             f"{get('data_root')}, the first is {min(both)}; list each image in one of the two."

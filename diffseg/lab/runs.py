@@ -203,14 +203,13 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
         processes.meet()  # the main process sorts out what is there
         return Step(step_name, folder, parameters, key, recipe, bool(read_manifest(folder)), False, run, keys)
     with writing(folder):
-        if RUNNER not in os.environ:
-            begun = _at_work.setdefault(run, set())
-            for earlier in [each for each in begun if each.parent == folder.parent and each != folder]:
-                let_go(run, earlier)  # the same notebook with other parameters
-            for path, busy in (run_lock(run), step_lock(folder)):
-                _held[path] = _held.get(path) or acquire(path, busy)
-            begun.add(folder)
-        problem = trouble(folder)
+        try:
+            if RUNNER not in os.environ:
+                take(run, folder)
+            problem = trouble(folder)
+        except DiffsegError:
+            let_go(run, folder)
+            raise
         # a shard's time is not the step's: others draw beside it
         resumed = processes.shard() is not None or (folder.is_dir() and any(folder.iterdir()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,6 +226,16 @@ def begin(step_name: str, namespace: dict[str, Any]) -> Step:
     if problem and (parameters.get("workers") or parameters.get("threads")):
         prepare()  # of the processes that the step will start, beside its first cells
     return Step(step_name, folder, parameters, key, recipe, not problem, bool(problem) and resumed, run, keys)
+
+
+def take(run: Path, folder: Path) -> None:
+    """Take the locks of a run and of a step of it, and give back that of the same step with other parameters."""
+    begun = _at_work.setdefault(run, set())
+    for earlier in [each for each in begun if each.parent == folder.parent and each != folder]:
+        let_go(run, earlier)
+    begun.add(folder)
+    for path, busy in (run_lock(run), step_lock(folder)):
+        _held[path] = _held.get(path) or acquire(path, busy)
 
 
 def let_go(run: Path, folder: Path) -> None:

@@ -233,7 +233,7 @@ def coco(root: Path, split: str = "val") -> Path:
         ],
         "annotations": [entry | {"id": k, "bbox": [0, 0, 1, 1], "area": 1} for k, entry in enumerate(annotations, 1)],
     }
-    (root / "annotations").mkdir(parents=True)
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return root
 
@@ -369,7 +369,7 @@ def test_the_parameters_are_checked_before_anything_is_drawn(exported):
     lists = exported / "ImageSets" / "Segmentation"
     (lists / "other.txt").write_text("two\n")
     two = {"train_real": True, "training_split": "default", "evaluation_split": "other"}
-    with pytest.raises(DiffsegError, match="1 images are in both .* default and .* other of .*, the first is two"):
+    with pytest.raises(DiffsegError, match="1 images are in both .* default and .* other of .*two.PNG; list"):
         check_together(own | two, "own.yaml")
     check_together(own | two | {"train_real": False}, "own.yaml")
     nothing_is_read = {"data_root": "mini", "train_real": False, "mix_real": False}
@@ -377,6 +377,20 @@ def test_the_parameters_are_checked_before_anything_is_drawn(exported):
     assert declarations.check({"data_names": {"a": "b"}}, {"data_names": {}}, "x") == {"data_names": {"a": "b"}}
     with pytest.raises(DiffsegError, match="data_names"):
         declarations.check({"data_names": {"a": 1}}, {"data_names": {}}, "x")
+
+
+def test_other_images_of_the_same_names_are_no_overlap(tmp_path):
+    """CVAT numbers each task's frames; and VOC's own lists say trainval and test."""
+    pytest.importorskip("pycocotools")
+    for split in ("train", "val"):
+        coco(tmp_path, split)
+    own = {"benchmark": "folder", "class_list": OWN, "data_root": str(tmp_path), "data_names": MAPPED}
+    own |= {"train_real": True, "training_split": "", "evaluation_split": "val"}
+    check_together(own, "own.yaml")
+    for old, new in (("train", "trainval"), ("val", "test")):
+        (tmp_path / f"annotations/instances_{old}.json").rename(tmp_path / f"annotations/instances_{new}.json")
+        (tmp_path / "images" / old).rename(tmp_path / "images" / new)
+    check_together(own | {"training_split": "trainval", "evaluation_split": "test"}, "own.yaml")
 
 
 def test_its_bytes_count_in_the_key(exported):

@@ -482,6 +482,12 @@ def test_the_command_refuses_before_anything_runs(assignment, sentence, tmp_path
     assert not list(itertools.chain(tmp_path.rglob("*.ipynb"), tmp_path.rglob("*.csv")))
 
 
+def test_what_was_trained_on_is_not_scored_by_a_later_command(tmp_path, capsys):
+    command = ["run", "smoke", "--out", str(tmp_path / "out"), "--set", "train_real=true", "training_split=val"]
+    assert main([*command, "--only", "5"]) == 1
+    assert "share no image with the split val" in capsys.readouterr().err
+
+
 def test_a_data_set_that_is_not_there_is_found_before_anything_runs(tmp_path):
     values = {"benchmark": "voc", "class_list": [], "data_root": str(tmp_path), "train_real": True}
     with pytest.raises(DiffsegError, match="JPEGImages is missing: get"):

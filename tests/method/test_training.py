@@ -499,6 +499,8 @@ def test_one_network_is_no_start_for_two_that_would_stay_alike(tmp_path):
         new_networks(2, "resunet-resnet10t", CLASSES, 1, initial_network=str(tmp_path))
     first, second = new_networks(2, "resunet-resnet10t", ("road", "car"), 1, initial_network=str(tmp_path)).networks
     assert not same(first, second)  # other classes start a last layer of their own
+    save_segmenter(new_networks(1, "segformer-mini", CLASSES, 0), tmp_path)
+    new_networks(2, "segformer-mini", CLASSES, 1, initial_network=str(tmp_path))  # its dropout tells them apart
 
 
 def test_a_folder_called_imagenet_is_no_encoder(tmp_path, monkeypatch):
@@ -533,6 +535,8 @@ def test_measures_are_shares_of_the_valid_pixels():
     labels, drawn = torch.cat([label, label]), torch.cat([label, 1 - label.clamp(max=1)])
     pasted = measures([torch.tensor(1.0)], both, labels, torch.cat([trusted, ~trusted]), drawn, 255)
     assert pasted == found and found["trusted"] == 1.0
+    every = measures([torch.tensor(1.0)], [first, second], label, trusted, 1 - label.clamp(max=1), 255)
+    assert np.isnan(every["contradicted"]) and every["disagreement"] == found["disagreement"]
 
 
 def test_the_moving_average_goes_on_after_a_stop(tmp_path):
