@@ -162,9 +162,10 @@ def check_selected(selected: Iterable[str], values: Mapping[str, Any], source: s
     there = step_notebooks()
     notebooks = [there[name] for name in selected]
     chosen = {k: v for notebook in notebooks for k, v in step_parameters(notebook, values).items()}
-    if "05_evaluation" in selected:  # what the networks have seen counts, though they may be there already
+    if "05_evaluation" in selected and "04_robust_training" in there:
+        # what the networks have seen counts, though they may be there already
         trained = step_parameters(there["04_robust_training"], values)
-        chosen |= {name: trained[name] for name in ("train_real", "mix_real", "training_split")}
+        chosen |= {name: trained[name] for name in {"train_real", "mix_real", "training_split"} & trained.keys()}
     check_together(chosen, source, {k: v for notebook in notebooks for k, v in declared(notebook).items()})
 
 
