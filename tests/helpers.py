@@ -4,11 +4,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from diffseg.lab import runs
+
 # changes of the mini generator's networks: small enough to train in a test
 TINY_GENERATOR = {
     "text_encoder": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
     "unet": {"block_out_channels": (16, 16, 16), "cross_attention_dim": 16, "attention_head_dim": 2},
 }
+
+
+def release() -> None:
+    """Give back the locks that notebooks hold until their step or their process ends."""
+    for file in runs._held.values():
+        file.close()
+    runs._held.clear()
+    runs._at_work.clear()
 
 
 def assert_equal_images(found: Sequence, expected: Sequence) -> None:

@@ -124,7 +124,8 @@ def data_conflicts(parameters: dict[str, Any]) -> Iterator[tuple[str, str, str]]
         get("training_split") or get("evaluation_split")
     )
     if chosen and (get("train_real") or get("mix_real")):
-        trained, scored = splits_of(parameters)
+        bench = get_benchmark(get("benchmark"), get("class_list", []), get("data_names"))
+        trained, scored = splits_of(bench, parameters)
         # VOC's trainval is train and val; lists of one's own are compared image by image (`open_data`)
         if trained == scored or (not is_folder and "trainval" in (trained, scored)):
             name, other = ("training_split", scored) if get("training_split") else ("evaluation_split", trained)
@@ -221,7 +222,7 @@ def open_data(parameters: dict[str, Any]) -> None:
 
     get = parameters.get
     bench = get_benchmark(get("benchmark"), get("class_list", []), get("data_names"))
-    trained, scored = splits_of(parameters)
+    trained, scored = splits_of(bench, parameters)
     splits = [trained] if get("train_real") or get("mix_real") else []
     splits += [scored] if "evaluation_split" in parameters else []
     if splits and get("benchmark") == "folder" and is_short_name("data_root", get("data_root")):
@@ -238,10 +239,7 @@ def open_data(parameters: dict[str, Any]) -> None:
         )
 
 
-def splits_of(parameters: dict[str, Any]) -> tuple[str, str]:
-    """Return the split whose real images are trained on, if any are, and the split that is scored."""
-    from diffseg.benchmarks.classes import get_benchmark
-
-    get = parameters.get
-    bench = get_benchmark(get("benchmark"), get("class_list", []), get("data_names"))
-    return get("training_split") or bench.training_split, get("evaluation_split") or bench.evaluation_split
+def splits_of(bench, parameters: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the split of a Benchmark whose real images are trained on, if any are, and the split that is scored."""
+    named = parameters.get("training_split"), parameters.get("evaluation_split")
+    return named[0] or bench.training_split, named[1] or bench.evaluation_split

@@ -16,11 +16,12 @@ from typing import Any
 from diffseg.errors import DiffsegError
 from diffseg.files import read_rows
 
-NUMBER = r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?"  # a hyphen between digits is no sign
+SIGN = r"(?:(?<!\d)-)?"  # a hyphen between digits is none
+NUMBER = rf"{SIGN}\d[\d,]*(?:\.\d+)?"
 QUOTED = re.compile(
     rf"(?P<mean>{NUMBER})(?: ± (?P<spread>{NUMBER}))?<!-- (?P<file>[^ ;]+\.(?:csv|json)); (?P<cell>.+?) -->"
 )
-DECIMAL = re.compile(r"(?:(?<!\d)-)?\d+\.\d+")
+DECIMAL = re.compile(rf"{SIGN}\d+\.\d+")
 FACTOR = re.compile(r" ([*/]) ([\d.]+(?:e\d+)?)$")
 
 

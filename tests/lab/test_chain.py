@@ -11,9 +11,9 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from helpers import release
 
 from diffseg.files import sha256_file
-from diffseg.lab import runs
 from diffseg.lab.batch import run, step_notebooks, step_parameters
 from diffseg.lab.kernel import execute
 from diffseg.lab.manifests import damage, read_listing, read_manifest
@@ -97,9 +97,7 @@ def test_opening_the_finished_steps_and_running_all_cells_changes_nothing(finish
         for cell in read_cells(notebook):
             if cell["cell_type"] == "code" and not is_parameters(cell):
                 exec(cell["source"], namespace)
-    for file in runs._held.values():
-        file.close()
-    runs._held.clear()
+    release()
     after = state()
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
 

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import papermill
 import pytest
+from helpers import release
 from PIL import Image
 
 from diffseg.benchmarks.classes import BENCHMARKS, get_benchmark
@@ -42,9 +43,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "models"))
     matplotlib.use("Agg")
     yield tmp_path
-    for file in runs._held.values():
-        file.close()
-    runs._held.clear()
+    release()
 
 
 def values_of(name, step, place):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import nbformat
 import numpy as np
 import pytest
+from helpers import release
 
 from diffseg import files
 from diffseg.errors import DiffsegError
@@ -140,14 +141,6 @@ def project(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFSEG_ROOT", str(tmp_path))
     yield tmp_path / "results" / "runs" / "tiny"
     release()
-
-
-def release() -> None:
-    """Give back the locks that notebooks hold until their process ends."""
-    for file in runs._held.values():
-        file.close()
-    runs._held.clear()
-    runs._at_work.clear()
 
 
 def everything(root: Path) -> dict[str, tuple]:

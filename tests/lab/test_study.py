@@ -10,8 +10,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from helpers import release
 from PIL.ImageColor import getrgb
-from test_runs import CELLS, REPOSITORY, SHARED, alive, images_in, make_project, release, wait_until, write_notebook
+from test_runs import CELLS, REPOSITORY, SHARED, alive, images_in, make_project, wait_until, write_notebook
 
 import diffseg
 from diffseg.benchmarks.classes import VOC
